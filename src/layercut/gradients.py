@@ -1,0 +1,158 @@
+"""Gradients of the calibration loss, one layer at a time.
+
+A forward pass cuts the autograd graph at every layer boundary. The backward pass then walks from
+the last layer to the first and hands out each layer's gradients before it touches the next, so
+that never two layers' weight gradients are alive at once, however many micro-batches a gradient
+group is split into. With one micro-batch per group the forward graph is kept; with several, only
+the boundary activations are, and each layer runs forward once more when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from layercut.errors import NumericsError
+from layercut.models.view import DecoderView, LayerInputs
+
+
+@dataclass(slots=True)
+class LayerGradients:
+    """Gradients that one layer received from one gradient group.
+
+    Attributes:
+        layer: its index.
+        weights: linear weight name → gradient of the scaled loss, shape of the weight, float32;
+            empty when only activations were asked for.
+        hidden_in: h_l per micro-batch, (batch, seq, d).
+        hidden_out: h_{l+1} per micro-batch, (batch, seq, d).
+        grad_out: gradient with respect to h_{l+1} per micro-batch, (batch, seq, d).
+    """
+
+    layer: int
+    weights: dict[str, Tensor]
+    hidden_in: list[Tensor]
+    hidden_out: list[Tensor]
+    grad_out: list[Tensor]
+
+
+@dataclass(slots=True)
+class _Segment:
+    """One layer's part of one micro-batch's graph; ``output`` carries a graph if it was kept."""
+
+    hidden: Tensor
+    output: Tensor
+
+
+def layer_gradients(
+    view: DecoderView,
+    input_ids: Tensor,
+    *,
+    micro_batch: int,
+    n_targets: int,
+    weights: bool = True,
+) -> Iterator[LayerGradients]:
+    """Differentiate one group's summed token loss divided by ``n_targets``, layer by layer.
+
+    Args:
+        view: the model; layers that it currently skips are passed over.
+        input_ids: the gradient group, (n_sequences, seq).
+        micro_batch: sequences in memory at once.
+        n_targets: all calibration targets, so that groups of any size add up to the mean loss.
+        weights: whether gradients of the linear weights are wanted.
+
+    Yields:
+        The gradients of each layer that is not skipped, from the last to the first. They are
+        freed when the next layer is asked for.
+
+    Raises:
+        NumericsError: the loss or a weight gradient is not finite.
+    """
+    micro_batches = list(input_ids.split(micro_batch))
+    keep_graph = len(micro_batches) == 1
+    order = [i for i in range(view.n_layers) if i not in view.skipped]
+    with _requires_grad(view, order if weights else []):
+        inputs, segments = [], []
+        for ids in micro_batches:
+            embedded = view.embed(ids)
+            inputs.append(embedded)
+            segments.append(_forward(view, embedded, order, keep_graph=keep_graph))
+        upstream = []
+        for ids, chain in zip(micro_batches, segments, strict=True):
+            gradient, loss = view.loss_gradient(chain[-1].output, ids)
+            if not torch.isfinite(torch.tensor(loss)):
+                raise NumericsError(
+                    f"the calibration loss is {loss}: the model or its data yields values that "
+                    "are not finite. Check the weights, or use dtype: float32."
+                )
+            upstream.append(gradient / n_targets)
+        for layer in reversed(order):
+            chains = [chain.pop() for chain in segments]
+            result = LayerGradients(
+                layer, {}, [c.hidden.detach() for c in chains], [], list(upstream)
+            )
+            for i, segment in enumerate(chains):
+                output = segment.output
+                if not keep_graph:
+                    with torch.enable_grad():
+                        output = view.run_layer(layer, segment.hidden, inputs[i])
+                result.hidden_out.append(output.detach())
+                output.backward(upstream[i])
+                assert segment.hidden.grad is not None
+                upstream[i] = segment.hidden.grad
+            del chains, segment, output
+            if weights:
+                result.weights = _take_gradients(view, layer)
+            yield result
+            result.weights.clear()
+
+
+def _forward(
+    view: DecoderView, inputs: LayerInputs, order: list[int], *, keep_graph: bool
+) -> list[_Segment]:
+    """Run the layers with the graph cut between them."""
+    chain = []
+    hidden = inputs.hidden
+    for layer in order:
+        leaf = hidden.detach().requires_grad_()
+        with torch.set_grad_enabled(keep_graph):
+            hidden = view.run_layer(layer, leaf, inputs)
+        chain.append(_Segment(leaf, hidden))
+        if not keep_graph and len(chain) > 1:
+            # The next boundary holds the same tensor: only the last output must stay.
+            chain[-2].output = leaf
+    return chain
+
+
+@contextmanager
+def _requires_grad(view: DecoderView, layers: list[int]) -> Iterator[None]:
+    parameters: list[nn.Parameter] = [
+        weight for layer in layers for weight in view.linear_weights(layer).values()
+    ]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def _take_gradients(view: DecoderView, layer: int) -> dict[str, Tensor]:
+    taken = {}
+    for name, parameter in view.linear_weights(layer).items():
+        gradient = parameter.grad
+        assert gradient is not None, name
+        parameter.grad = None
+        if not bool(torch.isfinite(gradient.sum())):
+            raise NumericsError(
+                f"the gradient of {name} is not finite. Look for broken calibration text, or use "
+                "dtype: float32."
+            )
+        taken[name] = gradient.float()
+    return taken

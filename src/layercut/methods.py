@@ -1,0 +1,65 @@
+"""A folder is the registry: a method is a file of ``scoring/``, ``selection/`` or ``recovery/``.
+
+A method file offers ``Options``, a frozen pydantic model, and one function: ``score`` in scoring,
+``select`` in selection, ``fit`` in recovery. Its recipe name is its file name with ``-`` for ``_``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from layercut.errors import RecipeError, suggestion
+
+Room = Literal["scoring", "selection", "recovery"]
+
+
+class MethodOptions(BaseModel):
+    """Options of one method: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def available(room: Room) -> tuple[str, ...]:
+    """Names of the methods in ``room``, sorted; imports none of them."""
+    folder = Path(__file__).parent / room
+    names = (module.name for module in pkgutil.iter_modules([str(folder)]))
+    return tuple(sorted(name.replace("_", "-") for name in names if not name.startswith("_")))
+
+
+def load_method(room: Room, name: str) -> ModuleType:
+    """The method's module.
+
+    Raises:
+        RecipeError: there is no such method; the closest name is suggested.
+    """
+    known = available(room)
+    if name not in known:
+        hint = suggestion(name, known)
+        raise RecipeError(f"unknown {room} method '{name}'{hint} (known: {', '.join(known)})")
+    return importlib.import_module(f"layercut.{room}.{name.replace('-', '_')}")
+
+
+def parse_options(room: Room, name: str, options: dict[str, Any]) -> MethodOptions:
+    """The method's options, checked and completed with its defaults.
+
+    Raises:
+        RecipeError: an unknown key or an impossible value; names every one.
+    """
+    module = load_method(room, name)
+    try:
+        parsed: MethodOptions = module.Options(**options)
+    except ValidationError as error:
+        known = list(module.Options.model_fields)
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            hint = suggestion(key, known) if item["type"] == "extra_forbidden" else ""
+            problems.append(f"{room}.options.{key}: {item['msg']}{hint}")
+        raise RecipeError("; ".join(problems)) from None
+    return parsed

@@ -1,0 +1,63 @@
+"""Progress, told by the code that does the work to whoever listens.
+
+The pipeline names the stage, loops report their items, and a figure can be shown on the way. The
+command line listens with a live display; a Python caller that installs no listener pays nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Listener(Protocol):
+    """Receives progress; every call must be quick and must not raise."""
+
+    def stage(self, name: str) -> None:
+        """A new stage starts."""
+
+    def step(self, done: int, total: int) -> None:
+        """``done`` of ``total`` equal steps of the current loop are finished."""
+
+    def figure(self, text: str) -> None:
+        """The current figure, e.g. ``perplexity 17.8``."""
+
+
+_listener: ContextVar[Listener | None] = ContextVar("layercut_progress", default=None)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Send all progress inside the block to ``listener``."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def stage(name: str) -> None:
+    """Announce a stage."""
+    if listener := _listener.get():
+        listener.stage(name)
+
+
+def figure(text: str) -> None:
+    """Announce a figure."""
+    if listener := _listener.get():
+        listener.figure(text)
+
+
+def track(items: Sequence[Item] | Iterable[Item], total: int) -> Iterator[Item]:
+    """Yield ``items`` and report each one as finished when the next is asked for."""
+    listener = _listener.get()
+    if listener:
+        listener.step(0, total)
+    for done, item in enumerate(items, start=1):
+        yield item
+        if listener:
+            listener.step(done, total)

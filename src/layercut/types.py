@@ -1,0 +1,283 @@
+"""The values that flow from stage to stage, all immutable.
+
+Layers are numbered 0…L−1 from the embedding, always in the numbering of the *input* model.
+A score is higher = keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationBatches:
+    """Calibration text as packed windows of equal length, without padding.
+
+    Attributes:
+        input_ids: token ids, shape (n_sequences, seq_len), int64.
+        gradient_batch: sequences whose summed loss is differentiated as one term of a score.
+        micro_batch: sequences that are in memory at once; changes no result beyond rounding.
+        source: where the text came from, as the recipe names it.
+        fingerprint: hash of the token ids.
+    """
+
+    input_ids: Tensor
+    gradient_batch: int
+    micro_batch: int
+    source: str
+    fingerprint: str
+
+    @property
+    def n_sequences(self) -> int:
+        """Number of packed windows."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per window."""
+        return int(self.input_ids.shape[1])
+
+    @property
+    def n_targets(self) -> int:
+        """Predicted tokens: every token of a window but its first."""
+        return self.n_sequences * (self.seq_len - 1)
+
+    def groups(self) -> Iterator[Tensor]:
+        """Gradient groups in order: (≤ gradient_batch, seq_len) each."""
+        yield from self.input_ids.split(self.gradient_batch)
+
+    def micro_batches(self) -> Iterator[Tensor]:
+        """Slices in order: (≤ micro_batch, seq_len) each."""
+        yield from self.input_ids.split(self.micro_batch)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerScores:
+    """One importance per layer of the input model; higher = keep.
+
+    Attributes:
+        values: in layer order; ``None`` where the layer had already been dropped.
+        method: scoring method, as the recipe names it.
+        options: that method's options, resolved.
+        n_targets: calibration tokens whose loss was used.
+        seconds: wall-clock time.
+        fingerprint: hash of model files, data, options and seed.
+    """
+
+    values: tuple[float | None, ...]
+    method: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    n_targets: int = 0
+    seconds: float = 0.0
+    fingerprint: str = ""
+
+    def to_json(self, model: str) -> dict[str, Any]:
+        """Content of ``scores.json``."""
+        return {
+            "schema": 1,
+            "model": model,
+            "method": self.method,
+            "options": dict(self.options),
+            "scores": list(self.values),
+            "n_targets": self.n_targets,
+            "seconds": self.seconds,
+            "fingerprint": self.fingerprint,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One pruning decision: the scores it saw and the layers it dropped.
+
+    ``margin`` is how much higher the best-scored dropped layer's kept neighbour in rank stood,
+    relative to the spread of the scores: near 0, the decision was a coin toss.
+    """
+
+    scores: tuple[float | None, ...]
+    dropped: tuple[int, ...]
+    margin: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PruningPlan:
+    """Which layers go.
+
+    Attributes:
+        model: the input model, as the recipe names it.
+        n_layers: layers of the input model.
+        dropped: sorted layer indices that go.
+        method: what chose them, e.g. ``gradmap``.
+        rounds: every decision in order.
+        fingerprint: that of the scores it rests on.
+    """
+
+    model: str
+    n_layers: int
+    dropped: tuple[int, ...]
+    method: str
+    rounds: tuple[Round, ...] = ()
+    fingerprint: str = ""
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Sorted layer indices that stay."""
+        gone = set(self.dropped)
+        return tuple(i for i in range(self.n_layers) if i not in gone)
+
+    @property
+    def cuts(self) -> tuple[tuple[int, int], ...]:
+        """Contiguous dropped runs as (first layer, number of layers)."""
+        runs: list[tuple[int, int]] = []
+        for layer in self.dropped:
+            if runs and sum(runs[-1]) == layer:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((layer, 1))
+        return tuple(runs)
+
+    @property
+    def new_index(self) -> dict[int, int]:
+        """Old index → new index, for the kept layers."""
+        return {old: new for new, old in enumerate(self.kept)}
+
+    def target_of(self, layer: int) -> int:
+        """The dense residual stream that kept ``layer``'s output stands in for.
+
+        That is the input of the next kept layer, or L (before the final norm) for the last one.
+        """
+        return next((k for k in self.kept if k > layer), self.n_layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``plan`` object of ``result.json``."""
+        return {
+            "n_layers": self.n_layers,
+            "dropped": list(self.dropped),
+            "kept": list(self.kept),
+            "method": self.method,
+            "cuts": [list(cut) for cut in self.cuts],
+            "rounds": [
+                {"scores": list(r.scores), "dropped": list(r.dropped), "margin": r.margin}
+                for r in self.rounds
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What scoring leaves for recovery: the scores of every round."""
+
+    scores: tuple[LayerScores, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPatch:
+    """Replacement tensors, by their name in the input model's state dict.
+
+    Attributes:
+        tensors: full replacements, in the dtype the source checkpoint stores.
+        method: recovery method, as the recipe names it.
+        notes: figures worth showing, e.g. which layer was changed and the error before and after.
+    """
+
+    tensors: Mapping[str, Tensor]
+    method: str
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A measured mean with its standard error and the number of items behind it."""
+
+    value: float
+    stderr: float
+    n: int
+
+    def to_json(self, unit: str) -> dict[str, Any]:
+        """``{"value", "stderr", unit: n}``; ``unit`` is ``n_tokens`` or ``n_rows``."""
+        return {"value": self.value, "stderr": self.stderr, unit: self.n}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One model, measured: the object ``E`` of ``result.json``.
+
+    Attributes:
+        n_layers: decoder layers.
+        n_parameters: parameters, tied ones counted once.
+        perplexity: text name → exp(mean token loss).
+        accuracy: task name → fraction right.
+        prefill_tokens_per_second: prompt tokens processed per second.
+        decode_tokens_per_second: new tokens generated per second, batch of one.
+        peak_rss_bytes: peak memory of this process so far.
+    """
+
+    n_layers: int
+    n_parameters: int
+    perplexity: Mapping[str, Figure] = field(default_factory=dict)
+    accuracy: Mapping[str, Figure] = field(default_factory=dict)
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    peak_rss_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object ``E`` of ``result.json``; figures not measured are absent."""
+        content = asdict(self)
+        content["perplexity"] = {k: f.to_json("n_tokens") for k, f in self.perplexity.items()}
+        content["accuracy"] = {k: f.to_json("n_rows") for k, f in self.accuracy.items()}
+        return {key: value for key, value in content.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a result came from: versions, machine, exact command."""
+
+    layercut: str
+    versions: Mapping[str, str]
+    hardware: Mapping[str, Any]
+    command: str
+
+
+@dataclass(slots=True)
+class RunResult:
+    """All that a run found out; becomes ``result.json`` and the report.
+
+    Attributes:
+        recipe: the resolved recipe.
+        stages: ``dense`` and ``pruned``, later also ``dense_tuned`` and ``pruned_tuned``.
+        seconds: stage → wall-clock seconds.
+        recovery: the notes of the weight patch.
+        warnings: what the user should know, in full sentences.
+    """
+
+    model: str
+    recipe: Mapping[str, Any]
+    provenance: Provenance
+    plan: PruningPlan | None = None
+    recovery: Mapping[str, Any] = field(default_factory=dict)
+    stages: dict[str, Evaluation] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of ``result.json``."""
+        return {
+            "schema": 1,
+            "layercut": self.provenance.layercut,
+            "model": self.model,
+            "recipe": dict(self.recipe),
+            "command": self.provenance.command,
+            "versions": dict(self.provenance.versions),
+            "hardware": dict(self.provenance.hardware),
+            "plan": self.plan.to_json() if self.plan else None,
+            "recovery": dict(self.recovery),
+            "stages": {name: stage.to_json() for name, stage in self.stages.items()},
+            "seconds": dict(self.seconds),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "warnings": list(self.warnings),
+        }
