@@ -12,6 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from layercut.models.load import load
+from layercut.models.view import DecoderView
+from layercut.types import CalibrationBatches, PruningPlan
+
 N_LAYERS = 6
 VOCABULARY = 259
 
@@ -62,3 +66,27 @@ def save_tiny(folder: Path, model_type: str = "llama", **overrides: object) -> P
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint; read-only by convention."""
     return save_tiny(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def view(tiny_llama: Path) -> DecoderView:
+    """The tiny Llama, freshly loaded, in exact float32 arithmetic."""
+    return load(str(tiny_llama), dtype="float32")
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Four sequences of 32 random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, VOCABULARY, (4, 32), generator=generator)
+
+
+@pytest.fixture
+def batches(ids: torch.Tensor) -> CalibrationBatches:
+    """The same four sequences as calibration batches, two per gradient group."""
+    return CalibrationBatches(ids, gradient_batch=2, micro_batch=2, source="test", fingerprint="0")
+
+
+def plan_of(*dropped: int, n_layers: int = N_LAYERS) -> PruningPlan:
+    """A plan that drops ``dropped``."""
+    return PruningPlan(model="tiny", n_layers=n_layers, dropped=dropped, method="given")

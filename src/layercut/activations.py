@@ -6,9 +6,11 @@ each, with only the current residual streams kept. Past a memory limit they live
 
 from __future__ import annotations
 
+import copy
+import os
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from layercut.models.view import DecoderView, LayerInputs
 from layercut.types import CalibrationBatches
 
-MEMORY_LIMIT_BYTES = 2 * 1024**3
+MEMORY_LIMIT_BYTES = 1024**3
 """One set of activations larger than this is spooled to a temporary file."""
 
 
@@ -25,46 +27,54 @@ class Spool:
     """Equal rows of float32 numbers, written and read in slices; a file past the memory limit.
 
     The file is unlinked as soon as it is mapped, so that no fault can leave it behind.
+
+    Attributes:
+        rows: all of them, (n_rows, width).
+        on_disk: whether they are mapped from a file.
     """
 
-    def __init__(self, n_rows: int, width: int, *, limit_bytes: int = MEMORY_LIMIT_BYTES) -> None:
-        self.on_disk = n_rows * width * 4 > limit_bytes
-        if self.on_disk:
-            with tempfile.NamedTemporaryFile(prefix="layercut-spool-") as file:
-                # A mapping shorter than its file's future pages would die with SIGBUS on a full
-                # disk; reserving the bytes first turns that into an ordinary OSError.
-                _reserve(file.fileno(), n_rows * width * 4)
-                flat = torch.from_file(
-                    str(Path(file.name)), shared=True, size=n_rows * width, dtype=torch.float32
-                )
-            self._rows = flat.view(n_rows, width)
-        else:
-            self._rows = torch.empty(n_rows, width)
+    def __init__(self, n_rows: int, width: int, *, limit_bytes: int | None = None) -> None:
+        n_bytes = n_rows * width * 4
+        self.on_disk = n_bytes > (MEMORY_LIMIT_BYTES if limit_bytes is None else limit_bytes)
+        if not self.on_disk:
+            self.rows = torch.empty(n_rows, width)
+            return
+        with tempfile.NamedTemporaryFile(prefix="layercut-spool-") as file:
+            # Touching a page that the full disk cannot hold would be a SIGBUS; reserving all
+            # bytes first turns that into an ordinary OSError.
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+            flat = torch.from_file(file.name, shared=True, size=n_rows * width)
+        self.rows = flat.view(n_rows, width)
 
     def __len__(self) -> int:
-        return int(self._rows.shape[0])
+        return int(self.rows.shape[0])
 
     def write(self, start: int, rows: Tensor) -> None:
         """Put ``rows``, flattened to (n, width), at row ``start``."""
-        rows = rows.detach().reshape(-1, self._rows.shape[1])
-        self._rows[start : start + rows.shape[0]].copy_(rows)
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` as a view, (stop − start, width)."""
-        return self._rows[start:stop]
+        rows = rows.detach().reshape(-1, self.rows.shape[1])
+        self.rows[start : start + rows.shape[0]].copy_(rows)
 
     def slices(self, n_rows: int = 4096) -> Iterator[Tensor]:
         """All rows in order, as views of at most ``n_rows``."""
-        yield from self._rows.split(n_rows)
+        yield from self.rows.split(n_rows)
 
+    def part(self, start: int, stop: int | None) -> Spool:
+        """Rows ``start`` to ``stop``, sharing their memory."""
+        part = copy.copy(self)
+        part.rows = self.rows[start:stop]
+        return part
 
-def _reserve(descriptor: int, n_bytes: int) -> None:
-    import os
+    @contextmanager
+    def filling(self) -> Iterator[Callable[[Tensor, Tensor], None]]:
+        """A hook that writes a module's outputs one after the other, from the first row on."""
+        next_row = 0
 
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, n_bytes)
-    else:
-        os.ftruncate(descriptor, n_bytes)
+        def write(_: Tensor, output: Tensor) -> None:
+            nonlocal next_row
+            self.write(next_row, output)
+            next_row += output.numel() // self.rows.shape[1]
+
+        yield write
 
 
 class ResidualStream:
@@ -100,7 +110,7 @@ class ResidualStream:
         """
         for start, stop, n_sequences in self._spans:
             kwargs, dtype = self._inputs[n_sequences]
-            rows = self.states.read(start, stop)
+            rows = self.states.rows[start:stop]
             hidden = rows.view(n_sequences, -1, rows.shape[1]).to(self.view.device, dtype)
             inputs = LayerInputs(hidden=hidden, kwargs=kwargs)
             self.states.write(start, self.view.run_layer(layer, hidden, inputs).float())

@@ -9,12 +9,13 @@ the boundary activations are, and each layer runs forward once more when its tur
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layercut.errors import NumericsError
 from layercut.models.view import DecoderView, LayerInputs
@@ -76,39 +77,40 @@ def layer_gradients(
     keep_graph = len(micro_batches) == 1
     order = [i for i in range(view.n_layers) if i not in view.skipped]
     with _requires_grad(view, order if weights else []):
-        inputs, segments = [], []
-        for ids in micro_batches:
-            embedded = view.embed(ids)
-            inputs.append(embedded)
-            segments.append(_forward(view, embedded, order, keep_graph=keep_graph))
-        upstream = []
-        for ids, chain in zip(micro_batches, segments, strict=True):
-            gradient, loss = view.loss_gradient(chain[-1].output, ids)
-            if not torch.isfinite(torch.tensor(loss)):
-                raise NumericsError(
-                    f"the calibration loss is {loss}: the model or its data yields values that "
-                    "are not finite. Check the weights, or use dtype: float32."
-                )
-            upstream.append(gradient / n_targets)
+        inputs = [view.embed(ids) for ids in micro_batches]
+        chains = [_forward(view, i, order, keep_graph=keep_graph) for i in inputs]
+        upstream = [
+            _loss_gradient(view, chain[-1].output, ids) / n_targets
+            for chain, ids in zip(chains, micro_batches, strict=True)
+        ]
         for layer in reversed(order):
-            chains = [chain.pop() for chain in segments]
-            result = LayerGradients(
-                layer, {}, [c.hidden.detach() for c in chains], [], list(upstream)
-            )
-            for i, segment in enumerate(chains):
+            result = LayerGradients(layer, {}, [], [], list(upstream))
+            for i, chain in enumerate(chains):
+                segment = chain.pop()
                 output = segment.output
                 if not keep_graph:
                     with torch.enable_grad():
                         output = view.run_layer(layer, segment.hidden, inputs[i])
-                result.hidden_out.append(output.detach())
                 output.backward(upstream[i])
                 assert segment.hidden.grad is not None
                 upstream[i] = segment.hidden.grad
-            del chains, segment, output
+                result.hidden_in.append(segment.hidden.detach())
+                result.hidden_out.append(output.detach())
+            del segment, output
             if weights:
                 result.weights = _take_gradients(view, layer)
             yield result
             result.weights.clear()
+
+
+def _loss_gradient(view: DecoderView, hidden: Tensor, input_ids: Tensor) -> Tensor:
+    gradient, loss = view.loss_gradient(hidden, input_ids)
+    if not math.isfinite(loss):
+        raise NumericsError(
+            f"the calibration loss is {loss}: the model or its data yields values that are not "
+            "finite. Check the weights, or use dtype: float32."
+        )
+    return gradient
 
 
 def _forward(
@@ -122,17 +124,12 @@ def _forward(
         with torch.set_grad_enabled(keep_graph):
             hidden = view.run_layer(layer, leaf, inputs)
         chain.append(_Segment(leaf, hidden))
-        if not keep_graph and len(chain) > 1:
-            # The next boundary holds the same tensor: only the last output must stay.
-            chain[-2].output = leaf
     return chain
 
 
 @contextmanager
 def _requires_grad(view: DecoderView, layers: list[int]) -> Iterator[None]:
-    parameters: list[nn.Parameter] = [
-        weight for layer in layers for weight in view.linear_weights(layer).values()
-    ]
+    parameters = [weight for layer in layers for weight in view.linear_weights(layer).values()]
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -149,7 +146,7 @@ def _take_gradients(view: DecoderView, layer: int) -> dict[str, Tensor]:
         gradient = parameter.grad
         assert gradient is not None, name
         parameter.grad = None
-        if not bool(torch.isfinite(gradient.sum())):
+        if not bool(gradient.isfinite().all()):
             raise NumericsError(
                 f"the gradient of {name} is not finite. Look for broken calibration text, or use "
                 "dtype: float32."

@@ -88,9 +88,10 @@ class DecoderView:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.model.parameters())).device
+        device: torch.device = next(iter(self.model.parameters())).device
+        return device
 
-    def linear_weights(self, layer: int) -> dict[str, nn.Parameter]:
+    def linear_weights(self, layer: int) -> dict[str, Tensor]:
         """Weights of the linear sub-layers of one layer, by their name in the state dict."""
         return {
             f"{self.rules.layers}.{layer}.{name}.weight": module.weight
@@ -108,6 +109,8 @@ class DecoderView:
         """Let ``layers`` pass their input through unchanged inside the block; nests."""
         new = frozenset(layers) - self.skipped
         before = self.skipped
+        # Libraries such as accelerate wrap `forward` per instance: put theirs back, not none.
+        wrapped = {i: f for i in new if (f := self.layers[i].__dict__.get("forward"))}
         for layer in new:
             self.layers[layer].forward = _identity
         self.skipped = before | new
@@ -116,6 +119,8 @@ class DecoderView:
         finally:
             for layer in new:
                 del self.layers[layer].forward
+            for layer, forward in wrapped.items():
+                self.layers[layer].forward = forward
             self.skipped = before
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -138,9 +143,7 @@ class DecoderView:
             hidden = args[0] if args else rest.pop("hidden_states")
             seen.append((hidden, rest))
 
-        hooks = [
-            layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self.layers
-        ]
+        hooks = [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self.layers]
         try:
             with self.skipping(range(self.n_layers)), self.precision():
                 self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
@@ -187,7 +190,7 @@ class DecoderView:
             with torch.enable_grad():
                 loss = self._chunk_losses(chunk, target).sum()
                 (gradient,) = torch.autograd.grad(loss, chunk)
-            total += float(loss)
+            total += loss.item()
             gradients.append(gradient)
         # The last position of a sequence predicts nothing.
         upstream = torch.zeros_like(normed)

@@ -1,0 +1,71 @@
+"""Gradient-guided layer pruning for causal language models.
+
+view = load("embedded:smollm2-135m")
+batches = calibration_batches({"data": "embedded:docs", "n_sequences": 32}, view.tokenizer)
+plan, evidence = select(view, batches, scoring="gradmap", drop_layers=6)
+patch = fit(view, plan, evidence, batches, method="projection")
+apply(view, plan, patch)
+save(view, plan, patch, "out")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from layercut.data.calibration import calibration_batches
+    from layercut.evaluation import evaluate
+    from layercut.models.checkpoint import save
+    from layercut.models.load import load
+    from layercut.models.view import DecoderView
+    from layercut.pipeline import run
+    from layercut.recipe import Recipe, load_recipe
+    from layercut.recovery import fit
+    from layercut.scoring import score
+    from layercut.selection import select
+    from layercut.surgery import apply
+
+# Public name → its module; imported on first use, so that `layercut --help` needs no torch.
+_HOMES = {
+    "DecoderView": "layercut.models.view",
+    "Recipe": "layercut.recipe",
+    "apply": "layercut.surgery",
+    "calibration_batches": "layercut.data.calibration",
+    "evaluate": "layercut.evaluation",
+    "fit": "layercut.recovery",
+    "load": "layercut.models.load",
+    "load_recipe": "layercut.recipe",
+    "run": "layercut.pipeline",
+    "save": "layercut.models.checkpoint",
+    "score": "layercut.scoring",
+    "select": "layercut.selection",
+}
+
+__all__ = [
+    "DecoderView",
+    "Recipe",
+    "__version__",
+    "apply",
+    "calibration_batches",
+    "evaluate",
+    "fit",
+    "load",
+    "load_recipe",
+    "run",
+    "save",
+    "score",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'layercut' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

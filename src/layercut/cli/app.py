@@ -1,0 +1,116 @@
+"""The program: its commands, its signals, and what an exception becomes."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated, TextIO
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from safetensors import SafetensorError
+
+from layercut import __version__
+from layercut.cli import recipe, run
+from layercut.errors import LayercutError, ResourceError
+
+TERMINATED = 143
+REMEDY = {
+    "disk": "the disk is full. Free space, or choose another --output-dir; nothing was kept.",
+    "memory": "memory ran out. Lower calibration.micro_batch or calibration.seq_len, "
+    "or set dtype: bfloat16.",
+}
+
+app = typer.Typer(
+    name="layercut",
+    help="Prune whole layers of causal language models, guided by gradients.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Plain help and usage errors: they read the same in a log, a pipe and a narrow terminal.
+    rich_markup_mode=None,
+)
+app.command(name="run")(run.run)
+app.command(name="recipe", epilog=recipe.fields_help())(recipe.recipe)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"layercut {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Prune whole layers of causal language models, guided by gradients."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; default: the process's own.
+
+    Returns:
+        The exit code: 0, an exception's own (see errors.py), 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        _never_fail_to_encode(stream)
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(arguments, prog_name="layercut", obj=arguments)
+    except SystemExit as stop:  # how typer ends, also after Ctrl-C
+        return stop.code if isinstance(stop.code, int) else 0
+    except LayercutError as error:
+        return _fail(str(error), error.exit_code)
+    except (OSError, MemoryError, RuntimeError, SafetensorError) as error:
+        shortage = _shortage(error)
+        if shortage is None:
+            raise
+        return _fail(REMEDY[shortage], ResourceError.exit_code)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM as an exception, so that temporary folders are removed on the way out."""
+    raise SystemExit(TERMINATED)
+
+
+def _never_fail_to_encode(stream: TextIO) -> None:
+    """Show what the terminal cannot encode as an escape instead of crashing on it."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def _shortage(error: BaseException) -> str | None:
+    """``disk`` or ``memory`` if that is what ``error`` is about."""
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        return "disk"
+    # torch's class and message by name: torch itself is not imported for this.
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out_of_memory or number == errno.ENOMEM or "can't allocate memory" in text:
+        return "memory"
+    return None
+
+
+def _fail(message: str, exit_code: int) -> int:
+    console = Console(stderr=True)
+    console.print(Text("error: ", style="bold red"), Text(message), sep="", soft_wrap=True)
+    return exit_code

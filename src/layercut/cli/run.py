@@ -1,0 +1,77 @@
+"""``layercut run``: a recipe in, a pruned and verified checkpoint out."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layercut.recipe import load_recipe
+
+# transformers, datasets and the Hub client read these when they are imported: one progress
+# display is enough, and their log lines would tear it.
+QUIET_LIBRARIES = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def run(
+    context: typer.Context,
+    recipe: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE", help="A YAML file; `layercut recipe` prints a template."),
+    ],
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="The pruned checkpoint's folder.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier output.")
+    ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never ask the Hub; use its cache only.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
+    ] = False,
+) -> None:
+    """Prune the model that RECIPE names and write the result to OUTPUT_DIR.
+
+    Precedence: --set, then environment (LAYERCUT__SECTION__KEY), then RECIPE, then defaults.
+
+    Example: layercut run recipes/demo.yaml --set selection.drop_layers=4 --output-dir runs/four
+    """
+    if output_dir is None and not print_config:
+        raise typer.BadParameter("missing; name the checkpoint's folder", param_hint="--output-dir")
+    resolved = load_recipe(recipe, settings or ())
+    if output_dir is None or print_config:
+        typer.echo(resolved.to_yaml(), nl=False)
+        return
+    _set_up_libraries(offline=offline)
+    # Imported here: --help and a recipe's mistakes must not wait for torch, and the libraries
+    # read their variables when they are imported.
+    from layercut import pipeline
+    from layercut.cli.display import print_result, progress_display
+
+    command = shlex.join(["layercut", *context.obj])
+    with progress_display(quiet=quiet):
+        result = pipeline.run(resolved, output_dir, overwrite=overwrite, command=command)
+    print_result(result, output_dir, quiet=quiet)
+
+
+def _set_up_libraries(*, offline: bool) -> None:
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,0 +1,1 @@
+"""Text and rows: from a source named in the recipe to token windows."""

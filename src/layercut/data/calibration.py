@@ -1,0 +1,149 @@
+"""Texts + tokenizer → packed token windows."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from layercut.data.sources import read_texts
+from layercut.errors import DataError
+from layercut.recipe import CalibrationSection
+from layercut.types import CalibrationBatches
+from layercut.validation import validated
+
+POOL = 16
+"""Windows that are packed for each one that is drawn, so that a draw sees more than the start."""
+
+MICRO_BATCH_TOKENS = 2048
+
+CHARACTERS_PER_TOKEN = 16
+"""More than tokens of running text have, about 4; see `_first_tokens`."""
+
+
+def calibration_batches(
+    section: CalibrationSection | Mapping[str, Any], tokenizer: Any, *, seed: int = 0
+) -> CalibrationBatches:
+    """Draw calibration windows from the recipe's text, without replacement, in corpus order.
+
+    Args:
+        section: ``calibration`` of a recipe, or a mapping with its keys.
+        tokenizer: the model's.
+        seed: of the draw.
+
+    Raises:
+        RecipeError: the mapping has unknown keys or impossible values.
+        DataError: the text cannot be read or has fewer than two tokens.
+        NetworkError: the text is on the Hub, which cannot be reached.
+    """
+    if not isinstance(section, CalibrationSection):
+        section = validated(CalibrationSection, dict(section), "calibration")
+    windows = pack_tokens(
+        read_texts(section.data, text_column=section.text_column),
+        tokenizer,
+        seq_len=section.seq_len,
+        max_tokens=POOL * section.n_sequences * section.seq_len,
+    )
+    n_windows, seq_len = windows.shape
+    if n_windows < section.n_sequences or seq_len < section.seq_len:
+        warnings.warn(
+            f"{section.data} holds {n_windows} calibration window(s) of {seq_len} tokens, fewer "
+            f"than the {section.n_sequences} of {section.seq_len} asked for; all are used.",
+            stacklevel=2,
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(n_windows, generator=generator)[: section.n_sequences]
+    input_ids = windows[drawn.sort().values]
+    fitting = max(1, min(section.gradient_batch, MICRO_BATCH_TOKENS // seq_len))
+    return CalibrationBatches(
+        input_ids=input_ids,
+        gradient_batch=section.gradient_batch,
+        micro_batch=fitting if section.micro_batch == "auto" else section.micro_batch,
+        source=section.data,
+        fingerprint=_fingerprint(input_ids),
+    )
+
+
+def evaluation_windows(
+    source: str,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    max_tokens: int,
+    detokenize: bool | Literal["auto"],
+) -> Tensor:
+    """The first windows of a text, in order.
+
+    Args:
+        source: as for `read_texts`.
+        tokenizer: the model's.
+        seq_len: tokens per window.
+        max_tokens: tokens that are used at most, but at least one window.
+        detokenize: as for `read_texts`.
+
+    Returns:
+        Token ids, (n, seq_len), or one shorter window if the text is shorter.
+
+    Raises:
+        DataError: the text cannot be read or has fewer than two tokens.
+        NetworkError: the text is on the Hub, which cannot be reached.
+    """
+    texts = read_texts(source, detokenize=detokenize)
+    n_windows = max(1, max_tokens // seq_len)
+    return pack_tokens(texts, tokenizer, seq_len=seq_len, max_tokens=n_windows * seq_len)
+
+
+def pack_tokens(texts: Iterable[str], tokenizer: Any, *, seq_len: int, max_tokens: int) -> Tensor:
+    """Join documents, with the end-of-text token between them, and cut windows without padding.
+
+    Args:
+        texts: documents; read until there are ``max_tokens`` tokens.
+        tokenizer: adds no special tokens of its own; one without an end-of-text token joins
+            documents directly.
+        seq_len: tokens per window; the rest that fills none is dropped.
+        max_tokens: tokens that are used at most.
+
+    Returns:
+        Token ids, (n, seq_len), int64. One window (1, n_tokens) if there are fewer than seq_len.
+
+    Raises:
+        DataError: there are fewer than two tokens, so none to predict.
+    """
+    ids: list[int] = []
+    for text in texts:
+        if ids and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        ids += _first_tokens(text, tokenizer, max_tokens - len(ids))
+        if len(ids) >= max_tokens:
+            break
+    ids = ids[:max_tokens]
+    if len(ids) < 2:
+        raise DataError(
+            f"the text yields {len(ids)} token(s); at least 2 are needed to predict one. "
+            "Use a longer text."
+        )
+    seq_len = min(seq_len, len(ids))
+    n_windows = len(ids) // seq_len
+    return torch.tensor(ids[: n_windows * seq_len], dtype=torch.int64).view(n_windows, seq_len)
+
+
+def _first_tokens(text: str, tokenizer: Any, n_tokens: int) -> list[int]:
+    """At least the first ``n_tokens`` of a document, or all it has."""
+    # A document may be a file of gigabytes: tokenise a start that is longer than needed, so that
+    # its cut end does not matter, and the whole only if that was too short.
+    for piece in (text[: CHARACTERS_PER_TOKEN * n_tokens], text):
+        # verbose=False: a document longer than the model's context is cut into windows anyway.
+        ids: list[int] = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) > n_tokens + 8 or len(piece) == len(text):
+            break
+    return ids
+
+
+def _fingerprint(input_ids: Tensor) -> str:
+    digest = hashlib.sha256(str(tuple(input_ids.shape)).encode())
+    digest.update(input_ids.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""Local files, read row by row: plain text, JSON lines, CSV and Parquet, each also gzipped."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from layercut.errors import DataError, suggestion
+
+Value = tuple[str, Any]
+"""Where a value stands (``line 3``, ``row 3``) and the value itself."""
+
+MAX_CSV_FIELD = 2**31 - 1
+"""Characters in one CSV field: Python's own limit of 131,072 is less than one long document."""
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is not a readable regular file; symlinks are followed.
+
+    Raises:
+        DataError: the path does not exist, or is a folder, a FIFO, a device or a socket.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        hint = f". For a Hub dataset write hub:{path}" if str(path).count("/") == 1 else ""
+        raise DataError(f"data file {path} does not exist{hint}") from None
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read: {error.strerror}") from None
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    if kind := kinds.get(stat.S_IFMT(mode)):
+        raise DataError(f"{path} is {kind}; data must be a regular file")
+
+
+def read_text(path: Path) -> Iterator[Value]:
+    """The whole file as one value; nothing for an empty file."""
+    if text := "".join(_lines(path)):
+        yield "line 1", text
+
+
+def read_jsonl(path: Path, column: str) -> Iterator[Value]:
+    """One value per line that is not blank."""
+    columns: list[str] = []
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, line {number} should be an object with the key '{column}', "
+                f"got {type(row).__name__}"
+            )
+        if not columns:
+            columns = list(row)
+            check_column(str(path), column, columns)
+        yield f"line {number}", row.get(column)
+
+
+def read_csv(path: Path, column: str) -> Iterator[Value]:
+    """One value per row below the header."""
+    previous_limit = csv.field_size_limit(MAX_CSV_FIELD)
+    # strict: an unclosed quote must not swallow the rest of the file.
+    rows = csv.DictReader(_lines(path), strict=True)
+    try:
+        if rows.fieldnames is not None:
+            check_column(str(path), column, list(rows.fieldnames))
+        for row in rows:
+            if None in row:
+                raise DataError(
+                    f"{path}, line {rows.line_num} has more fields than the header; "
+                    "put text that holds commas in quotes"
+                )
+            yield f"line {rows.line_num}", row[column]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num} is not CSV: {error}") from None
+    finally:
+        csv.field_size_limit(previous_limit)
+
+
+def read_parquet(path: Path, column: str) -> Iterator[Value]:
+    """One value per row, read in groups of 1,024."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with _open(path) as file:
+            table = parquet.ParquetFile(file)
+            check_column(str(path), column, table.schema_arrow.names)
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[column]):
+                for value in batch.column(column).to_pylist():
+                    number += 1
+                    yield f"row {number}", value
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 in column '{column}': {error.reason}") from None
+    except (pyarrow.ArrowException, *_DAMAGED) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def check_column(name: str, column: str, columns: list[str]) -> None:
+    """Refuse a text column that is not there.
+
+    Raises:
+        DataError: lists the columns that are.
+    """
+    if column not in columns:
+        raise DataError(
+            f"{name} has no column '{column}'{suggestion(column, columns)} "
+            f"(columns: {', '.join(columns)}). Set text_column."
+        )
+
+
+_DAMAGED = (OSError, EOFError, zlib.error)
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    return path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their ends; a leading byte order mark is dropped."""
+    offset = 0
+    try:
+        with _open(path) as file:
+            for line in file:
+                mark = (
+                    len(codecs.BOM_UTF8) if not offset and line.startswith(codecs.BOM_UTF8) else 0
+                )
+                offset += mark
+                text = line[mark:].decode()
+                offset += len(line) - mark
+                yield text
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 at byte {offset + error.start}; convert it to UTF-8"
+        ) from None
+    except _DAMAGED as error:
+        raise DataError(f"{path} cannot be read: {error}") from None

@@ -1,0 +1,128 @@
+"""A source named in the recipe → the texts in it, one document per row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from layercut.data import files
+from layercut.data.embedded import read_embedded
+from layercut.data.wikitext import detokenize as undo_wikitext
+from layercut.errors import DataError, NetworkError, suggestion
+
+EXTENSIONS = (".txt", ".raw", ".jsonl", ".csv", ".parquet")
+
+
+def read_texts(
+    source: str, *, text_column: str = "text", detokenize: bool | Literal["auto"] = "auto"
+) -> Iterator[str]:
+    """The documents of ``source``, read lazily; null and blank ones are skipped.
+
+    Args:
+        source: ``embedded:…``, ``hub:owner/name[:config][@split]`` or a path. A ``.txt`` or
+            ``.raw`` file is one document, any other has one per row.
+        text_column: the column of a table that holds the text.
+        detokenize: undo WikiText markers; ``auto``: in ``.raw`` files and in Hub datasets with
+            ``wikitext`` in their name.
+
+    Raises:
+        DataError: the source is unknown, not there, not readable, or holds no text; what only
+            reading shows is raised while iterating.
+        NetworkError: the Hub is needed and cannot be reached.
+    """
+    if source.startswith("embedded:"):
+        texts = read_embedded(source.removeprefix("embedded:"))
+        is_wikitext = False
+    elif source.startswith("hub:"):
+        texts = _checked(_read_hub(source, *_parse_hub(source), text_column), source)
+        is_wikitext = "wikitext" in source.lower()
+    else:
+        path = Path(source).expanduser()
+        texts = _checked(_read_file(path, text_column), str(path))
+        is_wikitext = _extension(path) == ".raw"
+    if detokenize is True or (detokenize == "auto" and is_wikitext):
+        return map(undo_wikitext, texts)
+    return texts
+
+
+def _extension(path: Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def _read_file(path: Path, text_column: str) -> Iterator[files.Value]:
+    files.check_file(path)
+    extension = _extension(path)
+    if extension in (".txt", ".raw"):
+        return files.read_text(path)
+    if extension == ".jsonl":
+        return files.read_jsonl(path, text_column)
+    if extension == ".csv":
+        return files.read_csv(path, text_column)
+    if extension == ".parquet":
+        return files.read_parquet(path, text_column)
+    raise DataError(
+        f"{path} has an unknown file type '{extension}'{suggestion(extension, EXTENSIONS)} "
+        f"(known: {', '.join(EXTENSIONS)}, each also with .gz)"
+    )
+
+
+def _checked(values: Iterator[files.Value], name: str) -> Iterator[str]:
+    """The values that are text; refuses other types and sources without any text."""
+    n_rows = n_texts = 0
+    for where, value in values:
+        n_rows += 1
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise DataError(f"{name}, {where} should be text, got {type(value).__name__}")
+        if not value.strip():
+            continue
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{name}, {where} holds half of a surrogate pair") from None
+        n_texts += 1
+        yield value
+    if n_rows == 0:
+        raise DataError(f"{name} is empty: 0 rows")
+    if n_texts == 0:
+        raise DataError(f"{name} holds no text: each of its {n_rows} rows is null or blank")
+
+
+def _parse_hub(source: str) -> tuple[str, str | None, str]:
+    """Dataset name, configuration and split."""
+    pattern = r"hub:([\w.-]+/[\w.-]+)(?::([^@:]+))?(?:@([^@]+))?"
+    match = re.fullmatch(pattern, source)
+    if match is None or ".." in source:
+        raise DataError(f"'{source}' should read hub:owner/name[:config][@split]")
+    name, config, split = match.groups()
+    return name, config, split or "train"
+
+
+def _read_hub(
+    source: str, name: str, config: str | None, split: str, text_column: str
+) -> Iterator[files.Value]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # Streaming fetches only what is read; without a network only a whole cached copy can serve.
+    streaming = not constants.is_offline_mode()
+    try:
+        rows = load_dataset(name, config, split=split, streaming=streaming)
+        for number, row in enumerate(rows, start=1):
+            if number == 1:
+                files.check_column(source, text_column, list(row))
+            yield f"row {number}", row.get(text_column)
+    except DatasetsError as error:
+        raise DataError(f"{source} cannot be read: {error}") from None
+    except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
+        raise NetworkError(
+            f"{source} cannot be fetched: {error}. Connect, or use a local file or embedded:docs."
+        ) from None
+    except ValueError as error:  # an unknown configuration or split; the message lists the known
+        raise DataError(f"{source} cannot be read: {error}") from None

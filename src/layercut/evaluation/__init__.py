@@ -1,0 +1,56 @@
+"""How good, how large, how fast: one model, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from layercut import progress
+from layercut.data.calibration import evaluation_windows
+from layercut.evaluation.cost import decode_tokens_per_second, prefill_tokens_per_second
+from layercut.evaluation.perplexity import perplexity
+from layercut.report.machine import peak_rss_bytes
+from layercut.types import Evaluation
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+
+def evaluate(
+    view: DecoderView,
+    *,
+    text: Mapping[str, str],
+    seq_len: int = 512,
+    max_tokens: int = 8192,
+    detokenize: bool | Literal["auto"] = "auto",
+    speed: bool = True,
+) -> Evaluation:
+    """Measure the model that ``view`` holds now.
+
+    Args:
+        view: the model; unchanged afterwards.
+        text: name → data source; perplexity is measured on each.
+        seq_len: tokens per window; windows do not overlap.
+        max_tokens: tokens of each text at most.
+        detokenize: whether to undo WikiText's and PTB's markers.
+        speed: whether to measure tokens per second.
+
+    Raises:
+        DataError: a text cannot be read or is too short.
+        NumericsError: a loss is not finite.
+    """
+    figures = {}
+    for name, source in text.items():
+        windows = evaluation_windows(
+            source, view.tokenizer, seq_len=seq_len, max_tokens=max_tokens, detokenize=detokenize
+        )
+        figures[name] = perplexity(view, windows)
+        progress.figure(f"{name} perplexity {figures[name].value:.2f}")
+    return Evaluation(
+        n_layers=view.n_layers,
+        n_parameters=view.n_parameters,
+        perplexity=figures,
+        prefill_tokens_per_second=prefill_tokens_per_second(view) if speed else None,
+        decode_tokens_per_second=decode_tokens_per_second(view) if speed else None,
+        peak_rss_bytes=peak_rss_bytes(),
+    )

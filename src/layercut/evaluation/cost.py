@@ -1,0 +1,61 @@
+"""Speed of the model as plain transformers runs it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+PROMPT_TOKENS = 512
+NEW_TOKENS = 32
+REPEATS = 3
+
+
+@torch.no_grad()
+def prefill_tokens_per_second(view: DecoderView) -> float:
+    """Tokens of one 512-token prompt processed per second; median of three after a warm-up."""
+    ids = _prompt(view, min(PROMPT_TOKENS, int(view.model.config.max_position_embeddings)))
+
+    def prefill() -> None:
+        with view.precision():
+            view.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    return ids.numel() / _median_seconds(view, prefill)
+
+
+@torch.no_grad()
+def decode_tokens_per_second(view: DecoderView) -> float:
+    """Greedy tokens per second after a short prompt, batch of one; median of three."""
+    ids = _prompt(view, 16)
+
+    def decode() -> None:
+        cache = None
+        step = ids
+        for _ in range(NEW_TOKENS):
+            output = view.model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            step = output.logits[:, -1:].argmax(dim=-1)
+
+    return NEW_TOKENS / _median_seconds(view, decode)
+
+
+def _prompt(view: DecoderView, n_tokens: int) -> torch.Tensor:
+    rows = int(view.model.get_input_embeddings().weight.shape[0])
+    return (torch.arange(n_tokens, device=view.device) % rows)[None]
+
+
+def _median_seconds(view: DecoderView, run: Callable[[], None]) -> float:
+    seconds = []
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        run()
+        if view.device.type == "cuda":
+            torch.cuda.synchronize(view.device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])

@@ -1,0 +1,260 @@
+"""Writes the pruned checkpoint at file level, checks it, and puts it in place whole.
+
+Kept tensors are copied byte for byte under their new names and only patched ones are encoded;
+config.json keeps its own spelling but for the edited values. The folder is built beside its
+destination and renamed into place once the reloaded model has reproduced the one in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from layercut.errors import (
+    ModelError,
+    PlanError,
+    VerificationError,
+)
+from layercut.models import shards
+from layercut.models.config_text import replace_values
+from layercut.models.destination import check_disk_space, check_output_dir, staged_folder
+from layercut.models.families import FamilyRules, edit_config
+from layercut.models.preflight import (
+    TOKENIZER_FILES,
+    load_strictly,
+    matching_files,
+    quiet,
+    stored_tensors,
+)
+from layercut.models.shards import StoredTensor
+from layercut.models.view import DecoderView
+from layercut.surgery import new_name
+from layercut.types import PruningPlan, WeightPatch
+
+__all__ = [
+    "check_disk_space",
+    "check_output_dir",
+    "round_patch",
+    "save",
+    "staged_folder",
+    "verify_checkpoint",
+    "write_checkpoint",
+]
+
+COPIED = ("generation_config.json", "LICENSE*", "NOTICE*", *TOKENIZER_FILES)
+CHECK_BATCHES, CHECK_SHAPE, PREFILL = 2, (2, 32), 24
+CACHED_TOLERANCE = 1e-5
+
+
+def save(
+    view: DecoderView,
+    plan: PruningPlan,
+    patch: WeightPatch,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write the pruned model; the folder appears complete and verified, or not at all.
+
+    Args:
+        view: the model after ``apply``.
+        plan: the layers that went.
+        patch: the tensors that changed.
+        output_dir: a new or empty folder whose parent exists.
+        overwrite: replace an earlier output.
+
+    Returns:
+        ``output_dir``.
+
+    Raises:
+        PlanError: the plan has not been applied, or does not fit the source checkpoint.
+        OutputError: the folder cannot be written to.
+        ResourceError: the disk is too small.
+        VerificationError: the written model differs from the one in memory.
+    """
+    output_dir = Path(output_dir)
+    if view.n_layers != len(plan.kept):
+        raise PlanError(
+            f"the model in memory has {view.n_layers} layers, the plan keeps {len(plan.kept)}: "
+            "apply the plan first."
+        )
+    check_output_dir(output_dir, view.path, overwrite=overwrite)
+    check_disk_space(view.path, output_dir)
+    with staged_folder(output_dir, overwrite=overwrite) as folder:
+        write_checkpoint(view.path, view.rules, plan, patch, folder)
+        content = {"schema": 1, "model": plan.model, "fingerprint": plan.fingerprint}
+        (folder / "layercut").mkdir()
+        (folder / "layercut" / "plan.json").write_text(
+            json.dumps(content | plan.to_json(), indent=2) + "\n", encoding="utf-8"
+        )
+        verify_checkpoint(folder, view)
+    return output_dir
+
+
+def write_checkpoint(
+    source: Path, rules: FamilyRules, plan: PruningPlan, patch: WeightPatch, folder: Path
+) -> None:
+    """Write the pruned checkpoint into an empty folder, shard by shard.
+
+    Args:
+        source: the input model's folder.
+        rules: its family's row.
+        plan: which layers go.
+        patch: replacements, named as in the source; stored in the source's dtype.
+        folder: an empty folder.
+
+    Raises:
+        PlanError: plan or patch do not fit the source.
+        ModelError: the configuration cannot be edited so that every kept layer stays as it is.
+        OSError: the disk is full.
+    """
+    changed = round_patch(source, patch).tensors
+    gone = [name for name in changed if new_name(name, rules, plan.new_index) is None]
+    if gone:
+        raise PlanError(f"the patch changes {gone[0]}, whose layer is dropped. Fit it again.")
+    _write_config(source, rules, plan, folder)
+    written: dict[str, dict[str, StoredTensor | Tensor]] = {}
+    for path in shards.weight_files(source):
+        shard = shards.read_shard(path)
+        entries: dict[str, StoredTensor | Tensor] = {
+            name: changed.get(old, stored)
+            for old, stored in shard.tensors.items()
+            if (name := new_name(old, rules, plan.new_index)) is not None
+        }
+        if entries:
+            shards.write_shard(folder / path.name, list(entries.items()), shard.metadata)
+            written[path.name] = entries
+    if (source / shards.INDEX_FILE).exists():
+        _write_index(source / shards.INDEX_FILE, written, folder)
+    for path in matching_files(source, COPIED):
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def round_patch(source: Path, patch: WeightPatch) -> WeightPatch:
+    """The patch as a checkpoint can hold it: every tensor in the dtype that the source stores.
+
+    Rounding before ``apply`` keeps memory and file equal when a model is computed in a wider
+    dtype than it is stored in.
+
+    Raises:
+        PlanError: the patch names a tensor that the source lacks, or gives it another shape.
+    """
+    stored = stored_tensors(source)
+    rounded = {}
+    for name, tensor in patch.tensors.items():
+        if name not in stored or stored[name].shape != tuple(tensor.shape):
+            raise PlanError(
+                f"the patch changes {name} {list(tensor.shape)}, which the checkpoint in {source} "
+                "does not hold. Fit it to this model."
+            )
+        rounded[name] = tensor.to(shards.DTYPES[stored[name].dtype])
+    return replace(patch, tensors=rounded)
+
+
+@torch.no_grad()
+def verify_checkpoint(folder: Path, view: DecoderView) -> None:
+    """Reload a written checkpoint and compare its logits with those of the model in memory.
+
+    Args:
+        folder: the written checkpoint.
+        view: the pruned model, after ``apply``.
+
+    Raises:
+        VerificationError: keys, logits, or logits computed step by step with a cache differ.
+    """
+    remedy = "Nothing was saved; please report this."
+    attention = view.model.config._attn_implementation
+    try:
+        written = load_strictly(folder, view.model.dtype, view.device, attention).eval()
+    except ModelError as error:
+        raise VerificationError(f"the written checkpoint does not reload: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = view.model.get_input_embeddings().weight.shape[0]
+    for _ in range(CHECK_BATCHES):
+        ids = torch.randint(vocabulary, CHECK_SHAPE, generator=generator).to(view.device)
+        expected = view.model(ids, use_cache=False).logits
+        logits = written(ids, use_cache=False).logits
+        if not torch.equal(logits, expected):
+            gap = float((logits - expected).abs().max())
+            raise VerificationError(
+                f"the written checkpoint's logits differ from the model's in memory by {gap:.2g}. "
+                f"{remedy}"
+            )
+    # Float32: in a narrower dtype, rounding alone would exceed the tolerance.
+    written = written.float()
+    whole = written(ids, use_cache=False).logits
+    gap = float((_cached_logits(written, ids) - whole).abs().max())
+    if not gap <= CACHED_TOLERANCE * max(1.0, float(whole.abs().max())):
+        raise VerificationError(
+            f"the written checkpoint's cached logits differ from its uncached ones by {gap:.2g}. "
+            f"{remedy}"
+        )
+
+
+def _cached_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits of a prefill and single steps after it, (batch, seq, vocabulary)."""
+    output = model(ids[:, :PREFILL], use_cache=True)
+    logits = [output.logits]
+    for position in range(PREFILL, ids.shape[1]):
+        output = model(
+            ids[:, position : position + 1],
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _write_config(source: Path, rules: FamilyRules, plan: PruningPlan, folder: Path) -> None:
+    path = source / "config.json"
+    config = shards.read_json_object(path)
+    before = _layer_values(source, rules)
+    if config.get(rules.count, before[rules.count]) != plan.n_layers:
+        raise PlanError(
+            f"the plan is for {plan.n_layers} layers, {path} says {before[rules.count]}. "
+            "Load the model that the plan was made for."
+        )
+    edited = edit_config(config, rules, plan.kept, plan.n_layers)
+    changes = {key: value for key, value in edited.items() if config.get(key) != value}
+    text = replace_values(path.read_text(encoding="utf-8"), changes)
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    after = _layer_values(folder, rules)
+    for key in rules.per_layer:
+        # A pattern that is derived from counts need not survive every choice of layers.
+        if before[key] is not None and after[key] != [before[key][i] for i in plan.kept]:
+            raise ModelError(
+                f"{path}: the kept layers' {key} cannot be expressed without that key. "
+                f"Add {key} to the configuration, one entry per layer."
+            )
+
+
+def _layer_values(folder: Path, rules: FamilyRules) -> dict[str, Any]:
+    """The layer count and the per-layer lists as transformers derives them."""
+    with quiet():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return {key: getattr(config, key, None) for key in (rules.count, *rules.per_layer)}
+
+
+def _write_index(
+    index: Path, written: Mapping[str, Mapping[str, StoredTensor | Tensor]], folder: Path
+) -> None:
+    content = shards.read_json_object(index)
+    kept = {name: entry for entries in written.values() for name, entry in entries.items()}
+    metadata = dict(content.get("metadata") or {})
+    metadata["total_size"] = sum(entry.nbytes for entry in kept.values())
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(math.prod(entry.shape) for entry in kept.values())
+    files = {name: file for file, entries in written.items() for name in entries}
+    content |= {"metadata": metadata, "weight_map": dict(sorted(files.items()))}
+    (folder / index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,198 @@
+"""A model's name or folder → a :class:`DecoderView`, or a refusal that says why."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,  # the transport's base class, which the Hub's errors do not re-export
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+from transformers import AutoTokenizer
+
+from layercut.errors import ModelError, NetworkError, NumericsError, RecipeError, suggestion
+from layercut.models import embedded, shards
+from layercut.models.preflight import (
+    INVALID,
+    TOKENIZER_FILES,
+    check_folder,
+    load_strictly,
+    quiet,
+    tokenizer_files,
+)
+from layercut.models.shards import StoredTensor
+from layercut.models.view import DecoderView
+
+DTYPE_NAMES = ("auto", "float32", "bfloat16")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "LICENSE*", "NOTICE*", *TOKENIZER_FILES]
+NO_LENGTH_LIMIT = 1 << 62
+
+
+def load(
+    model: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto"
+) -> DecoderView:
+    """Load a causal language model for pruning.
+
+    Args:
+        model: ``embedded:smollm2-135m``, a local checkpoint folder, or a Hub name.
+        revision: branch, tag or commit of a Hub model.
+        dtype: ``auto`` keeps the stored one (float16 becomes float32 on a CPU) and lets matrix
+            products of float32 weights run in bfloat16; ``float32`` is exact; ``bfloat16``.
+        device: ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        RecipeError: unknown dtype or device.
+        ModelError: the checkpoint cannot be read or pruned.
+        NetworkError: the Hub is needed and does not give the model.
+        NumericsError: a weight is NaN or Inf.
+    """
+    if dtype not in DTYPE_NAMES:
+        hint = suggestion(dtype, DTYPE_NAMES)
+        raise RecipeError(f"dtype '{dtype}' is none of {', '.join(DTYPE_NAMES)}{hint}")
+    place = _device(device)
+    folder = _local_folder(model, revision)
+    rules, stored = check_folder(folder)
+    tokenizer = _tokenizer(folder)
+    fingerprint = _fingerprint(folder)
+    weights = load_strictly(folder, _dtype(dtype, stored, place), place)
+    _check_finite(weights)
+    mixed = dtype == "auto" and weights.dtype == torch.float32 and _has_bfloat16(place)
+    return DecoderView(
+        weights,
+        tokenizer,
+        name=model,
+        path=folder,
+        rules=rules,
+        fingerprint=fingerprint,
+        mixed_precision=mixed,
+    )
+
+
+def _local_folder(model: str, revision: str | None) -> Path:
+    if model.startswith("embedded:"):
+        if model != embedded.NAME:
+            raise ModelError(f"there is no '{model}': the embedded model is '{embedded.NAME}'.")
+        return embedded.checkpoint_folder()
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return path.resolve()
+    if model and path.exists():
+        raise ModelError(f"{model} is not a folder. Name the folder that holds config.json.")
+    if not HUB_NAME.fullmatch(model) or ".." in model:
+        raise ModelError(
+            f"'{model}' is neither an existing folder nor a Hub name like owner/name. "
+            f"Give one of these, or {embedded.NAME}."
+        )
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    """The model's files at one commit, whose hash is the folder's name."""
+    where = f"{model} at revision {revision}" if revision else model
+    try:
+        with quiet():
+            # The Hub resolves the revision to a commit once, before the first file.
+            folder = snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=HUB_FILES,
+                ignore_patterns="*/*.safetensors",
+            )
+    except HFValidationError as error:
+        raise ModelError(f"'{model}' is not a valid Hub name. Write it as owner/name.") from error
+    except GatedRepoError as error:
+        raise NetworkError(
+            f"{model} is gated. Accept its terms on the Hub and run `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise NetworkError(
+            f"the Hub has no {where}, or your login may not see it, and there is no such local "
+            "folder. Check the name, or run `hf auth login`."
+        ) from error
+    except (OSError, HTTPError, RevisionResolutionError) as error:
+        raise NetworkError(
+            f"{where} is neither a local folder nor completely in the cache, and the Hub cannot "
+            f"be reached ({type(error).__name__}). Connect to the network or name a local folder."
+        ) from error
+    return Path(folder)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise RecipeError(f"device '{device}' is none of auto, cpu, cuda, cuda:0 …") from error
+    if place.type not in {"cpu", "cuda"}:
+        raise RecipeError(f"device '{device}' is not supported. Use auto, cpu or cuda.")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"device '{device}' is not there. Use device: cpu.")
+    return place
+
+
+def _dtype(dtype: str, stored: Mapping[str, StoredTensor], place: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return torch.float32 if dtype == "float32" else torch.bfloat16
+    sizes: Counter[str] = Counter()
+    for tensor in stored.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    most = shards.DTYPES[sizes.most_common(1)[0][0]]
+    # CPUs have no fast float16, and squares of float16 gradients overflow at 256.
+    return torch.float32 if most == torch.float16 and place.type == "cpu" else most
+
+
+def _has_bfloat16(place: torch.device) -> bool:
+    if place.type == "cuda":
+        return True
+    return any(on for name, on in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except (*INVALID, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read: {reason} "
+            "Copy the tokenizer files of the model again."
+        ) from error
+    # Calibration text is cut into windows after tokenising: its length is no mistake.
+    tokenizer.model_max_length = NO_LENGTH_LIMIT
+    return tokenizer
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 over the names and contents of the files that determine the model, names sorted."""
+    paths = {folder / "config.json", *tokenizer_files(folder), *shards.weight_files(folder)}
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _check_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        # NaN and Inf both survive in the extremes, which need no temporary of the weight's size.
+        low, high = parameter.detach().aminmax()
+        if not bool(low.isfinite() & high.isfinite()):
+            raise NumericsError(
+                f"{name} holds NaN or Inf. Download the checkpoint again, or use another one."
+            )

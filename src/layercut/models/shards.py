@@ -1,0 +1,261 @@
+"""safetensors files as bytes: what is stored where, and copies that never decode a tensor.
+
+A file is 8 bytes of header length (little endian), a JSON header padded with spaces to 8 bytes,
+then the tensors' bytes without holes. The header is checked whole before anything is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from layercut.errors import ModelError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit; a larger length is a damaged or hostile file."""
+COPY_BYTES = 1 << 24
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file.
+
+    Attributes:
+        path: the file.
+        dtype: ``F32``, ``F16`` or ``BF16``.
+        shape: as the header gives it.
+        begin: first byte, counted from the start of the file.
+        end: one past the last byte.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, by the name that torch gives them."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The header of one file: its tensors by name, in stored order, and its ``__metadata__``."""
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str] | None
+
+
+def check_plain_file(path: Path) -> None:
+    """Refuse what is not a regular file (links to one are fine), before opening could block.
+
+    Raises:
+        ModelError: missing, a folder, a pipe, a socket, a device, or a git-lfs pointer.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be read ({error.strerror}). Download the checkpoint again."
+        ) from error
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise ModelError(f"{path} is {kind} where a file is meant. Download the checkpoint again.")
+    with _open(path) as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelError(
+                f"{path} is a git-lfs pointer, not the file itself. Run `git lfs pull` there."
+            )
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a checkpoint, sorted by name.
+
+    Raises:
+        ModelError: there are none, only pickles, two layouts at once, or the index names files
+            that are missing or outside of the folder.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.exists() and index.exists():
+        raise ModelError(
+            f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}, and one of them is stale. "
+            "Delete the one that does not belong to this checkpoint."
+        )
+    if index.exists():
+        return tuple(folder / name for name in _indexed_files(index))
+    if single.exists():
+        return (single,)
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder} holds only pickle weights ({pickles[0]}), which can run code when opened. "
+            "Use a checkpoint with .safetensors files."
+        )
+    raise ModelError(
+        f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}. "
+        "Download the checkpoint again."
+    )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that must hold an object.
+
+    Raises:
+        ModelError: it cannot be read, is not JSON, or is something else than an object.
+    """
+    check_plain_file(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{path} is not valid JSON ({error}). Download the checkpoint again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} does not hold a JSON object. Download the checkpoint again.")
+    return content
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check the header of a safetensors file; no tensor is read.
+
+    Raises:
+        ModelError: the file is damaged, or holds a dtype of quantised weights.
+    """
+    check_plain_file(path)
+    size = path.stat().st_size
+    with _open(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise _damaged(path, f"{size} bytes cannot hold a header of {length} bytes")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None)
+        tensors = {name: _entry(path, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, "its header does not follow the format") from error
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
+    expected = 8 + length
+    for name, tensor in ordered.items():
+        n_bytes = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        if tensor.begin != expected or tensor.nbytes != n_bytes:
+            raise _damaged(path, f"the bytes of {name} are not where they should be")
+        expected = tensor.end
+    if expected != size:
+        raise _damaged(path, f"it has {size} bytes, its header describes {expected}")
+    return Shard(path, ordered, metadata)
+
+
+def write_shard(
+    path: Path,
+    entries: Sequence[tuple[str, StoredTensor | Tensor]],
+    metadata: dict[str, str] | None,
+) -> None:
+    """Write a safetensors file; stored tensors are copied byte for byte.
+
+    Args:
+        path: a new file.
+        entries: names and contents in the order of the file.
+        metadata: ``__metadata__`` of the header.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    position = 0
+    for name, content in entries:
+        n_bytes = content.nbytes
+        header[name] = {
+            "dtype": content.dtype if isinstance(content, StoredTensor) else _NAMES[content.dtype],
+            "shape": list(content.shape),
+            "data_offsets": [position, position + n_bytes],
+        }
+        position += n_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, content in entries:
+            if isinstance(content, StoredTensor):
+                _copy_bytes(content, file)
+            else:
+                flat = content.detach().cpu().contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _indexed_files(index: Path) -> list[str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no weight_map. Download the checkpoint again.")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if name in {"", ".", ".."} or any(c in name for c in "/\\\0"):
+            raise ModelError(
+                f"security: {index} names the file {name!r}, which is not a plain name inside the "
+                "checkpoint's folder. Do not use this checkpoint."
+            )
+        if not (index.parent / name).exists():
+            raise ModelError(
+                f"{index.name} names {name}, which is missing from {index.parent}. "
+                "Download the checkpoint again."
+            )
+    return names
+
+
+def _entry(path: Path, entry: dict[str, Any], start: int) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise ModelError(
+            f"{path} stores tensors as {entry['dtype']}, so the weights are quantised. "
+            "Score and prune the original, unquantised checkpoint."
+        )
+    shape = tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError("sizes and offsets must be natural numbers")
+    return StoredTensor(path, entry["dtype"], shape, start + begin, start + end)
+
+
+def _copy_bytes(tensor: StoredTensor, target: BinaryIO) -> None:
+    remaining = tensor.nbytes
+    with tensor.path.open("rb") as source:
+        source.seek(tensor.begin)
+        while remaining:
+            block = source.read(min(COPY_BYTES, remaining))
+            if not block:
+                raise _damaged(tensor.path, "it became shorter while it was read")
+            target.write(block)
+            remaining -= len(block)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be read ({error.strerror}). Check the permissions of the file."
+        ) from error
+
+
+def _damaged(path: Path, why: str) -> ModelError:
+    return ModelError(f"{path} is damaged or truncated: {why}. Download this file again.")

@@ -1,0 +1,53 @@
+"""Repair of the kept weights: a patch of named tensors, read-only on the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from layercut import methods
+from layercut.errors import NumericsError
+from layercut.models.checkpoint import round_patch
+from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+
+def fit(
+    view: DecoderView,
+    plan: PruningPlan,
+    evidence: Evidence | None,
+    batches: CalibrationBatches,
+    *,
+    method: str = "projection",
+    **options: Any,
+) -> WeightPatch:
+    """Fit replacements for some of the kept weights.
+
+    Args:
+        view: the intact model; unchanged afterwards.
+        plan: which layers go.
+        evidence: what selection left, or ``None``.
+        batches: calibration text.
+        method: a file of ``layercut/recovery``, with ``-`` for ``_``.
+        **options: that method's own options.
+
+    Returns:
+        Tensors in the dtype that the checkpoint stores, so that memory and file agree.
+
+    Raises:
+        RecipeError: unknown method or option.
+        NumericsError: a fitted tensor is not finite.
+    """
+    module = methods.load_method("recovery", method)
+    parsed = methods.parse_options("recovery", method, options)
+    patch: WeightPatch = module.fit(view, plan, evidence, batches, parsed)
+    patch = round_patch(view.path, replace(patch, method=method))
+    for name, tensor in patch.tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise NumericsError(
+                f"recovery '{method}' made values in {name} that are not finite. "
+                "Use more calibration text, or recovery.method: none."
+            )
+    return patch

@@ -1,0 +1,102 @@
+"""Dense against pruned as a table of text cells, for the report and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from layercut.types import Evaluation, Figure, RunResult
+
+STAGE_TITLES = {
+    "dense": "Dense",
+    "pruned": "Pruned",
+    "dense_tuned": "Dense, tuned",
+    "pruned_tuned": "Pruned, tuned",
+}
+MISSING = "–"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured quantity.
+
+    Attributes:
+        label: what was measured.
+        cells: one per stage that ran, in the order of ``columns``; ``MISSING`` where it was not
+            measured.
+        change: pruned relative to dense; empty if one of them is missing.
+    """
+
+    label: str
+    cells: tuple[str, ...]
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """A value, how it is shown, and how the pruned one is compared with the dense one."""
+
+    value: float
+    text: str
+    compare: Callable[[float, float], str]
+
+
+def columns(result: RunResult) -> tuple[str, ...]:
+    """Titles of the stages that ran, dense first."""
+    return tuple(title for name, title in STAGE_TITLES.items() if name in result.stages)
+
+
+def rows(result: RunResult) -> tuple[Row, ...]:
+    """Every quantity that at least one stage measured."""
+    stages = {
+        name: _measures(result.stages[name]) for name in STAGE_TITLES if name in result.stages
+    }
+    labels = dict.fromkeys(label for measures in stages.values() for label in measures)
+    dense, pruned = stages.get("dense", {}), stages.get("pruned", {})
+    found = []
+    for label in labels:
+        cells = (measures.get(label) for measures in stages.values())
+        change = ""
+        if label in dense and label in pruned:
+            change = dense[label].compare(dense[label].value, pruned[label].value)
+        found.append(Row(label, tuple(m.text if m else MISSING for m in cells), change))
+    return tuple(found)
+
+
+def _measures(stage: Evaluation) -> dict[str, _Measure]:
+    """Label → measure. Peak memory is left out: it never falls within one process."""
+    found = {
+        "Layers": _Measure(stage.n_layers, str(stage.n_layers), _difference),
+        "Parameters": _Measure(stage.n_parameters, f"{stage.n_parameters:,}", _percent),
+    }
+    for name, figure in stage.perplexity.items():
+        found[f"Perplexity, {name}"] = _Measure(figure.value, _with_error(figure, 2), _factor)
+    for name, figure in stage.accuracy.items():
+        found[f"Accuracy, {name}"] = _Measure(figure.value, _with_error(figure, 3), _points)
+    for label, speed in (
+        ("Prefill, tokens per second", stage.prefill_tokens_per_second),
+        ("Decoding, tokens per second", stage.decode_tokens_per_second),
+    ):
+        if speed is not None:
+            found[label] = _Measure(speed, f"{speed:,.1f}", _factor)
+    return found
+
+
+def _with_error(figure: Figure, digits: int) -> str:
+    return f"{figure.value:,.{digits}f} ± {figure.stderr:.{digits}f}"
+
+
+def _difference(dense: float, pruned: float) -> str:
+    return f"{pruned - dense:+.0f}".replace("-", "−")
+
+
+def _percent(dense: float, pruned: float) -> str:
+    return f"{100 * (pruned / dense - 1):+.1f} %".replace("-", "−")
+
+
+def _points(dense: float, pruned: float) -> str:
+    return f"{100 * (pruned - dense):+.1f} points".replace("-", "−")
+
+
+def _factor(dense: float, pruned: float) -> str:
+    return f"× {pruned / dense:.2f}"

@@ -1,0 +1,237 @@
+"""A finished run as files: recipe.yaml, JSON, report.html and the model card."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from layercut.errors import NumericsError, OutputError, ResourceError
+from layercut.report import comparison, figures
+from layercut.types import LayerScores, RunResult
+
+EMBEDDED_LICENSE = "apache-2.0"
+LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+def write_report(
+    result: RunResult,
+    folder: Path,
+    *,
+    scores: tuple[LayerScores, ...] = (),
+    recipe_yaml: str,
+) -> None:
+    """Write everything that belongs into ``OUT/layercut``.
+
+    Args:
+        result: what the run found out; stages that did not run may be missing.
+        folder: ``OUT/layercut``; created if need be.
+        scores: of every round; the last one becomes ``scores.json``.
+        recipe_yaml: the resolved recipe.
+
+    Raises:
+        NumericsError: a figure is NaN or infinite, which JSON cannot hold.
+        OutputError: the folder cannot be written to.
+        ResourceError: the disk is full.
+    """
+    content: dict[str, Any] = {"result.json": result.to_json()}
+    if result.plan is not None:
+        content["plan.json"] = {
+            "schema": 1,
+            "model": result.plan.model,
+            "fingerprint": result.plan.fingerprint,
+            **result.plan.to_json(),
+        }
+    if scores:
+        content["scores.json"] = scores[-1].to_json(result.model)
+    # Everything is rendered before the first byte is written: no half of a report is left behind.
+    texts = {name: _to_json(name, value) for name, value in content.items()}
+    texts["recipe.yaml"] = recipe_yaml
+    texts["report.html"] = render_html(result, recipe_yaml=recipe_yaml)
+    for name, text in texts.items():
+        _write(folder / name, text)
+
+
+def write_model_card(result: RunResult, path: Path, *, source: Path | None = None) -> None:
+    """Write the model card, ``OUT/README.md``.
+
+    Args:
+        result: what the run found out.
+        path: the card's path.
+        source: folder of the input model; the licence is read from its own card if it has one.
+
+    Raises:
+        OutputError: the card cannot be written.
+        ResourceError: the disk is full.
+    """
+    recipe_yaml = yaml.safe_dump(dict(result.recipe), sort_keys=False, allow_unicode=True)
+    front_matter = yaml.safe_dump(_metadata(result, source), sort_keys=False, allow_unicode=True)
+    template = _environment().get_template("model_card.md.jinja")
+    _write(
+        path,
+        template.render(
+            **_context(result, recipe_yaml),
+            front_matter=front_matter.strip(),
+            fence=_fence(recipe_yaml, result.provenance.command),
+        ),
+    )
+
+
+def render_html(result: RunResult, *, recipe_yaml: str) -> str:
+    """The report as one HTML page that needs no other file, no network and no script."""
+    plots = {}
+    if result.plan is not None:
+        layer = result.recovery.get("layer")
+        plots["layers"] = figures.layers(result.plan, layer if isinstance(layer, int) else None)
+    perplexity = {
+        title: result.stages[name].perplexity
+        for name, title in comparison.STAGE_TITLES.items()
+        if name in result.stages
+    }
+    if any(perplexity.values()):
+        plots["perplexities"] = figures.perplexities(perplexity)
+    if spent := _stage_seconds(result):
+        plots["seconds"] = figures.seconds(spent)
+    template = _environment().get_template("report.html.jinja")
+    return template.render(
+        **_context(result, recipe_yaml),
+        plots={name: Markup(svg) for name, svg in plots.items()},  # our own SVG, already escaped
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("layercut", "report"),
+        autoescape=select_autoescape(enabled_extensions=("html.jinja",), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = lambda text: text.replace("|", "\\|")
+    return environment
+
+
+def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
+    """What both templates show."""
+    return {
+        "result": result,
+        "plan": result.plan,
+        "columns": comparison.columns(result),
+        "rows": comparison.rows(result),
+        "headline": headline(result),
+        "recovery": _labelled(result.recovery),
+        "seconds": {name: f"{spent:,.1f}" for name, spent in _stage_seconds(result).items()},
+        "total": f"{result.seconds['total']:,.1f}" if "total" in result.seconds else None,
+        "memory": _shown("peak_rss_bytes", result.peak_rss_bytes),
+        "versions": dict(result.provenance.versions),
+        "hardware": _labelled(result.provenance.hardware),
+        "recipe_yaml": recipe_yaml.strip(),
+    }
+
+
+def headline(result: RunResult) -> tuple[tuple[str, str], ...]:
+    """The few figures to read first, as (figure, what it is); only those that exist."""
+    found = []
+    if result.plan is not None:
+        found.append((f"{len(result.plan.dropped)} of {result.plan.n_layers}", "layers dropped"))
+    for row in comparison.rows(result):
+        quantity, _, name = row.label.partition(", ")
+        if not row.change or quantity in ("Layers", "Decoding"):
+            continue
+        label = "prompt speed" if quantity == "Prefill" else quantity.lower()
+        on = f" on {name}" if quantity in ("Perplexity", "Accuracy") else ""
+        found.append((row.change, label + on))
+    return tuple(found)
+
+
+def _stage_seconds(result: RunResult) -> dict[str, float]:
+    return {name: spent for name, spent in result.seconds.items() if name != "total"}
+
+
+def _labelled(values: Mapping[str, Any]) -> dict[str, str]:
+    """Keys as words, values as text."""
+    return {
+        key.removesuffix("_bytes").replace("_", " "): _shown(key, value)
+        for key, value in values.items()
+    }
+
+
+def _shown(key: str, value: Any) -> str:
+    if key.endswith("_bytes") and isinstance(value, int):
+        return f"{value / 2**30:.2f} GiB"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str):
+        return value
+    if value is None or value == []:
+        return "none"
+    return json.dumps(value, ensure_ascii=False).strip("[]").replace('"', "")
+
+
+def _metadata(result: RunResult, source: Path | None) -> dict[str, Any]:
+    """The card's front matter."""
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if result.model.startswith("embedded:"):
+        metadata["license"] = EMBEDDED_LICENSE
+    elif source is not None:
+        metadata |= _license_of(source)
+    if _is_hub_name(result.model):
+        metadata["base_model"] = result.model
+    return metadata | {"tags": ["depth-pruning", "layer-pruning", "layercut"]}
+
+
+def _is_hub_name(model: str) -> bool:
+    """Whether ``model`` names a Hub repository rather than a folder or the embedded model."""
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model)) and not Path(model).exists()
+
+
+def _license_of(source: Path) -> dict[str, Any]:
+    """The licence keys of the source's own model card; empty if it has none that can be read."""
+    card = source / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.match(r"---\r?\n(.*?)\r?\n---", text, flags=re.DOTALL)
+    try:
+        front_matter = yaml.safe_load(found.group(1)) if found else None
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(front_matter, dict):
+        return {}
+    return {key: front_matter[key] for key in LICENSE_KEYS if key in front_matter}
+
+
+def _fence(*blocks: str) -> str:
+    """A Markdown code fence longer than any run of backticks in ``blocks``."""
+    longest = max((len(run) for block in blocks for run in re.findall("`+", block)), default=0)
+    return "`" * max(3, longest + 1)
+
+
+def _to_json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    except ValueError as error:
+        raise NumericsError(
+            f"{name} cannot be written: a figure is NaN or infinite ({error}). "
+            "Look for the stage that produced it in the output above."
+        ) from None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"{path}: {error.strerror}. Free some space and run again."
+            ) from error
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}. Choose another --output-dir."
+        ) from error

@@ -1,0 +1,142 @@
+"""Which layers go: strategies that turn scores into a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from layercut import methods
+from layercut.errors import PlanError
+from layercut.types import CalibrationBatches, Evidence, PruningPlan
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+Rounds = Literal["one-shot", "each"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked a strategy for.
+
+    Attributes:
+        n_drop: layers to drop.
+        protect: layers that must stay.
+        scoring: scoring method.
+        scoring_options: its options.
+        rounds: score once, or again after every dropped layer.
+    """
+
+    n_drop: int
+    protect: frozenset[int] = frozenset()
+    scoring: str = "gradmap"
+    scoring_options: Mapping[str, Any] = field(default_factory=dict)
+    rounds: Rounds = "each"
+
+
+def select(
+    view: DecoderView,
+    batches: CalibrationBatches,
+    *,
+    strategy: str = "lowest",
+    scoring: str = "gradmap",
+    scoring_options: Mapping[str, Any] | None = None,
+    rounds: Rounds = "each",
+    drop_layers: int | None = None,
+    drop_fraction: float | None = None,
+    drop: Sequence[int] | None = None,
+    protect: Sequence[int] = (),
+) -> tuple[PruningPlan, Evidence]:
+    """Choose the layers to drop; the model is unchanged afterwards.
+
+    Args:
+        view: the model.
+        batches: calibration text.
+        strategy: a file of ``layercut/selection``.
+        scoring: a file of ``layercut/scoring``.
+        scoring_options: that method's own options.
+        rounds: ``one-shot``, or ``each`` to score again after every dropped layer.
+        drop_layers: how many layers go (default 6 when nothing else is given).
+        drop_fraction: or which share of them, rounded to the nearest number.
+        drop: or exactly which ones; nothing is scored then.
+        protect: layers that must stay.
+
+    Raises:
+        PlanError: the request cannot be met by this model.
+    """
+    n_drop = check_request(
+        view.n_layers,
+        drop_layers=drop_layers,
+        drop_fraction=drop_fraction,
+        drop=drop,
+        protect=protect,
+    )
+    if drop is not None:
+        plan = PruningPlan(
+            model=view.name, n_layers=view.n_layers, dropped=tuple(sorted(drop)), method="given"
+        )
+        return plan, Evidence(scores=())
+    request = Request(
+        n_drop=n_drop,
+        protect=frozenset(protect),
+        scoring=scoring,
+        scoring_options=dict(scoring_options or {}),
+        rounds=rounds,
+    )
+    module = methods.load_method("selection", strategy)
+    result: tuple[PruningPlan, Evidence] = module.select(view, batches, request)
+    return result
+
+
+def check_request(
+    n_layers: int,
+    *,
+    drop_layers: int | None = None,
+    drop_fraction: float | None = None,
+    drop: Sequence[int] | None = None,
+    protect: Sequence[int] = (),
+) -> int:
+    """How many layers the request drops.
+
+    Raises:
+        PlanError: an index that does not exist or stands twice, a protected layer asked to go, no
+            layer or too many.
+    """
+    for name, layers in (("drop", drop or ()), ("protect", protect)):
+        outside = [i for i in layers if not 0 <= i < n_layers]
+        if outside:
+            raise PlanError(
+                f"selection.{name} names layer {outside[0]}, but the model's layers are "
+                f"0 to {n_layers - 1}."
+            )
+        if len(set(layers)) != len(layers):
+            twice = next(i for i in layers if list(layers).count(i) > 1)
+            raise PlanError(f"selection.{name} names layer {twice} twice. Name each layer once.")
+    both = sorted(set(drop or ()) & set(protect))
+    if both:
+        raise PlanError(f"layer {both[0]} is to be dropped and protected. Choose one.")
+    if drop is not None:
+        n_drop = len(drop)
+    elif drop_fraction is not None:
+        n_drop = round(drop_fraction * n_layers)
+    else:
+        n_drop = 6 if drop_layers is None else drop_layers
+    _check_count(n_drop, n_layers, len(protect))
+    return n_drop
+
+
+def _check_count(n_drop: int, n_layers: int, n_protected: int) -> None:
+    # A model cut below a quarter of its depth is rubble; asking for it is a slip of the hand.
+    min_keep = max(1, -(-n_layers // 4))
+    most = n_layers - max(min_keep, n_protected)
+    if n_drop < 1:
+        raise PlanError(
+            f"cannot drop {n_drop} of {n_layers} layers: nothing would change. "
+            "Ask for at least one."
+        )
+    if n_drop > most:
+        raise PlanError(
+            f"cannot drop {n_drop} of {n_layers} layers: {n_protected} are protected and "
+            f"min_keep={min_keep} allows {most}. Lower drop_layers."
+        )

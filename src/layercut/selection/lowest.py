@@ -1,0 +1,64 @@
+"""Drop the lowest-scored layers, at once or one decision at a time.
+
+Source   one-shot: arXiv:2403.03853; in rounds: arXiv:2602.14649 (one forward-backward a decision)
+Rule     one-shot: the n lowest scores go; each: score, drop the lowest, score the rest again
+Ties     the lower index stays
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layercut import progress
+from layercut.models.view import DecoderView
+from layercut.scoring import score
+from layercut.selection import Request
+from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
+
+
+def select(
+    view: DecoderView, batches: CalibrationBatches, request: Request
+) -> tuple[PruningPlan, Evidence]:
+    """Score ``view`` as often as ``request.rounds`` says; dropped layers are skipped, not cut."""
+    n_each = 1 if request.rounds == "each" else request.n_drop
+    dropped: list[int] = []
+    rounds: list[Round] = []
+    evidence: list[LayerScores] = []
+    while len(dropped) < request.n_drop:
+        progress.figure(f"decision {len(rounds) + 1} of {request.n_drop // n_each}")
+        with view.skipping(dropped):
+            scores = score(view, batches, method=request.scoring, **request.scoring_options)
+        chosen, margin = lowest(scores.values, n_each, protect=request.protect)
+        dropped += chosen
+        evidence.append(scores)
+        rounds.append(Round(scores.values, tuple(chosen), margin))
+    plan = PruningPlan(
+        model=view.name,
+        n_layers=view.n_layers,
+        dropped=tuple(sorted(dropped)),
+        method=request.scoring,
+        rounds=tuple(rounds),
+        fingerprint=evidence[-1].fingerprint,
+    )
+    return plan, Evidence(scores=tuple(evidence))
+
+
+def lowest(
+    values: Sequence[float | None], n: int, *, protect: frozenset[int] = frozenset()
+) -> tuple[list[int], float | None]:
+    """The ``n`` lowest-scored free layers, and how clear the cut was.
+
+    Returns:
+        The layers in ascending order, and the margin: the gap in score between the last dropped
+        and the first kept candidate over the range of all candidates; ``None`` if no candidate
+        is left or all scores are equal.
+    """
+    ranked = sorted(
+        ((value, -layer) for layer, value in enumerate(values) if value is not None),
+    )
+    ranked = [(value, tie) for value, tie in ranked if -tie not in protect]
+    chosen = sorted(-tie for _, tie in ranked[:n])
+    spread = ranked[-1][0] - ranked[0][0]
+    if len(ranked) == n or spread == 0:
+        return chosen, None
+    return chosen, (ranked[n][0] - ranked[n - 1][0]) / spread

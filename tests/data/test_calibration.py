@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from conftest import byte_tokenizer
+from layercut.data.calibration import calibration_batches, evaluation_windows, pack_tokens
+from layercut.errors import DataError, RecipeError
+from layercut.recipe import CalibrationSection
+
+EOS = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> str:
+    """1,000 bytes of text that never repeats within 4 bytes."""
+    path = tmp_path / "numbers.txt"
+    path.write_text("".join(f"{i:04d}" for i in range(250)))
+    return str(path)
+
+
+def ids(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def test_documents_are_joined_by_the_end_of_text_token(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    windows = pack_tokens(["abc", "de", "fgh"], tokenizer, seq_len=4, max_tokens=100)
+    # abc·de·fgh is 10 tokens: two windows, and 2 tokens that fill none.
+    expected = [*ids("abc", tokenizer), EOS, *ids("de", tokenizer), EOS, *ids("f", tokenizer)]
+    assert windows.dtype == torch.int64
+    assert windows.flatten().tolist() == expected
+    assert windows.shape == (2, 4)
+
+
+def test_a_tokenizer_without_end_of_text_joins_directly() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    windows = pack_tokens(["abc", "de"], tokenizer, seq_len=5, max_tokens=100)
+    assert windows.tolist() == [ids("abcde", tokenizer)]
+
+
+def test_reading_stops_at_the_token_limit(tokenizer: PreTrainedTokenizerFast) -> None:
+    def texts() -> Iterator[str]:
+        yield "abc"
+        yield "defgh"
+        raise AssertionError("read too far")
+
+    assert pack_tokens(texts(), tokenizer, seq_len=4, max_tokens=8).shape == (2, 4)
+
+
+def test_a_short_text_is_one_shorter_window(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert pack_tokens(["abc"], tokenizer, seq_len=9, max_tokens=90).shape == (1, 3)
+
+
+@pytest.mark.parametrize(("texts", "n_tokens"), [([], 0), (["a"], 1)])
+def test_fewer_than_two_tokens_are_refused(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], n_tokens: int
+) -> None:
+    with pytest.raises(DataError, match=rf"yields {n_tokens} token\(s\); at least 2 are needed"):
+        pack_tokens(texts, tokenizer, seq_len=4, max_tokens=8)
+
+
+def test_windows_are_drawn_without_replacement_in_corpus_order(
+    tokenizer: PreTrainedTokenizerFast, numbers: str
+) -> None:
+    # 16 × 3 × 8 = 384 tokens are packed into 48 windows; window i starts with the number 2 i.
+    section = CalibrationSection(data=numbers, n_sequences=3, seq_len=8)
+    batches = calibration_batches(section, tokenizer, seed=5)
+    starts = [int(tokenizer.decode(row[:4])) // 2 for row in batches.input_ids]
+    assert starts == sorted(set(starts))
+    assert len(starts) == 3
+    assert max(starts) < 48
+    assert all(
+        tokenizer.decode(row[4:]) == f"{2 * s + 1:04d}"
+        for row, s in zip(batches.input_ids, starts, strict=True)
+    )
+
+
+def test_the_draw_depends_on_the_seed_alone(
+    tokenizer: PreTrainedTokenizerFast, numbers: str
+) -> None:
+    section = {"data": numbers, "n_sequences": 4, "seq_len": 8}
+    first = calibration_batches(section, tokenizer, seed=1)
+    torch.rand(3)
+    again = calibration_batches(section, tokenizer, seed=1)
+    other = calibration_batches(section, tokenizer, seed=2)
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert first.fingerprint == again.fingerprint
+    assert not torch.equal(first.input_ids, other.input_ids)
+    assert first.fingerprint != other.fingerprint
+
+
+def test_the_draw_leaves_the_global_generator_alone(
+    tokenizer: PreTrainedTokenizerFast, numbers: str
+) -> None:
+    state = torch.get_rng_state()
+    calibration_batches({"data": numbers, "n_sequences": 2, "seq_len": 8}, tokenizer)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_fingerprint_knows_how_tokens_are_cut(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("0123456789abcdef")
+    fingerprints = {
+        calibration_batches(
+            {"data": str(path), "n_sequences": 16 // n, "seq_len": n}, tokenizer
+        ).fingerprint
+        for n in (4, 8)
+    }
+    assert len(fingerprints) == 2
+
+
+def test_fewer_windows_than_asked_for_are_all_used_with_a_warning(
+    tokenizer: PreTrainedTokenizerFast, numbers: str
+) -> None:
+    section = {"data": numbers, "n_sequences": 48, "seq_len": 100}
+    with pytest.warns(UserWarning, match=r"holds 10 calibration window\(s\) of 100 tokens, fewer"):
+        batches = calibration_batches(section, tokenizer)
+    assert batches.input_ids.shape == (10, 100)
+
+
+def test_a_text_shorter_than_a_window_warns_and_is_used(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abcdef")
+    with pytest.warns(UserWarning, match=r"1 calibration window\(s\) of 6 tokens, fewer than"):
+        batches = calibration_batches({"data": str(path), "n_sequences": 1}, tokenizer)
+    assert batches.input_ids.shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "seq_len", "expected"),
+    # auto: as many as fit 2,048 tokens, at most gradient_batch = 8
+    [("auto", 8, 8), ("auto", 512, 4), ("auto", 1000, 2), (3, 8, 3), (20, 8, 20)],
+)
+def test_micro_batch_fits_a_token_budget(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    micro_batch: int | str,
+    seq_len: int,
+    expected: int,
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x" * 1000)
+    batches = calibration_batches(
+        {"data": str(path), "n_sequences": 1, "seq_len": seq_len, "micro_batch": micro_batch},
+        tokenizer,
+    )
+    assert batches.micro_batch == expected
+    assert (batches.gradient_batch, batches.source) == (8, str(path))
+
+
+def test_a_mapping_is_checked_like_a_recipe(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(
+        RecipeError, match=r"calibration: n_seq: unknown key; did you mean 'n_sequences'"
+    ):
+        calibration_batches({"n_seq": 3}, tokenizer)
+    with pytest.raises(RecipeError, match=r"calibration: seq_len: should be a valid integer"):
+        calibration_batches({"seq_len": "long"}, tokenizer)
+
+
+@pytest.mark.parametrize(("max_tokens", "shape"), [(59, (2, 20)), (60, (3, 20)), (5, (1, 20))])
+def test_evaluation_uses_the_first_whole_windows(
+    tokenizer: PreTrainedTokenizerFast, numbers: str, max_tokens: int, shape: tuple[int, int]
+) -> None:
+    windows = evaluation_windows(
+        numbers, tokenizer, seq_len=20, max_tokens=max_tokens, detokenize="auto"
+    )
+    assert windows.shape == shape
+    assert tokenizer.decode(windows[0]) == "00000001000200030004"
+
+
+def test_evaluation_can_leave_markers_in_place(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.raw"
+    path.write_text("a @-@ b .")
+    texts = [
+        tokenizer.decode(
+            evaluation_windows(
+                str(path), tokenizer, seq_len=99, max_tokens=99, detokenize=detokenize
+            )[0]
+        )
+        for detokenize in ("auto", False)
+    ]
+    assert texts == ["a-b.", "a @-@ b ."]

@@ -1,0 +1,148 @@
+"""Every score: hand-worked cases, independent references, planted redundancy, one contract."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from layercut.errors import NumericsError, RecipeError
+from layercut.methods import available
+from layercut.models.view import DecoderView
+from layercut.scoring import score
+from layercut.scoring.gradmap import magnitude
+from layercut.types import CalibrationBatches
+
+CONTROLS = {"random", "reverse-order"}
+
+
+def make_identity(view: DecoderView, layer: int) -> None:
+    """Zero both norm gains of one block: it becomes the identity and its gradients vanish."""
+    block = view.layers[layer]
+    block.input_layernorm.weight.data.zero_()
+    block.post_attention_layernorm.weight.data.zero_()
+
+
+@pytest.mark.parametrize("method", available("scoring"))
+def test_contract_one_finite_score_per_layer_and_model_unchanged(
+    view: DecoderView, batches: CalibrationBatches, method: str
+):
+    before = {n: t.clone() for n, t in view.model.state_dict().items()}
+    first = score(view, batches, method=method)
+    assert len(first.values) == view.n_layers
+    assert all(isinstance(v, float) and math.isfinite(v) for v in first.values)
+    assert first.values == score(view, batches, method=method).values
+    assert first.method == method
+    assert first.fingerprint
+    assert all(torch.equal(t, before[n]) for n, t in view.model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", available("scoring"))
+def test_contract_skipped_layers_have_no_score(
+    view: DecoderView, batches: CalibrationBatches, method: str
+):
+    with view.skipping([2]):
+        values = score(view, batches, method=method).values
+    assert values[2] is None
+    assert sum(v is None for v in values) == 1
+
+
+@pytest.mark.parametrize("method", sorted(set(available("scoring")) - CONTROLS))
+@pytest.mark.parametrize("planted", [1, 4])
+def test_planted_redundancy_ranks_last(
+    view: DecoderView, batches: CalibrationBatches, method: str, planted: int
+):
+    make_identity(view, planted)
+    values = score(view, batches, method=method).values
+    assert min(range(view.n_layers), key=lambda i: values[i]) == planted
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "l2sq"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_gradmap_equals_autograd_group_by_group(
+    view: DecoderView, batches: CalibrationBatches, norm: str, reduction: str
+):
+    expected = [0.0] * view.n_layers
+    for group in batches.groups():
+        for i in range(view.n_layers):
+            for weight in view.linear_weights(i).values():
+                weight.requires_grad_(True)
+        logits = view.model(group, use_cache=False).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, group[:, 1:].flatten(), reduction="sum")
+        (loss / batches.n_targets).backward()
+        for i in range(view.n_layers):
+            weights = view.linear_weights(i).values()
+            for weight in weights:
+                order = {"l1": 1, "l2": 2, "l2sq": 2}[norm]
+                value = float(weight.grad.flatten().norm(order))
+                expected[i] += value**2 if norm == "l2sq" else value
+                weight.grad = None
+                weight.requires_grad_(False)
+    if reduction == "mean":
+        # per layer: q, o 16×16; k, v 8×16; gate, up 32×16; down 16×32
+        expected = [e / (2 * 256 + 2 * 128 + 3 * 512) for e in expected]
+    values = score(view, batches, method="gradmap", norm=norm, reduction=reduction).values
+    assert values == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradmap_does_not_depend_on_the_micro_batch(view: DecoderView, batches: CalibrationBatches):
+    small = CalibrationBatches(batches.input_ids, 2, 1, "test", "0")
+    assert score(view, small).values == pytest.approx(score(view, batches).values, rel=1e-5)
+
+
+def test_gradmap_does_depend_on_the_gradient_groups(view: DecoderView, batches: CalibrationBatches):
+    one_group = CalibrationBatches(batches.input_ids, 4, 4, "test", "0")
+    # ‖a + b‖ < ‖a‖ + ‖b‖
+    pairs = zip(score(view, one_group).values, score(view, batches).values, strict=True)
+    assert all(whole < parts for whole, parts in pairs)
+
+
+def test_magnitude_by_hand():
+    gradient = torch.tensor([[3.0, -4.0], [0.0, 0.0]])
+    # |3| + |−4| = 7; √(9 + 16) = 5; 9 + 16 = 25
+    assert [magnitude(gradient, n) for n in ("l1", "l2", "l2sq")] == [7.0, 5.0, 25.0]
+
+
+def test_magnitude_survives_squares_beyond_float16_and_sums_beyond_float32():
+    gradient = torch.full((4096, 256), 1.0)
+    gradient[0, 0] = 3e4
+    # 9e8 + (2^20 − 1): float32 would round the sum of squares
+    assert magnitude(gradient, "l2sq") == 9e8 + 2**20 - 1
+
+
+def test_block_influence_by_hand(view: DecoderView, batches: CalibrationBatches):
+    # A layer whose output is orthogonal to its input scores 1 − cos 90° = 1.
+    def orthogonal(hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        even, odd = hidden_states[..., 0::2], hidden_states[..., 1::2]
+        return torch.stack([-odd, even], dim=-1).flatten(-2)
+
+    view.layers[2].forward = orthogonal
+    values = score(view, batches, method="block-influence").values
+    assert values[2] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_reverse_order_drops_from_the_end(view: DecoderView, batches: CalibrationBatches):
+    values = score(view, batches, method="reverse-order").values
+    assert sorted(range(6), key=lambda i: values[i]) == [5, 4, 3, 2, 1, 0]
+    values = score(view, batches, method="reverse-order", keep_last=True).values
+    assert sorted(range(6), key=lambda i: values[i]) == [4, 3, 2, 1, 0, 5]
+
+
+def test_random_follows_its_seed(view: DecoderView, batches: CalibrationBatches):
+    draws = [score(view, batches, method="random", seed=seed).values for seed in (0, 1)]
+    assert draws[0] != draws[1]
+    assert all(0 <= v < 1 for v in draws[0])
+
+
+def test_unknown_method_and_option_suggest(view: DecoderView, batches: CalibrationBatches):
+    with pytest.raises(RecipeError, match="unknown scoring method 'gradmpa'; did you mean 'gradm"):
+        score(view, batches, method="gradmpa")
+    with pytest.raises(RecipeError, match=r"scoring\.options\.nrom.*did you mean 'norm'"):
+        score(view, batches, method="gradmap", nrom="l2")
+
+
+def test_a_score_that_is_not_finite_names_the_layer(view: DecoderView, batches: CalibrationBatches):
+    view.layers[3].forward = lambda hidden_states, *a, **k: hidden_states * float("nan")
+    with pytest.raises(NumericsError, match="score of layer 3 is nan"):
+        score(view, batches, method="block-influence")
