@@ -7,6 +7,7 @@ Prints one table per claim and writes benchmarks/results/main_job.json.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import subprocess
@@ -21,6 +22,8 @@ CALIBRATION = {"n_sequences": 48, "seq_len": 256, "gradient_batch": 8}
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2/")
     parser.add_argument("--only", nargs="*", default=["memory", "projection", "gradmap"])
@@ -39,7 +42,8 @@ def main() -> None:
         results[name] = CLAIMS[name](arguments.data)
         print(f"[{name}: {time.perf_counter() - start:.0f} s]\n", flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=2))
+        earlier = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(earlier | results, indent=2))
 
 
 def memory(data: Path) -> dict[str, Any]:

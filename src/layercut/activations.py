@@ -101,6 +101,13 @@ class ResidualStream:
             self._inputs.setdefault(ids.shape[0], (inputs.kwargs, inputs.hidden.dtype))
             start += ids.numel()
 
+    def fork(self) -> ResidualStream:
+        """An independent stream at the same place."""
+        twin = copy.copy(self)
+        twin.states = Spool(len(self.states), self.view.hidden_size)
+        twin.states.write(0, self.states.rows)
+        return twin
+
     @torch.no_grad()
     def advance(self, layer: int) -> None:
         """Run every token through ``layer``; the stream then enters ``layer + 1``.

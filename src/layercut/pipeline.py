@@ -12,6 +12,7 @@ from typing import Any
 from layercut import methods, progress
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
+from layercut.errors import RecipeError
 from layercut.evaluation import evaluate
 from layercut.evaluation.perplexity import check_vocabulary
 from layercut.models.checkpoint import (
@@ -102,6 +103,12 @@ def _prepare(
     check_request(view.n_layers, **amount)
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
+    context = int(view.model.config.max_position_embeddings)
+    for key in ("calibration", "evaluation"):
+        if (length := getattr(recipe, key).seq_len) > context:
+            raise RecipeError(
+                f"{key}.seq_len is {length}, but the model's context is {context} tokens. Lower it."
+            )
     batches = calibration_batches(recipe.calibration, view.tokenizer, seed=recipe.seed)
     check_vocabulary(view, batches.input_ids)
     request = {"strategy": section.strategy, "rounds": section.rounds, **amount}

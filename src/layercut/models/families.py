@@ -20,6 +20,7 @@ class FamilyRules:
     Attributes:
         layers: module path of the layer list, which is also the prefix of its tensor names.
         norm: module path of the final norm.
+        attention_output: path of the attention's output projection inside a layer.
         down_projection: path of the MLP's output projection inside a layer.
         count: configuration key with the number of layers.
         per_layer: keys with one entry per layer; the kept entries stay.
@@ -28,6 +29,7 @@ class FamilyRules:
 
     layers: str = "model.layers"
     norm: str = "model.norm"
+    attention_output: str = "self_attn.o_proj"
     down_projection: str = "mlp.down_proj"
     count: str = "num_hidden_layers"
     per_layer: tuple[str, ...] = ()

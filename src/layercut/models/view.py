@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +99,18 @@ class DecoderView:
             if isinstance(module, nn.Linear)
         }
 
-    def down_projection(self, layer: int) -> tuple[str, nn.Module]:
+    def down_projection(self, layer: int) -> tuple[str, nn.Linear]:
         """State-dict prefix and module of the MLP's output projection."""
-        path = self.rules.down_projection
-        return f"{self.rules.layers}.{layer}.{path}", self.layers[layer].get_submodule(path)
+        return self._linear(layer, self.rules.down_projection)
+
+    def attention_output(self, layer: int) -> tuple[str, nn.Linear]:
+        """State-dict prefix and module of the attention's output projection."""
+        return self._linear(layer, self.rules.attention_output)
+
+    def _linear(self, layer: int, path: str) -> tuple[str, nn.Linear]:
+        module = self.layers[layer].get_submodule(path)
+        assert isinstance(module, nn.Linear), path
+        return f"{self.rules.layers}.{layer}.{path}", module
 
     @contextmanager
     def skipping(self, layers: Iterable[int]) -> Iterator[None]:
@@ -122,6 +130,19 @@ class DecoderView:
             for layer, forward in wrapped.items():
                 self.layers[layer].forward = forward
             self.skipped = before
+
+    @contextmanager
+    def patched(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Use ``tensors`` in place of the parameters of these names inside the block."""
+        parameters = {name: self.model.get_parameter(name) for name in tensors}
+        before = {name: parameter.data for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.data = tensors[name].to(before[name])
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = before[name]
 
     def precision(self) -> AbstractContextManager[Any]:
         """The arithmetic of scoring and evaluation; exact comparisons stay outside of it."""

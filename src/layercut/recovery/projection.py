@@ -163,7 +163,8 @@ def solve_gradient_descent(
     highest = torch.linalg.eigvalsh(gram)[-1] + ridge
     root = (ridge / highest).sqrt()
     momentum = (1 - root) / (1 + root)
-    change = previous = torch.zeros_like(gram)  # D = P − I
+    change: Tensor = torch.zeros_like(gram)  # D = P − I
+    previous = change
     for _ in range(max_steps):
         ahead = change + momentum * (change - previous)
         gradient = ridge * ahead
@@ -172,7 +173,7 @@ def solve_gradient_descent(
             gradient += (m64 @ ahead.T - r).T @ m64
         previous, change = change, ahead - gradient / highest
         if gradient.norm() <= tolerance * cross.norm():
-            return torch.eye(len(gram), dtype=gram.dtype) + change
+            return change + torch.eye(len(gram), dtype=gram.dtype)
     raise NumericsError(
         f"gradient descent did not converge in {max_steps} steps. Use recovery.options.solver: "
         "closed-form or a larger penalty."

@@ -1,0 +1,191 @@
+"""Refit the kept layers, in order, towards the dense residual stream.
+
+Source   ours; METHODS §3
+Formula  D = argmin Σ_t w_t ‖e_t − D·a_t‖² + λ·tr(Σ w a aᵀ)/in · ‖D‖²,   W ← W + D
+           = (Σ w e aᵀ)(Σ w a aᵀ + λ̂ I)⁻¹
+         a_t (in): what W reads; e_t (d) = target_t − output_t of the layer, in the model that is
+         pruned and refitted so far; target (d): dense input of the next kept layer
+         w_t = 1/‖target_t‖²: a few tokens carry massive activations; unweighted they decide the fit
+Rule     from the first cut on, every kept layer (layers: following) or those before a cut (layers:
+         cuts); its attention output first (modules: both), then its down-projection. λ from a grid
+         on held-out sequences; a change that does not lower their error is not made. In the end the
+         patch is kept only if it lowers the held-out cross-entropy.
+Cost     one dense and one to two pruned forward passes without the head, in² sums per weight
+Limits   needs a kept layer before every cut; exact only where the output is added to the stream
+         without a norm in between
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from layercut import progress
+from layercut.activations import ResidualStream, Spool
+from layercut.errors import DataError, PlanError
+from layercut.methods import MethodOptions
+from layercut.models.view import DecoderView, capture
+from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
+
+NEEDS_PRECEDING = True
+PENALTY_GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+class Options(MethodOptions):
+    """Which layers and weights are refitted, and the share of sequences held out."""
+
+    layers: Literal["cuts", "following"] = "following"
+    modules: Literal["down", "both"] = "both"
+    held_out_every: int = 8
+
+
+def fit(
+    view: DecoderView,
+    plan: PruningPlan,
+    evidence: Evidence | None,
+    batches: CalibrationBatches,
+    options: Options,
+) -> WeightPatch:
+    """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
+    if plan.dropped and plan.dropped[0] == 0:
+        raise PlanError(
+            "refit needs a kept layer before every cut, but layer 0 is dropped. Protect layer 0, "
+            "or choose another recovery."
+        )
+    held_out = held_out_rows(batches, options.held_out_every)
+    first = plan.cuts[0][0] - 1
+    dense = ResidualStream(view, batches)
+    for layer in range(first):
+        dense.advance(layer)
+    pruned = dense.fork()
+    tensors: dict[str, Tensor] = {}
+    remaining = [layer for layer in plan.kept if layer >= first]
+    for layer in progress.track(remaining, total=len(remaining)):
+        while dense.layer < plan.target_of(layer):
+            dense.advance(dense.layer)
+        if options.layers == "cuts" and layer + 1 in plan.kept:
+            pruned.advance(layer)
+            continue
+        tensors |= _refit_layer(view, layer, dense, pruned, held_out, options)
+    return _kept_if_better(view, plan, tensors, batches, options)
+
+
+def held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
+    """Mask over all calibration tokens: True in every ``every``-th sequence.
+
+    Raises:
+        DataError: fewer than two sequences.
+    """
+    if batches.n_sequences < 2:
+        raise DataError(
+            f"{batches.n_sequences} calibration sequence is too few to hold any out. Use at least "
+            "2, or another recovery."
+        )
+    every = min(every, batches.n_sequences)
+    chosen = torch.arange(batches.n_sequences) % every == every - 1
+    return chosen.repeat_interleave(batches.seq_len)
+
+
+def _refit_layer(
+    view: DecoderView,
+    layer: int,
+    dense: ResidualStream,
+    pruned: ResidualStream,
+    held_out: Tensor,
+    options: Options,
+) -> dict[str, Tensor]:
+    """Refit one layer's weights and move ``pruned`` past it."""
+    changed: dict[str, Tensor] = {}
+    if options.modules == "both":
+        prefix, module = view.attention_output(layer)
+        ahead = pruned.fork()
+        inputs = _advance_capturing(ahead, layer, module)
+        change = solve(inputs, ahead.states, dense.states, held_out)
+        if change is not None:
+            changed[f"{prefix}.weight"] = module.weight + change.to(module.weight)
+    prefix, module = view.down_projection(layer)
+    with view.patched(changed):
+        inputs = _advance_capturing(pruned, layer, module)
+    change = solve(inputs, pruned.states, dense.states, held_out)
+    if change is not None:
+        changed[f"{prefix}.weight"] = module.weight + change.to(module.weight)
+        # The layer's output is linear in its down-projection: no second forward pass is needed.
+        step = change.float().T
+        for rows, a in zip(pruned.states.slices(), inputs.slices(), strict=True):
+            rows += a @ step
+    return changed
+
+
+def _advance_capturing(stream: ResidualStream, layer: int, module: nn.Linear) -> Spool:
+    """Move ``stream`` past ``layer`` and return what ``module`` read, (n_tokens, in)."""
+    inputs = Spool(len(stream.states), module.in_features)
+    with inputs.filling() as write, capture(module, lambda given, _: write(given, given)):
+        stream.advance(layer)
+    return inputs
+
+
+def solve(inputs: Spool, outputs: Spool, targets: Spool, held_out: Tensor) -> Tensor | None:
+    """The change D that lowers the held-out error most, (out, in) float64; ``None`` if none does.
+
+    Args:
+        inputs: a, (n_tokens, in).
+        outputs: the layer's output, (n_tokens, d).
+        targets: what it should be, (n_tokens, d).
+        held_out: mask of the tokens that choose λ and are not fitted.
+    """
+    width, out = inputs.rows.shape[1], outputs.rows.shape[1]
+    gram = torch.zeros(2, width, width, dtype=torch.float64)
+    cross = torch.zeros(2, out, width, dtype=torch.float64)
+    slices = zip(inputs.slices(), outputs.slices(), targets.slices(), strict=True)
+    for (a, output, target), mask in zip(slices, held_out.split(4096), strict=True):
+        # Products of 4,096 rows in float32, their sums in float64.
+        weight = target.norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
+        a, e = a * weight, (target - output) * weight
+        for part, rows in enumerate((~mask, mask)):
+            gram[part] += a[rows].T @ a[rows]
+            cross[part] += e[rows].T @ a[rows]
+    best, lowest = None, 0.0
+    identity = torch.eye(width, dtype=torch.float64)
+    for penalty in PENALTY_GRID:
+        ridge = penalty * gram[0].diagonal().mean()
+        factor, info = torch.linalg.cholesky_ex(gram[0] + ridge * identity)
+        if int(info) != 0:
+            continue
+        change = torch.cholesky_solve(cross[0].T, factor).T
+        # ‖e − D·a‖² − ‖e‖², summed over the held-out tokens.
+        gain = (change @ gram[1] * change).sum() - 2 * (change * cross[1]).sum()
+        if float(gain) < lowest:
+            best, lowest = change, float(gain)
+    return best
+
+
+def _kept_if_better(
+    view: DecoderView,
+    plan: PruningPlan,
+    tensors: dict[str, Tensor],
+    batches: CalibrationBatches,
+    options: Options,
+) -> WeightPatch:
+    """The patch, unless the held-out cross-entropy is lower without it."""
+    chosen = held_out_rows(batches, options.held_out_every)[:: batches.seq_len]
+    sequences = batches.input_ids[chosen]
+    with view.skipping(plan.dropped):
+        without = held_out_loss(view, sequences, batches.micro_batch)
+        with view.patched(tensors):
+            with_patch = held_out_loss(view, sequences, batches.micro_batch)
+    accepted = with_patch < without
+    notes = {
+        "held_out_loss_without": without,
+        "held_out_loss_with": with_patch,
+        "accepted": accepted,
+        "tensors_changed": len(tensors) if accepted else 0,
+    }
+    return WeightPatch(tensors if accepted else {}, "refit", notes)
+
+
+def held_out_loss(view: DecoderView, sequences: Tensor, micro_batch: int) -> float:
+    """Mean cross-entropy in nats."""
+    losses = [view.token_losses(ids) for ids in sequences.split(micro_batch)]
+    return float(torch.cat(losses).double().mean())
