@@ -28,7 +28,9 @@ def recipe(tiny_llama: Path, tmp_path: Path) -> dict:
     return {
         "model": str(tiny_llama),
         "calibration": {"data": str(text), "n_sequences": 4, "seq_len": 32, "gradient_batch": 2},
-        "selection": {"drop_layers": 2},
+        "scoring": {"method": "gradmap"},
+        "selection": {"strategy": "lowest", "rounds": "each", "drop_layers": 2},
+        "recovery": {"method": "projection"},
         "evaluation": {"text": {"fox": str(text)}, "seq_len": 64, "max_tokens": 256},
     }
 
@@ -91,7 +93,10 @@ def test_two_runs_write_the_same_weights_and_the_resolved_recipe_reproduces_them
 
 def test_a_pruned_model_can_be_pruned_again(recipe: dict, tmp_path: Path):
     layercut.run(recipe, tmp_path / "once")
-    recipe |= {"model": str(tmp_path / "once"), "selection": {"drop_layers": 1}}
+    recipe |= {
+        "model": str(tmp_path / "once"),
+        "selection": {"strategy": "lowest", "drop_layers": 1},
+    }
     result = layercut.run(recipe, tmp_path / "twice")
     assert result.stages["pruned"].n_layers == 3
 
@@ -100,7 +105,9 @@ def test_python_api_step_by_step_equals_run(recipe: dict, tmp_path: Path):
     layercut.run(recipe, tmp_path / "run")
     view = layercut.load(recipe["model"])
     batches = layercut.calibration_batches(recipe["calibration"], view.tokenizer)
-    plan, evidence = layercut.select(view, batches, scoring="gradmap", drop_layers=2)
+    plan, evidence = layercut.select(
+        view, batches, strategy="lowest", scoring="gradmap", rounds="each", drop_layers=2
+    )
     patch = layercut.fit(view, plan, evidence, batches, method="projection")
     layercut.apply(view, plan, patch)
     layercut.save(view, plan, patch, tmp_path / "api")
@@ -119,6 +126,26 @@ def test_narrow_checkpoints_stay_narrow_and_verify(recipe: dict, tmp_path: Path,
     assert written.dtype == dtype
 
 
+def test_the_default_methods_run_end_to_end(recipe: dict, tmp_path: Path):
+    for section in ("scoring", "recovery"):
+        del recipe[section]
+    recipe["selection"] = {"drop_layers": 2}
+    result = layercut.run(recipe, tmp_path / "out")
+    assert result.plan is not None
+    assert result.plan.method == "priced-cuts"
+    assert 0 not in result.plan.dropped
+    assert result.recovery["method"] == "refit"
+    content = json.loads((tmp_path / "out/layercut/plan.json").read_text())
+    assert content["curve"]["1"] > 0
+
+
+def test_refit_protects_layer_0_and_refuses_to_lose_it(recipe: dict, tmp_path: Path):
+    recipe |= {"scoring": {"method": "reverse-order"}, "recovery": {"method": "refit"}}
+    recipe["selection"] = {"strategy": "lowest", "drop": [0, 2]}
+    with pytest.raises(PlanError, match=r"selection\.drop names layer 0"):
+        layercut.run(recipe, tmp_path / "out")
+
+
 def test_warnings_become_sentences_of_the_result(recipe: dict, tmp_path: Path):
     recipe["calibration"]["n_sequences"] = 1000
     result = layercut.run(recipe, tmp_path / "out")
@@ -128,8 +155,9 @@ def test_warnings_become_sentences_of_the_result(recipe: dict, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"selection": {"drop_layers": 6}}, PlanError, "cannot drop 6 of 6"),
-        ({"selection": {"drop": [6]}}, PlanError, "names layer 6"),
+        ({"selection": {"strategy": "lowest", "drop_layers": 6}}, PlanError, "cannot drop 6 of 6"),
+        ({"selection": {"strategy": "lowest", "drop": [6]}}, PlanError, "names layer 6"),
+        ({"selection": {"strategy": "priced-cuts"}}, RecipeError, "priced-cuts needs scoring.meth"),
         ({"recovery": {"method": "projektion"}}, RecipeError, "did you mean 'projection'"),
         ({"scoring": {"options": {"norm": "l7"}}}, RecipeError, "scoring.options.norm"),
     ],
@@ -169,7 +197,9 @@ def test_an_earlier_output_needs_overwrite_and_survives_a_failed_one(
             layercut.run(recipe, out, overwrite=True)
     assert tree(out) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
-    layercut.run(recipe | {"selection": {"drop_layers": 1}}, out, overwrite=True)
+    layercut.run(
+        recipe | {"selection": {"strategy": "lowest", "drop_layers": 1}}, out, overwrite=True
+    )
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 5
 
 
@@ -217,8 +247,10 @@ def test_embedded_model_end_to_end(tmp_path: Path):
     """The real model and data, small: two layers go, the text stays readable."""
     recipe = {
         "model": "embedded:smollm2-135m",
-        "calibration": {"n_sequences": 4, "seq_len": 128, "gradient_batch": 2},
-        "selection": {"drop_layers": 2},
+        "calibration": {"n_sequences": 8, "seq_len": 128},
+        "scoring": {"method": "gradmap"},
+        "selection": {"strategy": "lowest", "drop_layers": 2},
+        "recovery": {"method": "projection"},
         "evaluation": {"text": {"speeches": "embedded:speeches"}, "max_tokens": 1024},
     }
     result = layercut.run(recipe, tmp_path / "out")

@@ -83,11 +83,16 @@ class ResidualStream:
     Attributes:
         layer: the layer that the stream enters next.
         states: the rows, sequences in order.
+        history: with ``remember``, the rows of every boundary passed so far, so that `rewind` can
+            go back to one and `advance` from there costs nothing.
     """
 
-    def __init__(self, view: DecoderView, batches: CalibrationBatches) -> None:
+    def __init__(
+        self, view: DecoderView, batches: CalibrationBatches, *, remember: bool = False
+    ) -> None:
         self.view = view
         self.layer = 0
+        self.history: list[Spool] | None = None
         n_tokens = batches.n_sequences * batches.seq_len
         self.states = Spool(n_tokens, view.hidden_size)
         self._inputs: dict[int, tuple[tuple[dict[str, Any], ...], torch.dtype]] = {}
@@ -100,10 +105,18 @@ class ResidualStream:
             # Packed windows have no padding: masks and rotary tables depend on the shape alone.
             self._inputs.setdefault(ids.shape[0], (inputs.kwargs, inputs.hidden.dtype))
             start += ids.numel()
+        if remember:
+            self.history = [self.states]
+
+    def rewind(self, layer: int) -> None:
+        """Go back to the rows that enter ``layer``."""
+        assert self.history is not None
+        self.layer, self.states = layer, self.history[layer]
 
     def fork(self) -> ResidualStream:
         """An independent stream at the same place."""
         twin = copy.copy(self)
+        twin.history = None
         twin.states = Spool(len(self.states), self.view.hidden_size)
         twin.states.write(0, self.states.rows)
         return twin
@@ -115,6 +128,13 @@ class ResidualStream:
         In the pruned model, call it with the kept layers only: the dropped ones do not change
         the stream.
         """
+        if self.history is not None:
+            if layer + 1 < len(self.history):
+                self.rewind(layer + 1)
+                return
+            self.states = Spool(len(self.states), self.view.hidden_size)
+            self.states.write(0, self.history[layer].rows)
+            self.history.append(self.states)
         for start, stop, n_sequences in self._spans:
             kwargs, dtype = self._inputs[n_sequences]
             rows = self.states.rows[start:stop]

@@ -12,7 +12,7 @@ from typing import Any
 from layercut import methods, progress
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
-from layercut.errors import RecipeError
+from layercut.errors import PlanError, RecipeError
 from layercut.evaluation import evaluate
 from layercut.evaluation.perplexity import check_vocabulary
 from layercut.models.checkpoint import (
@@ -28,7 +28,7 @@ from layercut.recipe import Recipe, RecoverySection, ScoringSection, load_recipe
 from layercut.recovery import fit
 from layercut.report.machine import peak_rss_bytes, provenance
 from layercut.report.write import write_model_card, write_report
-from layercut.selection import check_request, select
+from layercut.selection import check_request, check_scoring, select
 from layercut.surgery import apply
 from layercut.types import CalibrationBatches, RunResult
 
@@ -100,6 +100,13 @@ def _prepare(
     check_disk_space(view.path, output_dir)
     section = recipe.selection
     amount = section.model_dump(include={"drop_layers", "drop_fraction", "drop", "protect"})
+    if getattr(methods.load_method("recovery", recipe.recovery.method), "NEEDS_PRECEDING", False):
+        if 0 in (amount["drop"] or ()):
+            raise PlanError(
+                f"recovery {recipe.recovery.method} needs a kept layer before every cut, but "
+                "selection.drop names layer 0. Keep it, or set recovery.method: none."
+            )
+        amount["protect"] = sorted({0, *amount["protect"]})
     check_request(view.n_layers, **amount)
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
@@ -121,6 +128,7 @@ def _check_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
         "scoring": recipe.scoring,
         "recovery": recipe.recovery,
     }
+    check_scoring(recipe.selection.strategy, recipe.scoring.method)
     checked: dict[str, dict[str, Any]] = {}
     for room, section in sections.items():
         given = dict(section.options)

@@ -109,7 +109,7 @@ class ScoringSection(Section):
     """How layers are scored."""
 
     method: Annotated[str, _known("scoring")] = Field(
-        default="gradmap", description="a file of layercut/scoring, with - for _"
+        default="residual-sensitivity", description="a file of layercut/scoring, with - for _"
     )
     options: Options = Field(default={}, description="that method's own options")
 
@@ -118,7 +118,7 @@ class SelectionSection(Section):
     """Which layers go, given their scores."""
 
     strategy: Annotated[str, _known("selection")] = Field(
-        default="lowest", description="how scores become a plan: a file of layercut/selection"
+        default="priced-cuts", description="how scores become a plan: a file of layercut/selection"
     )
     drop_layers: Count | None = Field(
         default=None,
@@ -134,7 +134,7 @@ class SelectionSection(Section):
         default=None, description="as many as this ratio allows (not available yet)"
     )
     rounds: Literal["one-shot", "each"] = Field(
-        default="each", description="one-shot, or each: score again after every dropped layer"
+        default="one-shot", description="one-shot, or each: score again after every dropped layer"
     )
     protect: Layers = Field(default=(), description="layers that stay whatever their score")
     preserve_pattern: Annotated[bool, NotYet] = Field(
@@ -160,7 +160,7 @@ class RecoverySection(Section):
     """How kept weights make up for the dropped layers."""
 
     method: Annotated[str, _known("recovery")] = Field(
-        default="projection", description="a file of layercut/recovery, with - for _"
+        default="refit", description="a file of layercut/recovery, with - for _"
     )
     options: Options = Field(default={}, description="that method's own options")
 

@@ -114,6 +114,8 @@ class PruningPlan:
         method: what chose them, e.g. ``gradmap``.
         rounds: every decision in order.
         fingerprint: that of the scores it rests on.
+        curve: layers dropped → predicted cost of the best plan of that size, in nats per token,
+            where the strategy knows it.
     """
 
     model: str
@@ -122,6 +124,7 @@ class PruningPlan:
     method: str
     rounds: tuple[Round, ...] = ()
     fingerprint: str = ""
+    curve: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -164,6 +167,7 @@ class PruningPlan:
                 {"scores": list(r.scores), "dropped": list(r.dropped), "margin": r.margin}
                 for r in self.rounds
             ],
+            "curve": {str(n): cost for n, cost in self.curve.items()},
         }
 
 

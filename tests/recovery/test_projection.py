@@ -181,7 +181,7 @@ def test_none_changes_nothing(view: DecoderView, batches: CalibrationBatches):
 
 def test_fitting_leaves_the_model_alone(view: DecoderView, batches: CalibrationBatches):
     before = {n: t.clone() for n, t in view.model.state_dict().items()}
-    fit(view, plan_of(2, 3), None, batches)
+    fit(view, plan_of(2, 3), None, batches, method="projection")
     assert all(torch.equal(t, before[n]) for n, t in view.model.state_dict().items())
 
 
@@ -189,7 +189,7 @@ def test_patched_model_differs_only_at_the_patched_layer(
     view: DecoderView, batches: CalibrationBatches
 ):
     plan = plan_of(2, 3)
-    patch = fit(view, plan, None, batches)
+    patch = fit(view, plan, None, batches, method="projection")
     before = dict(view.model.state_dict())
     apply(view, plan, patch)
     new = plan.new_index[patch.notes["layer"]]

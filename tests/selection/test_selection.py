@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
 from layercut.scoring import score
-from layercut.selection import check_request, select
+from layercut.selection import check_request
+from layercut.selection import select as select_by
 from layercut.selection.lowest import lowest
 from layercut.types import CalibrationBatches
+
+select = functools.partial(select_by, strategy="lowest", scoring="gradmap")
 
 
 def test_lowest_by_hand():
@@ -30,7 +35,7 @@ def test_protected_layers_are_passed_over():
 
 
 def test_one_shot_drops_the_lowest_scores(view: DecoderView, batches: CalibrationBatches):
-    values = score(view, batches).values
+    values = score(view, batches, method="gradmap").values
     expected = sorted(sorted(range(6), key=lambda i: values[i])[:2])
     plan, evidence = select(view, batches, rounds="one-shot", drop_layers=2)
     assert list(plan.dropped) == expected
@@ -45,7 +50,7 @@ def test_rounds_score_again_without_the_dropped_layer(
     assert sum(v is None for v in first.scores) == 0
     assert [i for i, v in enumerate(second.scores) if v is None] == list(first.dropped)
     with view.skipping(first.dropped):
-        assert second.scores == score(view, batches).values
+        assert second.scores == score(view, batches, method="gradmap").values
     assert plan.fingerprint
     assert not view.skipped
 

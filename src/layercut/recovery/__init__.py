@@ -20,7 +20,7 @@ def fit(
     evidence: Evidence | None,
     batches: CalibrationBatches,
     *,
-    method: str = "projection",
+    method: str = "refit",
     **options: Any,
 ) -> WeightPatch:
     """Fit replacements for some of the kept weights.

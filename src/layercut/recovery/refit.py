@@ -55,21 +55,40 @@ def fit(
             "or choose another recovery."
         )
     held_out = held_out_rows(batches, options.held_out_every)
+    tensors = walk(view, plan, ResidualStream(view, batches), held_out, options)
+    return _kept_if_better(view, plan, tensors, batches, options)
+
+
+def walk(
+    view: DecoderView,
+    plan: PruningPlan,
+    dense: ResidualStream,
+    held_out: Tensor,
+    options: Options,
+) -> dict[str, Tensor]:
+    """The refitted tensors by name, each fitted in the model that the earlier ones made.
+
+    Args:
+        view: the intact model.
+        plan: which layers go; not layer 0.
+        dense: the calibration set's stream at layer 0; it is moved through the dense model.
+        held_out: mask of the tokens that choose λ.
+        options: what is refitted.
+    """
     first = plan.cuts[0][0] - 1
-    dense = ResidualStream(view, batches)
-    for layer in range(first):
-        dense.advance(layer)
+    while dense.layer < first:
+        dense.advance(dense.layer)
     pruned = dense.fork()
     tensors: dict[str, Tensor] = {}
     remaining = [layer for layer in plan.kept if layer >= first]
     for layer in progress.track(remaining, total=len(remaining)):
         while dense.layer < plan.target_of(layer):
             dense.advance(dense.layer)
-        if options.layers == "cuts" and layer + 1 in plan.kept:
+        if options.layers == "cuts" and plan.target_of(layer) == layer + 1:
             pruned.advance(layer)
-            continue
-        tensors |= _refit_layer(view, layer, dense, pruned, held_out, options)
-    return _kept_if_better(view, plan, tensors, batches, options)
+        else:
+            tensors |= _refit_layer(view, layer, dense, pruned, held_out, options)
+    return tensors
 
 
 def held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
@@ -101,13 +120,13 @@ def _refit_layer(
     if options.modules == "both":
         prefix, module = view.attention_output(layer)
         ahead = pruned.fork()
-        inputs = _advance_capturing(ahead, layer, module)
+        inputs = advance_capturing(ahead, layer, module)
         change = solve(inputs, ahead.states, dense.states, held_out)
         if change is not None:
             changed[f"{prefix}.weight"] = module.weight + change.to(module.weight)
     prefix, module = view.down_projection(layer)
     with view.patched(changed):
-        inputs = _advance_capturing(pruned, layer, module)
+        inputs = advance_capturing(pruned, layer, module)
     change = solve(inputs, pruned.states, dense.states, held_out)
     if change is not None:
         changed[f"{prefix}.weight"] = module.weight + change.to(module.weight)
@@ -118,7 +137,7 @@ def _refit_layer(
     return changed
 
 
-def _advance_capturing(stream: ResidualStream, layer: int, module: nn.Linear) -> Spool:
+def advance_capturing(stream: ResidualStream, layer: int, module: nn.Linear) -> Spool:
     """Move ``stream`` past ``layer`` and return what ``module`` read, (n_tokens, in)."""
     inputs = Spool(len(stream.states), module.in_features)
     with inputs.filling() as write, capture(module, lambda given, _: write(given, given)):

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def score(
-    view: DecoderView, batches: CalibrationBatches, *, method: str = "gradmap", **options: Any
+    view: DecoderView,
+    batches: CalibrationBatches,
+    *,
+    method: str = "residual-sensitivity",
+    **options: Any,
 ) -> LayerScores:
     """Score every layer that ``view`` does not currently skip.
 
@@ -39,6 +43,23 @@ def score(
     parsed = methods.parse_options("scoring", method, options)
     start = time.perf_counter()
     scores: LayerScores = module.score(view, batches, parsed)
+    seconds = time.perf_counter() - start
+    return finished(view, batches, scores, method, parsed.model_dump(mode="json"), seconds)
+
+
+def finished(
+    view: DecoderView,
+    batches: CalibrationBatches,
+    scores: LayerScores,
+    method: str,
+    options: dict[str, Any],
+    seconds: float,
+) -> LayerScores:
+    """A method's bare scores, checked and with their provenance.
+
+    Raises:
+        NumericsError: a score is NaN or infinite.
+    """
     values = tuple(None if i in view.skipped else v for i, v in enumerate(scores.values))
     for layer, value in enumerate(values):
         if value is not None and not math.isfinite(value):
@@ -46,14 +67,13 @@ def score(
                 f"the {method} score of layer {layer} is {value}. "
                 "Check the weights and the calibration text."
             )
-    resolved = parsed.model_dump(mode="json")
     return replace(
         scores,
         values=values,
         method=method,
-        options=resolved,
-        seconds=time.perf_counter() - start,
-        fingerprint=_fingerprint(view, batches, method, resolved),
+        options=options,
+        seconds=seconds,
+        fingerprint=_fingerprint(view, batches, method, options),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from layercut import methods
-from layercut.errors import PlanError
+from layercut.errors import PlanError, RecipeError
 from layercut.types import CalibrationBatches, Evidence, PruningPlan
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ class Request:
 
     n_drop: int
     protect: frozenset[int] = frozenset()
-    scoring: str = "gradmap"
+    scoring: str = "residual-sensitivity"
     scoring_options: Mapping[str, Any] = field(default_factory=dict)
-    rounds: Rounds = "each"
+    rounds: Rounds = "one-shot"
 
 
 def select(
     view: DecoderView,
     batches: CalibrationBatches,
     *,
-    strategy: str = "lowest",
-    scoring: str = "gradmap",
+    strategy: str = "priced-cuts",
+    scoring: str = "residual-sensitivity",
     scoring_options: Mapping[str, Any] | None = None,
-    rounds: Rounds = "each",
+    rounds: Rounds = "one-shot",
     drop_layers: int | None = None,
     drop_fraction: float | None = None,
     drop: Sequence[int] | None = None,
@@ -54,7 +54,7 @@ def select(
         view: the model.
         batches: calibration text.
         strategy: a file of ``layercut/selection``.
-        scoring: a file of ``layercut/scoring``.
+        scoring: a file of ``layercut/scoring``; priced-cuts needs residual-sensitivity.
         scoring_options: that method's own options.
         rounds: ``one-shot``, or ``each`` to score again after every dropped layer.
         drop_layers: how many layers go (default 6 when nothing else is given).
@@ -63,8 +63,10 @@ def select(
         protect: layers that must stay.
 
     Raises:
+        RecipeError: unknown strategy or score, or two that do not go together.
         PlanError: the request cannot be met by this model.
     """
+    check_scoring(strategy, scoring)
     n_drop = check_request(
         view.n_layers,
         drop_layers=drop_layers,
@@ -87,6 +89,20 @@ def select(
     module = methods.load_method("selection", strategy)
     result: tuple[PruningPlan, Evidence] = module.select(view, batches, request)
     return result
+
+
+def check_scoring(strategy: str, scoring: str) -> None:
+    """Refuse a strategy with a score that it cannot use.
+
+    Raises:
+        RecipeError: unknown strategy, or one that needs another score.
+    """
+    needed = getattr(methods.load_method("selection", strategy), "NEEDS_SCORING", scoring)
+    if scoring != needed:
+        raise RecipeError(
+            f"selection.strategy {strategy} needs scoring.method {needed}, not {scoring}. "
+            f"Set selection.strategy: lowest to use {scoring}."
+        )
 
 
 def check_request(
