@@ -2,8 +2,8 @@
 
 view = load("embedded:smollm2-135m")
 batches = calibration_batches({"data": "embedded:docs", "n_sequences": 32}, view.tokenizer)
-plan, evidence = select(view, batches, scoring="gradmap", drop_layers=6)
-patch = fit(view, plan, evidence, batches, method="projection")
+plan, evidence = select(view, batches, drop_layers=6)
+patch = fit(view, plan, evidence, batches)
 apply(view, plan, patch)
 save(view, plan, patch, "out")
 """

@@ -114,8 +114,8 @@ class PruningPlan:
         method: what chose them, e.g. ``gradmap``.
         rounds: every decision in order.
         fingerprint: that of the scores it rests on.
-        curve: layers dropped → predicted cost of the best plan of that size, in nats per token,
-            where the strategy knows it.
+        curve: layers dropped → price of the cheapest plan of that size, in nats per token (a
+            bound: it ranks sizes, it does not predict the loss), where the strategy knows it.
     """
 
     model: str

@@ -62,6 +62,7 @@ def select(
             f"no plan drops {request.n_drop} of {view.n_layers} layers around the protected ones. "
             "Lower drop_layers or protect fewer."
         )
+    n_priced = int(refit.held_out_rows(sample, HELD_OUT_EVERY).sum())
     starts = starting_plans(prices, view.n_layers, protect, request.n_drop)
     dropped, _ = search(view, sample, dense, starts, prices, protect)
     bare = LayerScores(tuple(values), n_targets=sample.n_targets)
@@ -74,7 +75,7 @@ def select(
         method="priced-cuts",
         rounds=(Round(scores.values, dropped, None),),
         fingerprint=scores.fingerprint,
-        curve={n: cost / sample.n_targets for n, (cost, _) in sorted(curve.items())},
+        curve={n: cost / n_priced for n, (cost, _) in sorted(curve.items())},
     )
     return plan, Evidence(scores=(scores,))
 
