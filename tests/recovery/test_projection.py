@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import plan_of
 from layercut.activations import Spool
-from layercut.errors import DataError, NumericsError
+from layercut.errors import DataError, NumericsError, RecipeError
 from layercut.models.view import DecoderView
 from layercut.recovery import fit
 from layercut.recovery.projection import (
@@ -196,3 +196,11 @@ def test_patched_model_differs_only_at_the_patched_layer(
     for name, tensor in view.model.state_dict().items():
         if name == f"model.layers.{new}.mlp.down_proj.weight":
             assert not torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), "automatic"])
+def test_penalties_that_are_none_are_refused(
+    view: DecoderView, batches: CalibrationBatches, penalty: object
+):
+    with pytest.raises(RecipeError, match=r"recovery\.options\.penalty"):
+        fit(view, plan_of(2), None, batches, method="projection", penalty=penalty)

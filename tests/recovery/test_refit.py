@@ -7,7 +7,7 @@ import torch
 
 from conftest import plan_of
 from layercut.activations import ResidualStream, Spool
-from layercut.errors import DataError, PlanError
+from layercut.errors import DataError, PlanError, RecipeError
 from layercut.models.view import DecoderView
 from layercut.recovery import fit, refit
 from layercut.surgery import apply
@@ -145,3 +145,8 @@ def test_one_sequence_cannot_be_held_out(view: DecoderView, batches: Calibration
     one = CalibrationBatches(batches.input_ids[:1], 1, 1, "test", "0")
     with pytest.raises(DataError, match="too few to hold any out"):
         fit(view, plan_of(2), None, one, method="refit")
+
+
+def test_holding_out_every_sequence_is_refused(view: DecoderView, batches: CalibrationBatches):
+    with pytest.raises(RecipeError, match=r"recovery\.options\.held_out_every"):
+        fit(view, plan_of(2), None, batches, method="refit", held_out_every=1)

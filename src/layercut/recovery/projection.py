@@ -15,9 +15,10 @@ Limits   exact only where the MLP's output is added to the stream without a norm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from layercut import progress
@@ -33,7 +34,7 @@ PENALTY_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
 class Options(MethodOptions):
     """λ, or ``held-out`` to choose it from a grid on sequences the fit has not seen; the solver."""
 
-    penalty: float | Literal["held-out"] = 0.1
+    penalty: Annotated[float, Field(gt=0)] | Literal["held-out"] = 0.1
     solver: Literal["closed-form", "gradient-descent"] = "closed-form"
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from layercut import progress
@@ -38,7 +39,7 @@ class Options(MethodOptions):
 
     layers: Literal["cuts", "following"] = "following"
     modules: Literal["down", "both"] = "both"
-    held_out_every: int = 8
+    held_out_every: int = Field(default=8, ge=2)
 
 
 def fit(
