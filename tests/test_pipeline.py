@@ -247,9 +247,9 @@ def test_embedded_model_end_to_end(tmp_path: Path):
     """The real model and data, small: two layers go, the text stays readable."""
     recipe = {
         "model": "embedded:smollm2-135m",
-        "calibration": {"n_sequences": 8, "seq_len": 128},
+        "calibration": {"n_sequences": 4, "seq_len": 128, "gradient_batch": 2},
         "scoring": {"method": "gradmap"},
-        "selection": {"strategy": "lowest", "drop_layers": 2},
+        "selection": {"strategy": "lowest", "rounds": "each", "drop_layers": 2},
         "recovery": {"method": "projection"},
         "evaluation": {"text": {"speeches": "embedded:speeches"}, "max_tokens": 1024},
     }
