@@ -75,7 +75,8 @@ def select(
         method="priced-cuts",
         rounds=(Round(scores.values, dropped, None),),
         fingerprint=scores.fingerprint,
-        curve={n: cost / n_priced for n, (cost, _) in sorted(curve.items())},
+        # Cuts longer than the request were not priced: beyond it the curve would be too dear.
+        curve={n: curve[n][0] / n_priced for n in sorted(curve) if n <= request.n_drop},
     )
     return plan, Evidence(scores=(scores,))
 
