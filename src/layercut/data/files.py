@@ -8,7 +8,7 @@ import gzip
 import json
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +16,9 @@ from layercut.errors import DataError, suggestion
 
 Value = tuple[str, Any]
 """Where a value stands (``line 3``, ``row 3``) and the value itself."""
+
+Row = tuple[str, dict[str, Any]]
+"""Where a row stands and its values by column."""
 
 MAX_CSV_FIELD = 2**31 - 1
 """Characters in one CSV field: Python's own limit of 131,072 is less than one long document."""
@@ -51,9 +54,25 @@ def read_text(path: Path) -> Iterator[Value]:
         yield "line 1", text
 
 
-def read_jsonl(path: Path, column: str) -> Iterator[Value]:
-    """One value per line that is not blank."""
-    columns: list[str] = []
+def read_column(rows: Iterable[Row], name: str, column: str) -> Iterator[Value]:
+    """One column of ``rows``; a row that lacks it counts as null.
+
+    Args:
+        rows: of the source called ``name``.
+        name: what to call the source in errors.
+        column: must be in the first row.
+
+    Raises:
+        DataError: the first row lacks the column.
+    """
+    for number, (where, row) in enumerate(rows):
+        if number == 0:
+            check_column(name, column, list(row))
+        yield where, row.get(column)
+
+
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """One row per line that is not blank."""
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -63,52 +82,50 @@ def read_jsonl(path: Path, column: str) -> Iterator[Value]:
             raise DataError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(
-                f"{path}, line {number} should be an object with the key '{column}', "
+                f'{path}, line {number} should be an object such as {{"text": "…"}}, '
                 f"got {type(row).__name__}"
             )
-        if not columns:
-            columns = list(row)
-            check_column(str(path), column, columns)
-        yield f"line {number}", row.get(column)
+        yield f"line {number}", row
 
 
-def read_csv(path: Path, column: str) -> Iterator[Value]:
-    """One value per row below the header."""
+def csv_rows(path: Path) -> Iterator[Row]:
+    """One row per record below the header."""
     previous_limit = csv.field_size_limit(MAX_CSV_FIELD)
     # strict: an unclosed quote must not swallow the rest of the file.
     rows = csv.DictReader(_lines(path), strict=True)
     try:
-        if rows.fieldnames is not None:
-            check_column(str(path), column, list(rows.fieldnames))
         for row in rows:
             if None in row:
                 raise DataError(
                     f"{path}, line {rows.line_num} has more fields than the header; "
                     "put text that holds commas in quotes"
                 )
-            yield f"line {rows.line_num}", row[column]
+            yield f"line {rows.line_num}", row
     except csv.Error as error:
         raise DataError(f"{path}, line {rows.line_num} is not CSV: {error}") from None
     finally:
         csv.field_size_limit(previous_limit)
 
 
-def read_parquet(path: Path, column: str) -> Iterator[Value]:
-    """One value per row, read in groups of 1,024."""
+def parquet_rows(path: Path, column: str | None = None) -> Iterator[Row]:
+    """One row per record, read in groups of 1,024; with ``column``, only that one is read."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         with _open(path) as file:
             table = parquet.ParquetFile(file)
-            check_column(str(path), column, table.schema_arrow.names)
+            if column is not None:
+                check_column(str(path), column, table.schema_arrow.names)
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                for value in batch.column(column).to_pylist():
+            columns = None if column is None else [column]
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
                     number += 1
-                    yield f"row {number}", value
+                    yield f"row {number}", row
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 in column '{column}': {error.reason}") from None
+        place = f" in column '{column}'" if column else ""
+        raise DataError(f"{path} is not UTF-8{place}: {error.reason}") from None
     except (pyarrow.ArrowException, *_DAMAGED) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 

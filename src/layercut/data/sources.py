@@ -12,7 +12,8 @@ from layercut.data.embedded import read_embedded
 from layercut.data.wikitext import detokenize as undo_wikitext
 from layercut.errors import DataError, NetworkError, suggestion
 
-EXTENSIONS = (".txt", ".raw", ".jsonl", ".csv", ".parquet")
+TABLES = (".jsonl", ".csv", ".parquet")
+EXTENSIONS = (".txt", ".raw", *TABLES)
 
 
 def read_texts(
@@ -36,7 +37,7 @@ def read_texts(
         texts = read_embedded(source.removeprefix("embedded:"))
         is_wikitext = False
     elif source.startswith("hub:"):
-        texts = _checked(_read_hub(source, *_parse_hub(source), text_column), source)
+        texts = _checked(files.read_column(_hub_rows(source), source, text_column), source)
         is_wikitext = "wikitext" in source.lower()
     else:
         path = Path(source).expanduser()
@@ -47,6 +48,25 @@ def read_texts(
     return texts
 
 
+def read_table(source: str) -> Iterator[files.Row]:
+    """The rows of a table with all of their columns, read lazily.
+
+    Args:
+        source: ``hub:owner/name[:config][@split]`` or the path of a .jsonl, .csv or .parquet file,
+            each also .gz.
+
+    Raises:
+        DataError: the source is not there or not a readable table; what only reading shows is
+            raised while iterating.
+        NetworkError: the Hub is needed and cannot be reached.
+    """
+    if source.startswith("hub:"):
+        return _hub_rows(source)
+    path = Path(source).expanduser()
+    files.check_file(path)
+    return _table_rows(path, TABLES)
+
+
 def _extension(path: Path) -> str:
     name = path.name.lower().removesuffix(".gz")
     return Path(name).suffix
@@ -54,18 +74,24 @@ def _extension(path: Path) -> str:
 
 def _read_file(path: Path, text_column: str) -> Iterator[files.Value]:
     files.check_file(path)
-    extension = _extension(path)
-    if extension in (".txt", ".raw"):
+    if _extension(path) in (".txt", ".raw"):
         return files.read_text(path)
+    return files.read_column(_table_rows(path, EXTENSIONS, text_column), str(path), text_column)
+
+
+def _table_rows(
+    path: Path, known: tuple[str, ...], column: str | None = None
+) -> Iterator[files.Row]:
+    extension = _extension(path)
     if extension == ".jsonl":
-        return files.read_jsonl(path, text_column)
+        return files.jsonl_rows(path)
     if extension == ".csv":
-        return files.read_csv(path, text_column)
+        return files.csv_rows(path)
     if extension == ".parquet":
-        return files.read_parquet(path, text_column)
+        return files.parquet_rows(path, column)
     raise DataError(
-        f"{path} has an unknown file type '{extension}'{suggestion(extension, EXTENSIONS)} "
-        f"(known: {', '.join(EXTENSIONS)}, each also with .gz)"
+        f"{path} has an unknown file type '{extension}'{suggestion(extension, known)} "
+        f"(known: {', '.join(known)}, each also with .gz)"
     )
 
 
@@ -102,9 +128,12 @@ def _parse_hub(source: str) -> tuple[str, str | None, str]:
     return name, config, split or "train"
 
 
-def _read_hub(
-    source: str, name: str, config: str | None, split: str, text_column: str
-) -> Iterator[files.Value]:
+def _hub_rows(source: str) -> Iterator[files.Row]:
+    name, config, split = _parse_hub(source)
+    return _stream_hub(source, name, config, split)
+
+
+def _stream_hub(source: str, name: str, config: str | None, split: str) -> Iterator[files.Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
@@ -115,9 +144,7 @@ def _read_hub(
     try:
         rows = load_dataset(name, config, split=split, streaming=streaming)
         for number, row in enumerate(rows, start=1):
-            if number == 1:
-                files.check_column(source, text_column, list(row))
-            yield f"row {number}", row.get(text_column)
+            yield f"row {number}", row
     except DatasetsError as error:
         raise DataError(f"{source} cannot be read: {error}") from None
     except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
