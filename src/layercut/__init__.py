@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from layercut.data.calibration import calibration_batches
     from layercut.evaluation import evaluate
+    from layercut.gradient_log import GradientLog
     from layercut.models.checkpoint import save
     from layercut.models.load import load
     from layercut.models.view import DecoderView
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # Public name → its module; imported on first use, so that `layercut --help` needs no torch.
 _HOMES = {
     "DecoderView": "layercut.models.view",
+    "GradientLog": "layercut.gradient_log",
     "Recipe": "layercut.recipe",
     "apply": "layercut.surgery",
     "calibration_batches": "layercut.data.calibration",
@@ -46,6 +48,7 @@ _HOMES = {
 
 __all__ = [
     "DecoderView",
+    "GradientLog",
     "Recipe",
     "__version__",
     "apply",
