@@ -52,6 +52,12 @@ def figure(text: str) -> None:
         listener.figure(text)
 
 
+def step(done: int, total: int) -> None:
+    """Announce that ``done`` of ``total`` equal steps are finished, where no loop is ours."""
+    if listener := _listener.get():
+        listener.step(done, total)
+
+
 def track(items: Sequence[Item] | Iterable[Item], total: int) -> Iterator[Item]:
     """Yield ``items`` and report each one as finished when the next is asked for."""
     listener = _listener.get()

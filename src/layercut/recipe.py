@@ -16,9 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     field_validator,
     model_validator,
@@ -27,19 +25,15 @@ from pydantic import (
 from layercut import overrides as overrides_
 from layercut import strict_yaml
 from layercut.errors import suggestion
+from layercut.finetune_settings import FinetuneSettings
 from layercut.methods import Room, available
+from layercut.section import Count, Name, Section, SequenceLength
 from layercut.validation import validated
 
 AMOUNTS = ("drop_layers", "drop_fraction", "drop", "max_perplexity_ratio")
 """The spellings of one setting: how much goes. At most one is given."""
 
 DEFAULT_DROP_LAYERS = 6
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are errors, types are exact, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _known(room: Room) -> AfterValidator:
@@ -73,13 +67,10 @@ def _not_available(value: Any) -> Any:
 
 
 NotYet = BeforeValidator(_not_available)
-Count = Annotated[int, Field(ge=1)]
-SequenceLength = Annotated[int, Field(ge=2)]
 # strict=False: YAML has lists, not tuples; the items stay strict.
 Layers = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_distinct)
 ]
-Name = Annotated[str, Field(min_length=1)]
 Options = dict[str, Any]
 
 
@@ -172,8 +163,9 @@ class EvaluationSection(Section):
         default={"speeches": "embedded:speeches"},
         description="name: source; the perplexity of each",
     )
-    tasks: Annotated[dict[str, str], NotYet] = Field(
-        default={}, description="name: source of rows; the accuracy of each (not available yet)"
+    tasks: dict[str, Name] = Field(
+        default={},
+        description="name: source of rows with choices or completions; the accuracy of each",
     )
     harness: Annotated[tuple[str, ...], Field(strict=False), NotYet] = Field(
         default=(), description="lm-evaluation-harness task names (not available yet)"
@@ -221,8 +213,8 @@ class Recipe(Section):
     heal: Annotated[Options | None, NotYet] = Field(
         default=None, description="short training after the cut (not available yet)"
     )
-    finetune: Annotated[Options | None, NotYet] = Field(
-        default=None, description="LoRA or full fine-tuning after the cut (not available yet)"
+    finetune: FinetuneSettings | None = Field(
+        default=None, description="LoRA or full fine-tuning after the cut; null: none"
     )
     evaluation: EvaluationSection = Field(
         default_factory=EvaluationSection, description="what is measured before and after"

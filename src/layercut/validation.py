@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from layercut.errors import RecipeError, suggestion
+from layercut.section import section_type
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -104,9 +105,9 @@ def _phrase(model: type[BaseModel], error: ErrorDetails) -> tuple[str, str]:
 
 def _keys(model: type[BaseModel], sections: Sequence[int | str]) -> list[str]:
     for section in sections:
-        annotation = model.model_fields[str(section)].annotation
-        assert isinstance(annotation, type)
-        model = annotation
+        inner = section_type(model.model_fields[str(section)].annotation)
+        assert inner is not None, section
+        model = inner
     return list(model.model_fields)
 
 

@@ -10,7 +10,8 @@ import typer
 from pydantic import BaseModel
 
 from layercut import strict_yaml
-from layercut.recipe import Recipe, Section
+from layercut.recipe import Recipe
+from layercut.section import Section, section_type
 
 EXAMPLE_MODEL = "embedded:smollm2-135m"
 HEADER = """\
@@ -38,7 +39,7 @@ def fields_help() -> str:
     return "\b\nKeys:\n" + "\n".join(f"  {row}" for row in rows)
 
 
-def _lines(section: Section, indent: str) -> Iterator[str]:
+def _lines(section: BaseModel, indent: str) -> Iterator[str]:
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if isinstance(value, Section):
@@ -57,12 +58,15 @@ def _lines(section: Section, indent: str) -> Iterator[str]:
         else:
             content = section.model_dump(mode="json", include={key})
             yield from textwrap.indent(strict_yaml.dump(content), indent).splitlines()
+        if value is None and (inner := section_type(field.annotation)):
+            # What the section would hold: remove the marks, and the null above, to have it.
+            lines = [f"{key}:", *_lines(inner(), "  ")]
+            yield from (f"{indent}#   {line}".rstrip() for line in lines)
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
     for key, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from _fields(annotation, f"{prefix}{key}.")
+        if inner := section_type(field.annotation):
+            yield from _fields(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", field.description or ""

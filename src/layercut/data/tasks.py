@@ -1,0 +1,264 @@
+"""A source named in the recipe → the rows of a task: prompt and completion, chat, or choices.
+
+A file's columns say what it holds; ``FORMATS`` is the table of what is known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from layercut.data import files
+from layercut.data.embedded import NAMES, review_rows
+from layercut.data.sources import read_table
+from layercut.errors import DataError, suggestion
+
+REVIEWS = ("reviews@train", "reviews@test")
+REVIEW_PROMPT = "Review: {text}\nVerdict (fresh or rotten):"
+REVIEW_CHOICES = (" fresh", " rotten")
+BLANK = re.compile(r"(?<!_)_(?!_)")
+"""WinoGrande's gap; runs of underscores are drawn lines, as in ARC."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """One example.
+
+    A row with one choice has a completion to be learnt and reproduced; with several, one of them is
+    right. Text is joined as it stands: the spaces between the parts are part of the choices.
+
+    Attributes:
+        prompt: what the model is given; not used by a chat row.
+        choices: what can follow it.
+        answer: index of the right choice.
+        ending: what follows whichever choice; where there is one, choices are judged by its
+            likelihood after each of them.
+        messages: a chat row's messages before the reply, which is its one choice.
+        where: the row's place, for errors.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int = 0
+    ending: str = ""
+    messages: tuple[Mapping[str, str], ...] = ()
+    where: str = ""
+
+    @property
+    def completion(self) -> str:
+        """The right choice and what follows it."""
+        return self.choices[self.answer] + self.ending
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One kind of file.
+
+    Attributes:
+        columns: every row has them.
+        build: a row's columns → the row; raises `DataError` without the place.
+        fits: what else tells it from the other formats, asked of every row.
+    """
+
+    columns: tuple[str, ...]
+    build: Callable[[Mapping[str, Any]], TaskRow]
+    fits: Callable[[Mapping[str, Any]], bool] = lambda _: True
+
+
+def read_rows(source: str) -> list[TaskRow]:
+    """The rows of a task, in order.
+
+    Args:
+        source: ``embedded:reviews@train``, ``embedded:reviews@test``,
+            ``hub:owner/name[:config][@split]``, or the path of a .jsonl, .csv or .parquet file
+            (each also .gz); ``path@value`` takes the rows whose column ``split`` is ``value``.
+
+    Raises:
+        DataError: the source is not there, not readable, empty, or not a known format; a row's
+            answer is none of its choices.
+        NetworkError: the Hub is needed and cannot be reached.
+    """
+    if source.startswith("embedded:"):
+        return _reviews(source.removeprefix("embedded:"))
+    rows = list(_split_rows(source))
+    if not rows:
+        raise DataError(f"{source} is empty: 0 rows")
+    build = _format_of(rows, source).build
+    found = []
+    for where, row in rows:
+        place = f"{source}, {where}"
+        try:
+            found.append(replace(build(row), where=place))
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+    return found
+
+
+def check_classes(rows: Sequence[TaskRow]) -> None:
+    """Refuse training rows that lack one of the answers the model shall choose from.
+
+    Rows whose choices differ from each other have no classes in common and always pass.
+
+    Raises:
+        DataError: names the choice that is never right.
+    """
+    choices = rows[0].choices
+    if len(choices) < 2 or any(row.choices != choices for row in rows):
+        return
+    missing = set(range(len(choices))) - {row.answer for row in rows}
+    if missing:
+        name = choices[min(missing)].strip()
+        raise DataError(
+            f"no training row has the answer '{name}' ({len(rows)} rows, from {rows[0].where}), so "
+            "the model would learn never to give it. Add rows of that class."
+        )
+
+
+def _reviews(name: str) -> list[TaskRow]:
+    if name not in REVIEWS:
+        hint = "it is plain text" if name in NAMES else f"unknown{suggestion(name, REVIEWS)}"
+        known = ", ".join(f"embedded:{review}" for review in REVIEWS)
+        raise DataError(f"'embedded:{name}' holds no task rows: {hint} (known: {known})")
+    labels = [choice.strip() for choice in REVIEW_CHOICES]
+    return [
+        TaskRow(
+            prompt=REVIEW_PROMPT.format(text=row["text"]),
+            choices=REVIEW_CHOICES,
+            answer=labels.index(row["category"]),
+            where=f"embedded:{name}, row {number}",
+        )
+        for number, row in enumerate(review_rows(name.removeprefix("reviews@")), start=1)
+    ]
+
+
+def _split_rows(source: str) -> Iterable[files.Row]:
+    """The rows of ``source``; of ``path@value``, those of that split."""
+    path, at, split = source.rpartition("@")
+    if source.startswith("hub:") or not at or Path(source).expanduser().exists():
+        return read_table(source)
+    rows = list(read_table(path))
+    chosen = [(where, row) for where, row in rows if row.get("split") == split]
+    if not chosen:
+        known = sorted({str(row["split"]) for _, row in rows if "split" in row})
+        found = f"its splits are {', '.join(known)}" if known else "it has no column 'split'"
+        raise DataError(f"{path} has no rows of split '{split}': {found}.")
+    return chosen
+
+
+def _format_of(rows: Sequence[files.Row], source: str) -> Format:
+    """The first format that every row fits."""
+    first = rows[0][1]
+    named = [form for form in FORMATS if all(name in first for name in form.columns)]
+    if not named:
+        known = "; ".join(", ".join(form.columns) for form in FORMATS)
+        raise DataError(
+            f"{source} has none of the known sets of columns (columns: {', '.join(first)}). "
+            f"Rename its columns to one of: {known}."
+        )
+    return next(form for form in named if all(form.fits(row) for _, row in rows))
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        got = "blank text" if isinstance(value, str) else type(value).__name__
+        raise DataError(f"'{column}' should be text, got {got}")
+    return value
+
+
+def _choices(row: Mapping[str, Any]) -> tuple[str, ...]:
+    choices = row.get("choices")
+    if isinstance(choices, str):  # a CSV file has no lists
+        choices = _parsed(choices)
+    texts = isinstance(choices, list | tuple) and all(isinstance(c, str) and c for c in choices)
+    if not isinstance(choices, list | tuple) or not texts or len(choices) < 2:
+        raise DataError(f"'choices' should be a list of at least two texts, got {choices!r}")
+    return tuple(choices)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _answer(row: Mapping[str, Any]) -> int:
+    """Index of the right choice, which the row gives as a number or as the choice's text."""
+    choices = _choices(row)
+    answer = row.get("answer")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if 0 <= answer < len(choices):
+            return answer
+        raise DataError(
+            f"the answer {answer} is none of the {len(choices)} choices, counted from 0"
+        )
+    labels = [choice.strip() for choice in choices]
+    if isinstance(answer, str) and answer.strip() in labels:
+        return labels.index(answer.strip())
+    if isinstance(answer, str) and answer.isdecimal():
+        return _answer({**row, "answer": int(answer)})
+    hint = suggestion(str(answer), labels)
+    raise DataError(f"unknown label {answer!r}{hint} (choices: {', '.join(labels)})")
+
+
+def _chat(row: Mapping[str, Any]) -> TaskRow:
+    messages = row.get("messages")
+    well_formed = isinstance(messages, list | tuple) and all(
+        isinstance(m, Mapping)
+        and isinstance(m.get("role"), str)
+        and isinstance(m.get("content"), str)
+        for m in messages
+    )
+    if not well_formed or not messages:
+        raise DataError("'messages' should be a list of {role, content}, both text")
+    *before, reply = messages
+    if reply["role"] != "assistant" or not before or not reply["content"].strip():
+        raise DataError(
+            "'messages' should end with a reply of the role assistant after at least one other "
+            f"message, got the roles {', '.join(m['role'] for m in messages)}"
+        )
+    return TaskRow("", (reply["content"],), messages=tuple(dict(m) for m in before))
+
+
+def _completion(row: Mapping[str, Any]) -> TaskRow:
+    return TaskRow(_text(row, "prompt"), (_text(row, "completion"),))
+
+
+def _prompt_choices(row: Mapping[str, Any]) -> TaskRow:
+    return TaskRow(_text(row, "prompt"), _choices(row), _answer(row))
+
+
+def _blank(row: Mapping[str, Any]) -> TaskRow:
+    before, after = BLANK.split(_text(row, "question"))
+    prompt = before.rstrip()
+    gap = " " if before else ""
+    choices = tuple(f"{gap}{choice.strip()}" for choice in _choices(row))
+    return TaskRow(prompt, choices, _answer(row), ending=after)
+
+
+def _question(row: Mapping[str, Any]) -> TaskRow:
+    context = f"{_text(row, 'context').strip()}\n" if "context" in row else ""
+    question = _text(row, "question").strip()
+    prompt = f"{context}Question: {question}\nAnswer:"
+    choices = tuple(f" {choice.strip()}" for choice in _choices(row))
+    return TaskRow(prompt, choices, _answer(row))
+
+
+def _has_one_blank(row: Mapping[str, Any]) -> bool:
+    return len(BLANK.findall(str(row.get("question")))) == 1
+
+
+FORMATS = (
+    Format(("messages",), _chat),
+    Format(("prompt", "completion"), _completion),
+    Format(("prompt", "choices", "answer"), _prompt_choices),
+    # WinoGrande: one gap in every row. ARC, PIQA, and with a context BoolQ and PubMedQA: questions.
+    Format(("question", "choices", "answer"), _blank, fits=_has_one_blank),
+    Format(("question", "choices", "answer"), _question),
+)
+"""Known files, by their columns; the first that fits every row is taken."""
