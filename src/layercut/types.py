@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from layercut.gradient_log import GradientLog
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationBatches:
@@ -67,6 +69,7 @@ class LayerScores:
         n_targets: calibration tokens whose loss was used.
         seconds: wall-clock time.
         fingerprint: hash of model files, data, options and seed.
+        gradient_log: the recorded gradients, where the method makes such a record.
     """
 
     values: tuple[float | None, ...]
@@ -75,6 +78,7 @@ class LayerScores:
     n_targets: int = 0
     seconds: float = 0.0
     fingerprint: str = ""
+    gradient_log: GradientLog | None = field(default=None, repr=False, compare=False)
 
     def to_json(self, model: str) -> dict[str, Any]:
         """Content of ``scores.json``."""
@@ -173,9 +177,15 @@ class PruningPlan:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What scoring leaves for recovery: the scores of every round."""
+    """What scoring leaves for recovery.
+
+    Attributes:
+        scores: those of every round.
+        gradient_log: the record of the first round, which saw every layer; igia's alone.
+    """
 
     scores: tuple[LayerScores, ...]
+    gradient_log: GradientLog | None = None
 
 
 @dataclass(frozen=True, slots=True)

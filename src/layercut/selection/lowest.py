@@ -8,6 +8,7 @@ Ties     the lower index stays
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from layercut import progress
 from layercut.models.view import DecoderView
@@ -24,13 +25,16 @@ def select(
     dropped: list[int] = []
     rounds: list[Round] = []
     evidence: list[LayerScores] = []
+    gradient_log = None
     while len(dropped) < request.n_drop:
         progress.figure(f"decision {len(rounds) + 1} of {request.n_drop // n_each}")
         with view.skipping(dropped):
             scores = score(view, batches, method=request.scoring, **request.scoring_options)
         chosen, margin = lowest(scores.values, n_each, protect=request.protect)
         dropped += chosen
-        evidence.append(scores)
+        # Later rounds no longer see the dropped layers, and each record is large.
+        gradient_log = gradient_log or scores.gradient_log
+        evidence.append(replace(scores, gradient_log=None))
         rounds.append(Round(scores.values, tuple(chosen), margin))
     plan = PruningPlan(
         model=view.name,
@@ -40,7 +44,7 @@ def select(
         rounds=tuple(rounds),
         fingerprint=evidence[-1].fingerprint,
     )
-    return plan, Evidence(scores=tuple(evidence))
+    return plan, Evidence(scores=tuple(evidence), gradient_log=gradient_log)
 
 
 def lowest(
