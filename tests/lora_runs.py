@@ -10,6 +10,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from layercut.activations import Spool
+from layercut.gradient_log import GradientLog, LoggedWeight
+from layercut.lora import layer_of
+
 NAME = "model.layers.2.mlp.down_proj.weight"
 
 
@@ -60,3 +64,21 @@ class Reference(TrainerCallback):
             step[f"{path}.lora_B.default.weight"] @ step[f"{path}.lora_A.default.weight"]
             for step in self.steps
         ]
+
+
+def planted_log(
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]], n_layers: int
+) -> GradientLog:
+    """A record as if a trainer had made it: name → ∇A (steps, rank, in), ∇B (steps, out, rank)."""
+    n_steps = len(next(iter(factors.values()))[0])
+    log = GradientLog(steps=n_steps)
+    log.n_steps, log.n_layers = n_steps, n_layers
+    width = 0
+    for name, (a, b) in factors.items():
+        logged = LoggedWeight(layer_of(name), 1.0, tuple(a.shape[1:]), tuple(b.shape[1:]), width)
+        log.weights[name] = logged
+        width = logged.span_b.stop
+    rows = [torch.cat([a.flatten(1), b.flatten(1)], dim=1) for a, b in factors.values()]
+    log._rows = Spool(n_steps, width)
+    log._rows.write(0, torch.cat(rows, dim=1))
+    return log
