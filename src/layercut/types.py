@@ -205,11 +205,15 @@ class WeightPatch:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A measured mean with its standard error and the number of items behind it."""
+    """A measured mean with its standard error and the number of items behind it.
+
+    ``outcomes`` says of each row of a task whether it is right, for paired comparisons.
+    """
 
     value: float
     stderr: float
     n: int
+    outcomes: tuple[bool, ...] = field(default=(), repr=False)
 
     def to_json(self, unit: str) -> dict[str, Any]:
         """``{"value", "stderr", unit: n}``; ``unit`` is ``n_tokens`` or ``n_rows``."""
@@ -225,17 +229,22 @@ class Evaluation:
         n_parameters: parameters, tied ones counted once.
         perplexity: text name → exp(mean token loss).
         accuracy: task name → fraction right.
+        accuracy_change: task name → change from the dense model, tuned alike, with the standard
+            error of the paired rows.
         prefill_tokens_per_second: prompt tokens processed per second.
         decode_tokens_per_second: new tokens generated per second, batch of one.
-        peak_rss_bytes: peak memory of this process so far.
+        train_seconds: wall-clock time of the fine-tuning.
+        peak_rss_bytes: peak memory of this process so far, or since this stage's training began.
     """
 
     n_layers: int
     n_parameters: int
     perplexity: Mapping[str, Figure] = field(default_factory=dict)
     accuracy: Mapping[str, Figure] = field(default_factory=dict)
+    accuracy_change: Mapping[str, Figure] = field(default_factory=dict)
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
+    train_seconds: float | None = None
     peak_rss_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -243,6 +252,8 @@ class Evaluation:
         content = asdict(self)
         content["perplexity"] = {k: f.to_json("n_tokens") for k, f in self.perplexity.items()}
         content["accuracy"] = {k: f.to_json("n_rows") for k, f in self.accuracy.items()}
+        changes = {k: f.to_json("n_rows") for k, f in self.accuracy_change.items()}
+        content["accuracy_change"] = changes or None
         return {key: value for key, value in content.items() if value is not None}
 
 

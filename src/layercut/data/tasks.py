@@ -18,8 +18,9 @@ from layercut.data.sources import read_table
 from layercut.errors import DataError, suggestion
 
 REVIEWS = ("reviews@train", "reviews@test")
-REVIEW_PROMPT = "Review: {text}\nVerdict (fresh or rotten):"
-REVIEW_CHOICES = (" fresh", " rotten")
+REVIEW_PROMPT = "Review: {text}\nSentiment:"
+REVIEW_CHOICES = {"fresh": " positive", "rotten": " negative"}
+"""Category of a review → what the model is to say: words it knows the task by, unlike the site's."""
 BLANK = re.compile(r"(?<!_)_(?!_)")
 """WinoGrande's gap; runs of underscores are drawn lines, as in ARC."""
 
@@ -123,12 +124,12 @@ def _reviews(name: str) -> list[TaskRow]:
         hint = "it is plain text" if name in NAMES else f"unknown{suggestion(name, REVIEWS)}"
         known = ", ".join(f"embedded:{review}" for review in REVIEWS)
         raise DataError(f"'embedded:{name}' holds no task rows: {hint} (known: {known})")
-    labels = [choice.strip() for choice in REVIEW_CHOICES]
+    categories = list(REVIEW_CHOICES)
     return [
         TaskRow(
             prompt=REVIEW_PROMPT.format(text=row["text"]),
-            choices=REVIEW_CHOICES,
-            answer=labels.index(row["category"]),
+            choices=tuple(REVIEW_CHOICES.values()),
+            answer=categories.index(row["category"]),
             where=f"embedded:{name}, row {number}",
         )
         for number, row in enumerate(review_rows(name.removeprefix("reviews@")), start=1)

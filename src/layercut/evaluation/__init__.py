@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from layercut import progress
 from layercut.data.calibration import evaluation_windows
+from layercut.data.tasks import read_rows
+from layercut.evaluation.choices import accuracy, answer
 from layercut.evaluation.cost import decode_tokens_per_second, prefill_tokens_per_second
 from layercut.evaluation.perplexity import perplexity
 from layercut.report.machine import peak_rss_bytes
@@ -15,11 +17,15 @@ from layercut.types import Evaluation
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
+BY_LENGTH = " (per character)"
+"""Behind a task's name: its accuracy by likelihood per character."""
+
 
 def evaluate(
     view: DecoderView,
     *,
-    text: Mapping[str, str],
+    text: Mapping[str, str] | None = None,
+    tasks: Mapping[str, str] | None = None,
     seq_len: int = 512,
     max_tokens: int = 8192,
     detokenize: bool | Literal["auto"] = "auto",
@@ -30,26 +36,36 @@ def evaluate(
     Args:
         view: the model; unchanged afterwards.
         text: name → data source; perplexity is measured on each.
+        tasks: name → source of task rows; accuracy is measured on each, and where choices have
+            several tokens, also by likelihood per character.
         seq_len: tokens per window; windows do not overlap.
         max_tokens: tokens of each text at most.
         detokenize: whether to undo WikiText's and PTB's markers.
         speed: whether to measure tokens per second.
 
     Raises:
-        DataError: a text cannot be read or is too short.
+        DataError: a text or task cannot be read or used.
         NumericsError: a loss is not finite.
     """
     figures = {}
-    for name, source in text.items():
+    for name, source in (text or {}).items():
         windows = evaluation_windows(
             source, view.tokenizer, seq_len=seq_len, max_tokens=max_tokens, detokenize=detokenize
         )
         figures[name] = perplexity(view, windows)
         progress.figure(f"{name} perplexity {figures[name].value:.2f}")
+    right = {}
+    for name, source in (tasks or {}).items():
+        answers = answer(view, read_rows(source))
+        right[name] = accuracy(answers.correct)
+        if answers.by_length is not None:
+            right[f"{name}{BY_LENGTH}"] = accuracy(answers.by_length)
+        progress.figure(f"{name} accuracy {right[name].value:.3f}")
     return Evaluation(
         n_layers=view.n_layers,
         n_parameters=view.n_parameters,
         perplexity=figures,
+        accuracy=right,
         prefill_tokens_per_second=prefill_tokens_per_second(view) if speed else None,
         decode_tokens_per_second=decode_tokens_per_second(view) if speed else None,
         peak_rss_bytes=peak_rss_bytes(),
