@@ -28,9 +28,10 @@ from layercut.recipe import Recipe, RecoverySection, ScoringSection, load_recipe
 from layercut.recovery import fit
 from layercut.report.machine import peak_rss_bytes, provenance
 from layercut.report.write import write_model_card, write_report
+from layercut.results import RunResult
 from layercut.selection import check_request, check_scoring, select
 from layercut.surgery import apply
-from layercut.types import CalibrationBatches, RunResult
+from layercut.types import CalibrationBatches
 
 
 def run(

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from layercut import progress
 from layercut.cli.display import LiveDisplay, print_result, progress_display, result_table
-from layercut.types import Evaluation, Figure, Provenance, PruningPlan, RunResult
+from layercut.results import Evaluation, Figure, Provenance, RunResult
+from layercut.types import PruningPlan
 
 
 @pytest.fixture

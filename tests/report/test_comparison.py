@@ -1,5 +1,5 @@
 from layercut.report.comparison import MISSING, columns, rows
-from layercut.types import Evaluation, Figure, Provenance, RunResult
+from layercut.results import Evaluation, Figure, Provenance, RunResult
 
 
 def result(**stages: Evaluation) -> RunResult:

@@ -5,7 +5,8 @@ from xml.etree import ElementTree
 from matplotlib import rcParams
 
 from layercut.report import figures
-from layercut.types import Figure, PruningPlan, Round
+from layercut.results import Figure
+from layercut.types import PruningPlan, Round
 
 
 def plan_in_rounds() -> PruningPlan:

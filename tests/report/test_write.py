@@ -8,15 +8,8 @@ import yaml
 
 from layercut.errors import NumericsError, OutputError, ResourceError
 from layercut.report.write import headline, render_html, write_model_card, write_report
-from layercut.types import (
-    Evaluation,
-    Figure,
-    LayerScores,
-    Provenance,
-    PruningPlan,
-    Round,
-    RunResult,
-)
+from layercut.results import Evaluation, Figure, Provenance, RunResult
+from layercut.types import LayerScores, PruningPlan, Round
 
 RECIPE = {"model": "embedded:smollm2-135m", "selection": {"drop_layers": 1}}
 PROVENANCE = Provenance(

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from layercut.progress import Listener, listening
 from layercut.report.comparison import columns, rows
-from layercut.types import RunResult
+from layercut.results import RunResult
 
 _ASCII = str.maketrans({"±": "+/-", "×": "x", "−": "-", "–": "-"})
 

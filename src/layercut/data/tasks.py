@@ -20,7 +20,7 @@ from layercut.errors import DataError, suggestion
 REVIEWS = ("reviews@train", "reviews@test")
 REVIEW_PROMPT = "Review: {text}\nSentiment:"
 REVIEW_CHOICES = {"fresh": " positive", "rotten": " negative"}
-"""Category of a review → what the model is to say: words it knows the task by, unlike the site's."""
+"""Category of a review → what the model is to say: words that it knows, unlike the site's."""
 BLANK = re.compile(r"(?<!_)_(?!_)")
 """WinoGrande's gap; runs of underscores are drawn lines, as in ARC."""
 

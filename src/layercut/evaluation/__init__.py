@@ -12,7 +12,7 @@ from layercut.evaluation.choices import accuracy, answer
 from layercut.evaluation.cost import decode_tokens_per_second, prefill_tokens_per_second
 from layercut.evaluation.perplexity import perplexity
 from layercut.report.machine import peak_rss_bytes
-from layercut.types import Evaluation
+from layercut.results import Evaluation
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView

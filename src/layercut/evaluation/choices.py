@@ -21,7 +21,7 @@ from layercut.data.encoding import Encoded, encode_choices
 from layercut.data.tasks import TaskRow
 from layercut.errors import DataError, NumericsError
 from layercut.evaluation.perplexity import check_vocabulary
-from layercut.types import Evaluation, Figure
+from layercut.results import Evaluation, Figure
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView

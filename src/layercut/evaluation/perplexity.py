@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.errors import DataError, NumericsError
-from layercut.types import Figure
+from layercut.results import Figure
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from layercut.types import Evaluation, Figure, RunResult
+from layercut.results import Evaluation, Figure, RunResult
 
 STAGE_TITLES = {
     "dense": "Dense",

@@ -25,7 +25,8 @@ from layercut.report.svg import (
     inline_svg,
     style,
 )
-from layercut.types import Figure, PruningPlan
+from layercut.results import Figure
+from layercut.types import PruningPlan
 
 WIDTH = 9.6
 """Inches; the page scales the figure to its column."""

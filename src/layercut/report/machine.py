@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from layercut import __version__
-from layercut.types import Provenance
+from layercut.results import Provenance
 
 PACKAGES = ("torch", "transformers", "safetensors")
 

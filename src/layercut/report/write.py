@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from layercut.errors import NumericsError, OutputError, ResourceError
 from layercut.report import comparison, figures
-from layercut.types import LayerScores, RunResult
+from layercut.results import RunResult
+from layercut.types import LayerScores
 
 EMBEDDED_LICENSE = "apache-2.0"
 LICENSE_KEYS = ("license", "license_name", "license_link")

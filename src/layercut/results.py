@@ -1,0 +1,114 @@
+"""What a run found out: figures, the stages they belong to, and where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from layercut.types import PruningPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A measured mean with its standard error and the number of items behind it.
+
+    ``outcomes`` says of each row of a task whether it is right, for paired comparisons.
+    """
+
+    value: float
+    stderr: float
+    n: int
+    outcomes: tuple[bool, ...] = field(default=(), repr=False)
+
+    def to_json(self, unit: str) -> dict[str, Any]:
+        """``{"value", "stderr", unit: n}``; ``unit`` is ``n_tokens`` or ``n_rows``."""
+        return {"value": self.value, "stderr": self.stderr, unit: self.n}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One model, measured: the object ``E`` of ``result.json``.
+
+    Attributes:
+        n_layers: decoder layers.
+        n_parameters: parameters, tied ones counted once.
+        perplexity: text name → exp(mean token loss).
+        accuracy: task name → fraction right.
+        prefill_tokens_per_second: prompt tokens processed per second.
+        decode_tokens_per_second: new tokens generated per second, batch of one.
+        peak_rss_bytes: peak memory of this process so far, or since this stage's training began.
+        train_seconds: wall-clock time of the fine-tuning.
+        accuracy_change: task name → change from the dense model, tuned alike, with the standard
+            error of the paired rows.
+    """
+
+    n_layers: int
+    n_parameters: int
+    perplexity: Mapping[str, Figure] = field(default_factory=dict)
+    accuracy: Mapping[str, Figure] = field(default_factory=dict)
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    peak_rss_bytes: int | None = None
+    train_seconds: float | None = None
+    accuracy_change: Mapping[str, Figure] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object ``E`` of ``result.json``; figures not measured are absent."""
+        content = asdict(self)
+        content["perplexity"] = {k: f.to_json("n_tokens") for k, f in self.perplexity.items()}
+        content["accuracy"] = {k: f.to_json("n_rows") for k, f in self.accuracy.items()}
+        changes = {k: f.to_json("n_rows") for k, f in self.accuracy_change.items()}
+        content["accuracy_change"] = changes or None
+        return {key: value for key, value in content.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a result came from: versions, machine, exact command."""
+
+    layercut: str
+    versions: Mapping[str, str]
+    hardware: Mapping[str, Any]
+    command: str
+
+
+@dataclass(slots=True)
+class RunResult:
+    """All that a run found out; becomes ``result.json`` and the report.
+
+    Attributes:
+        recipe: the resolved recipe.
+        stages: ``dense`` and ``pruned``, later also ``dense_tuned`` and ``pruned_tuned``.
+        seconds: stage → wall-clock seconds.
+        recovery: the notes of the weight patch.
+        warnings: what the user should know, in full sentences.
+    """
+
+    model: str
+    recipe: Mapping[str, Any]
+    provenance: Provenance
+    plan: PruningPlan | None = None
+    recovery: Mapping[str, Any] = field(default_factory=dict)
+    stages: dict[str, Evaluation] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of ``result.json``."""
+        return {
+            "schema": 1,
+            "layercut": self.provenance.layercut,
+            "model": self.model,
+            "recipe": dict(self.recipe),
+            "command": self.provenance.command,
+            "versions": dict(self.provenance.versions),
+            "hardware": dict(self.provenance.hardware),
+            "plan": self.plan.to_json() if self.plan else None,
+            "recovery": dict(self.recovery),
+            "stages": {name: stage.to_json() for name, stage in self.stages.items()},
+            "seconds": dict(self.seconds),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "warnings": list(self.warnings),
+        }
