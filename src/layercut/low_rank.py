@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GRAM_BLOCK = 8192
-"""Factor entries that are widened to float64 at once: 64 KiB, so that they stay in the cache."""
+GRAM_BLOCK = 256
+"""Terms of a float32 dot product; longer sums are float64. See `squared_norms`."""
 
 SQUARE_BLOCK = 2**18
 """Entries of one product that exist at once: 1 MiB of float32, so that they stay in the cache."""
@@ -20,26 +20,23 @@ SQUARE_BLOCK = 2**18
 def squared_norms(a: Tensor, b: Tensor) -> Tensor:
     """‖b_i a_i‖²_F of every pair of factors, (n,) float64.
 
+    The relative error is below 1e-7 · ‖a‖²‖b‖²/‖ba‖², a ratio that is 8 for random factors of rank
+    8 and was at most 7 for recorded ones. Dot products that are float32 throughout would reach 1e-6
+    where a row has 14,336 entries, and factors widened to float64 take twice the time.
+
     Args:
-        a: (n, rank, in).
-        b: (n, out, rank).
+        a: (n, rank, in) float32.
+        b: (n, out, rank) float32.
     """
-    _, rank, n_in = a.shape
-    n_pairs = max(1, GRAM_BLOCK // (rank * max(n_in, b.shape[1])))
-    parts = zip(a.split(n_pairs), b.mT.split(n_pairs), strict=True)
-    return torch.cat([(_gram(wide) * _gram(tall)).sum(dim=(1, 2)) for wide, tall in parts])
+    return _gram(a).mul_(_gram(b.mT)).sum(dim=(1, 2))
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """``rows`` times its transpose, (n, rank, k) → (n, rank, rank), float64.
-
-    In float32 the trace is off by a few 1e-6: Gram matrices square the condition of the factors.
-    """
+    """``rows`` times its transpose, (n, rank, k) → (n, rank, rank), float64."""
     n, rank, _ = rows.shape
     total = rows.new_zeros((n, rank, rank), dtype=torch.float64)
-    for block in rows.split(max(1, GRAM_BLOCK // (n * rank)), dim=2):
-        wide = block.double()
-        total.baddbmm_(wide, wide.mT)
+    for block in rows.split(GRAM_BLOCK, dim=2):
+        total += torch.bmm(block, block.mT)
     return total
 
 
