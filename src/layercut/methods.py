@@ -60,6 +60,8 @@ def parse_options(room: Room, name: str, options: dict[str, Any]) -> MethodOptio
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
             hint = suggestion(key, known) if item["type"] == "extra_forbidden" else ""
-            problems.append(f"{room}.options.{key}: {item['msg']}{hint}")
+            # What concerns several options has no key of its own.
+            place = f"{room}.options.{key}" if key else f"{room}.options"
+            problems.append(f"{place}: {item['msg'].removeprefix('Value error, ')}{hint}")
         raise RecipeError("; ".join(problems)) from None
     return parsed

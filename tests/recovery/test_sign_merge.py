@@ -199,7 +199,10 @@ def test_discarding_every_dropped_layer_is_refused(view: DecoderView, batches: C
 def test_beyond_safe_and_its_number_go_together(
     view: DecoderView, batches: CalibrationBatches, options: dict[str, object]
 ):
-    with pytest.raises(RecipeError, match="beyond-safe and an n_safe above 0 go together"):
+    with pytest.raises(
+        RecipeError,
+        match=r"^recovery\.options: merge: beyond-safe and an n_safe above 0 go together$",
+    ):
         fit(view, plan_of(2, 3), None, batches, method="sign-merge", **options)
 
 
