@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -232,7 +233,8 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
             )
         n_run: int = state.max_steps
         if self.fraction is not None:
-            return math.ceil(self.fraction * n_run)
+            # 0.07 · 100 is 7.000000000000001 in binary, and would be rounded up to 8.
+            return math.ceil(Fraction(str(self.fraction)) * n_run)
         assert self.steps is not None
         if self.steps > n_run:
             raise RecipeError(
