@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
-import shutil
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +27,18 @@ from layercut.data.tasks import TaskRow, check_classes
 from layercut.errors import DataError, ModelError, RecipeError
 from layercut.finetune_settings import FinetuneSettings
 from layercut.models.view import DecoderView
+from layercut.resume import last_checkpoint, rows_hash, settings_hash, weights_hash
 
-__all__ = ["FinetuneSettings", "Tuning", "build_trainer", "check_rows", "detach", "n_steps", "tune"]
-
-RUN_FILE = "layercut-run.json"
-"""In the folder of the checkpoints: what they belong to."""
-
-WITHOUT_EFFECT = ("save_steps", "report_to", "keep_adapter", "compare_dense", "data")
-"""Settings that do not change what a run computes from its rows."""
+__all__ = [
+    "FinetuneSettings",
+    "Tuning",
+    "build_trainer",
+    "check_rows",
+    "detach",
+    "n_steps",
+    "trained_names",
+    "tune",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ def tune(
     callbacks: Sequence[TrainerCallback] = (),
     teacher: DecoderView | None = None,
     adapter_dir: Path | None = None,
+    adapter_base: Path | None = None,
 ) -> Tuning:
     """Train ``view.model`` in place and fold the adapters into its weights.
 
@@ -80,6 +82,7 @@ def tune(
         callbacks: further trainer callbacks.
         teacher: the model to distil from; needed with ``settings.distill``.
         adapter_dir: where to save the adapter before it is folded in.
+        adapter_base: the checkpoint that the saved adapter's configuration names.
 
     Raises:
         DataError: a row cannot be learnt from, or there are too few.
@@ -94,17 +97,18 @@ def tune(
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="layercut-tune-"))
             settings = settings.model_copy(update={"save_steps": None})
         folder = Path(scratch) if work_dir is None else work_dir
-        weights = [_fingerprint(model) for model in (view, teacher) if model is not None]
+        models = [weights_hash(model) for model in (view, teacher) if model is not None]
         trainer = build_trainer(
             view, rows, settings, output_dir=folder, callbacks=[watch, *callbacks], teacher=teacher
         )
         stack.callback(detach, view, trainer)
-        checkpoint = _last_checkpoint(folder, [*weights, *_contents(trainer, settings)])
+        contents = [*models, settings_hash(settings), rows_hash(trainer.train_dataset)]
+        checkpoint = last_checkpoint(folder, contents)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start
         if adapter_dir is not None:
-            trainer.model.save_pretrained(adapter_dir)
+            _save_adapter(trainer.model, adapter_dir, adapter_base or view.path)
         if settings.mode == "lora":
             trainer.model.merge_adapter()
     tail = watch.losses[-max(1, len(watch.losses) // 10) :] or [math.nan]
@@ -239,7 +243,7 @@ def _arguments(view: DecoderView, settings: FinetuneSettings, output_dir: Path) 
 
 
 def _adapters(view: DecoderView, settings: FinetuneSettings) -> LoraConfig:
-    weights = (name for layer in range(view.n_layers) for name in view.linear_weights(layer))
+    weights = trained_names(view, settings)
     modules = {name.removesuffix(".weight").rpartition(".")[2] for name in weights}
     return LoraConfig(
         r=settings.lora.rank,
@@ -248,6 +252,19 @@ def _adapters(view: DecoderView, settings: FinetuneSettings) -> LoraConfig:
         target_modules=sorted(modules),
         task_type="CAUSAL_LM",
     )
+
+
+def _save_adapter(model: Any, folder: Path, base: Path) -> None:
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = str(base)
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def trained_names(view: DecoderView, settings: FinetuneSettings) -> list[str]:
+    """Names of the tensors that fine-tuning changes, once the adapters are folded in."""
+    if settings.mode == "full":
+        return list(view.model.state_dict())
+    return [name for layer in range(view.n_layers) for name in view.linear_weights(layer)]
 
 
 def _pad_token(view: DecoderView) -> int:
@@ -264,33 +281,3 @@ def _pad_token(view: DecoderView) -> int:
         f"the tokenizer of {view.name} has neither a padding nor an end-of-text token. "
         "Add a pad_token to its tokenizer_config.json."
     )
-
-
-def _fingerprint(view: DecoderView) -> str:
-    """Hash of a model's weights as they are in memory."""
-    total = hashlib.sha256()
-    for name, parameter in view.model.named_parameters():
-        total.update(f"{name} {torch.hash_tensor(parameter).numpy(force=True)}\n".encode())
-    return total.hexdigest()
-
-
-def _contents(trainer: CompletionTrainer, settings: FinetuneSettings) -> Iterator[str]:
-    """Hashes of the settings and of the rows."""
-    effective = settings.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
-    yield hashlib.sha256(json.dumps(effective, sort_keys=True).encode()).hexdigest()
-    rows = [trainer.train_dataset["input_ids"][:], trainer.train_dataset["labels"][:]]
-    yield hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _last_checkpoint(folder: Path, contents: Sequence[str]) -> str | None:
-    """The newest complete checkpoint of the same run; what belongs to another is removed."""
-    mark = folder / RUN_FILE
-    if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != list(contents):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        mark.write_text(json.dumps(list(contents)) + "\n", encoding="utf-8")
-        return None
-    # The trainer writes its state last: a checkpoint without it was cut off.
-    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)

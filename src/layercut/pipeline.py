@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from layercut import methods, progress
+from layercut import methods
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
+from layercut.data.tasks import TaskRow, read_rows
 from layercut.errors import PlanError, RecipeError
-from layercut.evaluation import evaluate
+from layercut.evaluation import check_tasks, compared, evaluate
 from layercut.evaluation.perplexity import check_vocabulary
+from layercut.finetune_settings import FinetuneSettings
 from layercut.models.checkpoint import (
     check_disk_space,
     check_output_dir,
@@ -31,6 +33,7 @@ from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
 from layercut.selection import check_request, check_scoring, select
 from layercut.surgery import apply
+from layercut.tuning import TuningStage
 from layercut.types import CalibrationBatches
 
 
@@ -55,46 +58,52 @@ def run(
         Every figure that was measured, as in ``result.json``.
 
     Raises:
-        LayercutError: see errors.py; nothing is left behind.
+        LayercutError: see errors.py; nothing is left behind but the checkpoints of a fine-tuning
+            that began (``OUTPUT_DIR.training``), from which the same call goes on.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     options = _check_options(recipe)
     output_dir = Path(output_dir)
-    measured = recipe.evaluation.model_dump(include={"text", "seq_len", "max_tokens", "detokenize"})
+    measured = recipe.evaluation.model_dump(exclude={"harness"})
     result = RunResult(recipe.model, recipe.model_dump(mode="json"), provenance(command))
     start = time.perf_counter()
     with _collecting_warnings(result):
-        with _timed(result, "load"):
-            view, batches, request = _prepare(recipe, output_dir, overwrite=overwrite)
-        with _timed(result, "evaluate", "evaluate the dense model"):
+        with result.timed("load"):
+            view, batches, request, rows = _prepare(recipe, output_dir, overwrite=overwrite)
+        tuning = TuningStage(_settings(recipe), rows, result, measured, output_dir)
+        with result.timed("evaluate", "evaluate the dense model"):
             result.stages["dense"] = evaluate(view, **measured)
-        with _timed(result, "score", f"score the layers by {recipe.scoring.method}"):
+        view = tuning.dense(view)
+        with result.timed("score", f"score the layers by {recipe.scoring.method}"):
             plan, evidence = select(view, batches, **request, scoring_options=options["scoring"])
             result.plan = plan
-        with _timed(result, "recover", f"recover by {recipe.recovery.method}"):
+        with result.timed("recover", f"recover by {recipe.recovery.method}"):
             method = recipe.recovery.method
             patch = fit(view, plan, evidence, batches, method=method, **options["recovery"])
             result.recovery = {"method": patch.method, **patch.notes}
         apply(view, plan, patch)
-        with _timed(result, "evaluate", "evaluate the pruned model"):
-            result.stages["pruned"] = evaluate(view, **measured)
+        with result.timed("evaluate", "evaluate the pruned model"):
+            pruned = evaluate(view, **measured)
+            result.stages["pruned"] = compared(pruned, result.stages["dense"])
         with staged_folder(output_dir, overwrite=overwrite) as folder:
-            with _timed(result, "save", "write and verify the checkpoint"):
+            patch = tuning.pruned(view, plan, patch, folder / "layercut")
+            with result.timed("save", "write and verify the checkpoint"):
                 write_checkpoint(view.path, view.rules, plan, patch, folder)
                 verify_checkpoint(folder, view)
             result.seconds["total"] = time.perf_counter() - start
-            result.peak_rss_bytes = peak_rss_bytes()
+            result.peak_rss_bytes = max(result.peak_rss_bytes, peak_rss_bytes())
             report = folder / "layercut"
             write_report(result, report, scores=evidence.scores, recipe_yaml=recipe.to_yaml())
             write_model_card(result, folder / "README.md", source=view.path)
+        tuning.remove_checkpoints()
     return result
 
 
 def _prepare(
     recipe: Recipe, output_dir: Path, *, overwrite: bool
-) -> tuple[DecoderView, CalibrationBatches, dict[str, Any]]:
-    """Load the model and its calibration text, and refuse what cannot work, before any compute."""
+) -> tuple[DecoderView, CalibrationBatches, dict[str, Any], list[TaskRow]]:
+    """Load the model and all data, and refuse what cannot work, before any compute."""
     check_output_dir(output_dir, Path(recipe.model), overwrite=overwrite)
     view = load(recipe.model, revision=recipe.revision, dtype=recipe.dtype, device=recipe.device)
     check_output_dir(output_dir, view.path, overwrite=overwrite)
@@ -111,6 +120,8 @@ def _prepare(
     check_request(view.n_layers, **amount)
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
+    check_tasks(view, recipe.evaluation.tasks)
+    rows = _training_rows(view, recipe)
     context = int(view.model.config.max_position_embeddings)
     for key in ("calibration", "evaluation"):
         if (length := getattr(recipe, key).seq_len) > context:
@@ -120,7 +131,26 @@ def _prepare(
     batches = calibration_batches(recipe.calibration, view.tokenizer, seed=recipe.seed)
     check_vocabulary(view, batches.input_ids)
     request = {"strategy": section.strategy, "rounds": section.rounds, **amount}
-    return view, batches, request | {"scoring": recipe.scoring.method}
+    return view, batches, request | {"scoring": recipe.scoring.method}, rows
+
+
+def _settings(recipe: Recipe) -> FinetuneSettings | None:
+    """The section ``finetune`` with its seed."""
+    section = recipe.finetune
+    if section is None or section.seed is not None:
+        return section
+    return section.model_copy(update={"seed": recipe.seed % 2**32})
+
+
+def _training_rows(view: DecoderView, recipe: Recipe) -> list[TaskRow]:
+    """The rows to tune on, checked; none without fine-tuning."""
+    if recipe.finetune is None:
+        return []
+    from layercut.finetune import check_rows  # PEFT and TRL take seconds to import
+
+    rows = read_rows(recipe.finetune.data)
+    check_rows(view, rows, recipe.finetune)
+    return rows
 
 
 def _check_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -139,15 +169,6 @@ def _check_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
         parsed = methods.parse_options(room, section.method, given)
         checked[room] = parsed.model_dump()
     return checked
-
-
-@contextmanager
-def _timed(result: RunResult, key: str, stage: str | None = None) -> Iterator[None]:
-    """Add the block's wall-clock seconds to ``result.seconds[key]``."""
-    progress.stage(stage or key)
-    start = time.perf_counter()
-    yield
-    result.seconds[key] = result.seconds.get(key, 0.0) + time.perf_counter() - start
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from layercut import progress
 from layercut.types import PruningPlan
 
 
@@ -94,6 +97,14 @@ class RunResult:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def timed(self, key: str, stage: str | None = None) -> Iterator[None]:
+        """Announce a stage and add the block's wall-clock seconds to ``seconds[key]``."""
+        progress.stage(stage or key)
+        start = time.perf_counter()
+        yield
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
 
     def to_json(self) -> dict[str, Any]:
         """Content of ``result.json``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from layercut import progress
 from layercut.data.calibration import evaluation_windows
 from layercut.data.tasks import read_rows
-from layercut.evaluation.choices import accuracy, answer
+from layercut.evaluation.choices import accuracy, answer, paired_change, texts_of
 from layercut.evaluation.cost import decode_tokens_per_second, prefill_tokens_per_second
 from layercut.evaluation.perplexity import perplexity
 from layercut.report.machine import peak_rss_bytes
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 
 BY_LENGTH = " (per character)"
 """Behind a task's name: its accuracy by likelihood per character."""
+
+
+def check_tasks(view: DecoderView, tasks: Mapping[str, str]) -> None:
+    """Refuse tasks that cannot be read or do not fit the model, before any compute.
+
+    Raises:
+        DataError: says which row, and why.
+        NetworkError: a task is on the Hub, which cannot be reached.
+    """
+    for source in tasks.values():
+        texts_of(view, read_rows(source))
 
 
 def evaluate(
@@ -70,3 +82,13 @@ def evaluate(
         decode_tokens_per_second=decode_tokens_per_second(view) if speed else None,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+def compared(after: Evaluation, before: Evaluation) -> Evaluation:
+    """``after`` with the change in accuracy of every task that ``before`` answered as well."""
+    changes = {
+        name: paired_change(before.accuracy[name].outcomes, figure.outcomes)
+        for name, figure in after.accuracy.items()
+        if name in before.accuracy
+    }
+    return replace(after, accuracy_change=changes)

@@ -21,7 +21,7 @@ from layercut.data.encoding import Encoded, encode_choices
 from layercut.data.tasks import TaskRow
 from layercut.errors import DataError, NumericsError
 from layercut.evaluation.perplexity import check_vocabulary
-from layercut.results import Evaluation, Figure
+from layercut.results import Figure
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -46,7 +46,7 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class _Text:
+class Text:
     """Tokens to run, and what is asked about them.
 
     Attributes:
@@ -81,10 +81,7 @@ def answer(view: DecoderView, rows: Sequence[TaskRow]) -> Answers:
         DataError: no rows, or a row that does not fit the model's context or vocabulary.
         NumericsError: a likelihood is not finite.
     """
-    if not rows:
-        raise DataError("there are no rows to answer. Give a task with at least one.")
-    context = int(view.model.config.max_position_embeddings)
-    texts = [text for i, row in enumerate(rows) for text in _texts(view, i, row, context)]
+    texts = texts_of(view, rows)
     sums = _Sums(
         [[0.0] * len(row.choices) for row in rows], [[True] * len(row.choices) for row in rows]
     )
@@ -105,21 +102,24 @@ def answer(view: DecoderView, rows: Sequence[TaskRow]) -> Answers:
     return Answers(right, tuple(map(_is_right, rows, per_character, sums.greedy)))
 
 
+def texts_of(view: DecoderView, rows: Sequence[TaskRow]) -> list[Text]:
+    """What has to be run to answer ``rows``.
+
+    Raises:
+        DataError: no rows, or a row that does not fit the model's context.
+    """
+    if not rows:
+        raise DataError("there are no rows to answer. Give a task with at least one.")
+    context = int(view.model.config.max_position_embeddings)
+    return [text for i, row in enumerate(rows) for text in _texts(view, i, row, context)]
+
+
 def accuracy(correct: Sequence[bool]) -> Figure:
     """Fraction right with its standard error √(p(1 − p)/(n − 1)); 0 for a single row."""
     n = len(correct)
     value = sum(correct) / n
     stderr = math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else 0.0
     return Figure(value, stderr, n, tuple(correct))
-
-
-def paired_changes(before: Evaluation, after: Evaluation) -> dict[str, Figure]:
-    """Change in accuracy of every task that both models answered."""
-    return {
-        name: paired_change(before.accuracy[name].outcomes, figure.outcomes)
-        for name, figure in after.accuracy.items()
-        if name in before.accuracy
-    }
 
 
 def paired_change(before: Sequence[bool], after: Sequence[bool]) -> Figure:
@@ -149,7 +149,7 @@ def _check_finite(likelihood: Sequence[float], row: TaskRow) -> None:
         )
 
 
-def _texts(view: DecoderView, index: int, row: TaskRow, context: int) -> Iterator[_Text]:
+def _texts(view: DecoderView, index: int, row: TaskRow, context: int) -> Iterator[Text]:
     encoded = []
     for whole in encode_choices(row, view.tokenizer):
         fitted = whole.fitted(context)
@@ -163,11 +163,11 @@ def _texts(view: DecoderView, index: int, row: TaskRow, context: int) -> Iterato
         prompt = encoded[0].ids[:-1]
         last = len(prompt) - 1
         queries = [(last, e.ids[-1], choice) for choice, e in enumerate(encoded)]
-        yield _Text(prompt, queries, index, shared=True)
+        yield Text(prompt, queries, index, shared=True)
         return
     for choice, e in enumerate(encoded):
         queries = [(e.start - 1 + i, token, choice) for i, token in enumerate(e.targets)]
-        yield _Text(e.ids[:-1], queries, index)
+        yield Text(e.ids[:-1], queries, index)
 
 
 def _share_prompt(encoded: Sequence[Encoded]) -> bool:
@@ -175,9 +175,9 @@ def _share_prompt(encoded: Sequence[Encoded]) -> bool:
     return all(len(e.targets) == 1 and e.ids[:-1] == prompt for e in encoded)
 
 
-def _batches(texts: Sequence[_Text]) -> Iterator[list[_Text]]:
+def _batches(texts: Sequence[Text]) -> Iterator[list[Text]]:
     """Texts of similar length; ``texts`` are sorted, the longest first."""
-    batch: list[_Text] = []
+    batch: list[Text] = []
     for text in texts:
         if batch and (len(batch) + 1) * len(batch[0].ids) > BATCH_TOKENS:
             yield batch
@@ -188,7 +188,7 @@ def _batches(texts: Sequence[_Text]) -> Iterator[list[_Text]]:
 
 
 @torch.no_grad()
-def _run(view: DecoderView, batch: Sequence[_Text], sums: _Sums) -> None:
+def _run(view: DecoderView, batch: Sequence[Text], sums: _Sums) -> None:
     """Add the batch's queries to ``sums``."""
     width = max(len(text.ids) for text in batch)
     # Padding stands on the right, where causal attention never looks: no mask is needed.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ __all__ = [
     "round_patch",
     "save",
     "staged_folder",
+    "tuned_patch",
     "verify_checkpoint",
     "write_checkpoint",
 ]
@@ -160,6 +161,34 @@ def round_patch(source: Path, patch: WeightPatch) -> WeightPatch:
             )
         rounded[name] = tensor.to(shards.DTYPES[stored[name].dtype])
     return replace(patch, tensors=rounded)
+
+
+@torch.no_grad()
+def tuned_patch(
+    view: DecoderView, plan: PruningPlan, patch: WeightPatch, names: Iterable[str]
+) -> WeightPatch:
+    """The patch with tensors as training left them, rounded alike in memory and for the file.
+
+    Args:
+        view: the pruned and tuned model; its tensors are rounded to what the source stores.
+        plan: the layers that went.
+        patch: what changed before training.
+        names: the trained tensors, named as in ``view``; those that the source does not store are
+            tied to one that it does.
+    """
+    stored = stored_tensors(view.path)
+    state = view.model.state_dict()
+    before = dict(enumerate(plan.kept))
+    trained = {
+        name: old
+        for name in names
+        if (old := new_name(name, view.rules, before)) is not None and old in stored
+    }
+    tensors = {old: state[name] for name, old in trained.items()}
+    rounded = round_patch(view.path, replace(patch, tensors={**patch.tensors, **tensors}))
+    for name, old in trained.items():
+        state[name].copy_(rounded.tensors[old])
+    return rounded
 
 
 @torch.no_grad()

@@ -80,6 +80,21 @@ def load(
     )
 
 
+def reload(view: DecoderView) -> DecoderView:
+    """The checkpoint of ``view`` once more, as it is on disk, in the same dtype and place."""
+    attention = view.model.config._attn_implementation
+    weights = load_strictly(view.path, view.model.dtype, view.device, attention)
+    return DecoderView(
+        weights,
+        view.tokenizer,
+        name=view.name,
+        path=view.path,
+        rules=view.rules,
+        fingerprint=view.fingerprint,
+        mixed_precision=view.mixed_precision,
+    )
+
+
 def _local_folder(model: str, revision: str | None) -> Path:
     if model.startswith("embedded:"):
         if model != embedded.NAME:

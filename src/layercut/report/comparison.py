@@ -14,6 +14,7 @@ STAGE_TITLES = {
     "pruned_tuned": "Pruned, tuned",
 }
 MISSING = "–"
+ACCURACY = "Accuracy, "
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,8 @@ class Row:
         label: what was measured.
         cells: one per stage that ran, in the order of ``columns``; ``MISSING`` where it was not
             measured.
-        change: pruned relative to dense; empty if one of them is missing.
+        change: the last stage relative to the dense model, tuned alike if it was; empty if one of
+            them did not measure it.
     """
 
     label: str
@@ -52,19 +54,34 @@ def rows(result: RunResult) -> tuple[Row, ...]:
         name: _measures(result.stages[name]) for name in STAGE_TITLES if name in result.stages
     }
     labels = dict.fromkeys(label for measures in stages.values() for label in measures)
-    dense, pruned = stages.get("dense", {}), stages.get("pruned", {})
+    before, after = compared_stages(result)
+    old, new = stages.get(before, {}), stages.get(after, {})
+    changes = result.stages[after].accuracy_change if after in result.stages else {}
     found = []
     for label in labels:
         cells = (measures.get(label) for measures in stages.values())
         change = ""
-        if label in dense and label in pruned:
-            change = dense[label].compare(dense[label].value, pruned[label].value)
+        if label in old and label in new:
+            change = old[label].compare(old[label].value, new[label].value)
+        if (paired := changes.get(label.removeprefix(ACCURACY))) is not None:
+            change = _paired_points(paired)
         found.append(Row(label, tuple(m.text if m else MISSING for m in cells), change))
     return tuple(found)
 
 
+def compared_stages(result: RunResult) -> tuple[str, str]:
+    """Names of the two stages that the column "Change" compares."""
+    if "pruned_tuned" not in result.stages:
+        return "dense", "pruned"
+    return "dense_tuned" if "dense_tuned" in result.stages else "dense", "pruned_tuned"
+
+
 def _measures(stage: Evaluation) -> dict[str, _Measure]:
-    """Label → measure. Peak memory is left out: it never falls within one process."""
+    """Label → measure.
+
+    Peak memory is shown of tuned stages only: without a fine-tuning's reset it never falls within
+    one process.
+    """
     found = {
         "Layers": _Measure(stage.n_layers, str(stage.n_layers), _difference),
         "Parameters": _Measure(stage.n_parameters, f"{stage.n_parameters:,}", _percent),
@@ -72,13 +89,17 @@ def _measures(stage: Evaluation) -> dict[str, _Measure]:
     for name, figure in stage.perplexity.items():
         found[f"Perplexity, {name}"] = _Measure(figure.value, _with_error(figure, 2), _factor)
     for name, figure in stage.accuracy.items():
-        found[f"Accuracy, {name}"] = _Measure(figure.value, _with_error(figure, 3), _points)
+        found[f"{ACCURACY}{name}"] = _Measure(figure.value, _with_error(figure, 3), _points)
     for label, speed in (
         ("Prefill, tokens per second", stage.prefill_tokens_per_second),
         ("Decoding, tokens per second", stage.decode_tokens_per_second),
     ):
         if speed is not None:
             found[label] = _Measure(speed, f"{speed:,.1f}", _factor)
+    if (seconds := stage.train_seconds) is not None:
+        found["Fine-tuning, seconds"] = _Measure(seconds, f"{seconds:,.1f}", _factor)
+        if (peak := stage.peak_rss_bytes) is not None:
+            found["Peak memory, GiB"] = _Measure(peak, f"{peak / 2**30:.2f}", _factor)
     return found
 
 
@@ -96,6 +117,11 @@ def _percent(dense: float, pruned: float) -> str:
 
 def _points(dense: float, pruned: float) -> str:
     return f"{100 * (pruned - dense):+.1f} points".replace("-", "−")
+
+
+def _paired_points(change: Figure) -> str:
+    text = f"{100 * change.value:+.1f} ± {100 * change.stderr:.1f} points"
+    return text.replace("-", "−")
 
 
 def _factor(dense: float, pruned: float) -> str:

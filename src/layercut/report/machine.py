@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -15,7 +16,7 @@ import torch
 from layercut import __version__
 from layercut.results import Provenance
 
-PACKAGES = ("torch", "transformers", "safetensors")
+PACKAGES = ("torch", "transformers", "safetensors", "peft", "trl")
 
 
 def provenance(command: str) -> Provenance:
@@ -35,6 +36,12 @@ def peak_rss_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts in KiB, macOS in bytes.
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> None:
+    """Let the peak be counted from now on; without effect where the system cannot."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _hardware() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from layercut.results import RunResult
 from layercut.types import LayerScores
 
 EMBEDDED_LICENSE = "apache-2.0"
+HEADLINES = {"Prefill": "prompt speed", "Fine-tuning": "fine-tuning time"}
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -127,6 +128,10 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
         "plan": result.plan,
         "columns": comparison.columns(result),
         "rows": comparison.rows(result),
+        "compared": " with ".join(
+            comparison.STAGE_TITLES[name].lower()
+            for name in reversed(comparison.compared_stages(result))
+        ),
         "headline": headline(result),
         "recovery": _labelled(result.recovery),
         "seconds": {name: f"{spent:,.1f}" for name, spent in _stage_seconds(result).items()},
@@ -145,9 +150,9 @@ def headline(result: RunResult) -> tuple[tuple[str, str], ...]:
         found.append((f"{len(result.plan.dropped)} of {result.plan.n_layers}", "layers dropped"))
     for row in comparison.rows(result):
         quantity, _, name = row.label.partition(", ")
-        if not row.change or quantity in ("Layers", "Decoding"):
+        if not row.change or quantity in ("Layers", "Decoding", "Peak memory"):
             continue
-        label = "prompt speed" if quantity == "Prefill" else quantity.lower()
+        label = HEADLINES.get(quantity, quantity.lower())
         on = f" on {name}" if quantity in ("Perplexity", "Accuracy") else ""
         found.append((row.change, label + on))
     return tuple(found)
