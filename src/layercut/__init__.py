@@ -17,7 +17,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from layercut.data.calibration import calibration_batches
+    from layercut.data.tasks import read_rows
     from layercut.evaluation import evaluate
+    from layercut.finetune import tune
+    from layercut.finetune_settings import FinetuneSettings
     from layercut.gradient_log import GradientLog
     from layercut.models.checkpoint import save
     from layercut.models.load import load
@@ -28,10 +31,12 @@ if TYPE_CHECKING:
     from layercut.scoring import score
     from layercut.selection import select
     from layercut.surgery import apply
+    from layercut.tuning import tune_checkpoint
 
 # Public name → its module; imported on first use, so that `layercut --help` needs no torch.
 _HOMES = {
     "DecoderView": "layercut.models.view",
+    "FinetuneSettings": "layercut.finetune_settings",
     "GradientLog": "layercut.gradient_log",
     "Recipe": "layercut.recipe",
     "apply": "layercut.surgery",
@@ -43,11 +48,15 @@ _HOMES = {
     "run": "layercut.pipeline",
     "save": "layercut.models.checkpoint",
     "score": "layercut.scoring",
+    "read_rows": "layercut.data.tasks",
     "select": "layercut.selection",
+    "tune": "layercut.finetune",
+    "tune_checkpoint": "layercut.tuning",
 }
 
 __all__ = [
     "DecoderView",
+    "FinetuneSettings",
     "GradientLog",
     "Recipe",
     "__version__",
@@ -57,10 +66,13 @@ __all__ = [
     "fit",
     "load",
     "load_recipe",
+    "read_rows",
     "run",
     "save",
     "score",
     "select",
+    "tune",
+    "tune_checkpoint",
 ]
 
 

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from layercut import methods
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
-from layercut.data.tasks import TaskRow, read_rows
 from layercut.errors import PlanError, RecipeError
 from layercut.evaluation import check_tasks, compared, evaluate
 from layercut.evaluation.perplexity import check_vocabulary
-from layercut.finetune_settings import FinetuneSettings
-from layercut.models.checkpoint import (
-    check_disk_space,
-    check_output_dir,
-    staged_folder,
-    verify_checkpoint,
-    write_checkpoint,
-)
-from layercut.models.load import load
+from layercut.models.checkpoint import staged_folder, verify_checkpoint, write_checkpoint
+from layercut.models.open import open_model
 from layercut.models.view import DecoderView
 from layercut.recipe import Recipe, RecoverySection, ScoringSection, load_recipe
 from layercut.recovery import fit
@@ -33,7 +23,7 @@ from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
 from layercut.selection import check_request, check_scoring, select
 from layercut.surgery import apply
-from layercut.tuning import TuningStage
+from layercut.tuning import TuningStage, training_data
 from layercut.types import CalibrationBatches
 
 
@@ -68,10 +58,11 @@ def run(
     measured = recipe.evaluation.model_dump(exclude={"harness"})
     result = RunResult(recipe.model, recipe.model_dump(mode="json"), provenance(command))
     start = time.perf_counter()
-    with _collecting_warnings(result):
+    with result.collecting_warnings():
         with result.timed("load"):
-            view, batches, request, rows = _prepare(recipe, output_dir, overwrite=overwrite)
-        tuning = TuningStage(_settings(recipe), rows, result, measured, output_dir)
+            view, batches, request = _prepare(recipe, output_dir, overwrite=overwrite)
+            settings, rows = training_data(view, recipe)
+        tuning = TuningStage(settings, rows, result, measured, output_dir)
         with result.timed("evaluate", "evaluate the dense model"):
             result.stages["dense"] = evaluate(view, **measured)
         view = tuning.dense(view)
@@ -102,12 +93,9 @@ def run(
 
 def _prepare(
     recipe: Recipe, output_dir: Path, *, overwrite: bool
-) -> tuple[DecoderView, CalibrationBatches, dict[str, Any], list[TaskRow]]:
-    """Load the model and all data, and refuse what cannot work, before any compute."""
-    check_output_dir(output_dir, Path(recipe.model), overwrite=overwrite)
-    view = load(recipe.model, revision=recipe.revision, dtype=recipe.dtype, device=recipe.device)
-    check_output_dir(output_dir, view.path, overwrite=overwrite)
-    check_disk_space(view.path, output_dir)
+) -> tuple[DecoderView, CalibrationBatches, dict[str, Any]]:
+    """Load the model and its data, and refuse what cannot work, before any compute."""
+    view = open_model(recipe, output_dir, overwrite=overwrite)
     section = recipe.selection
     amount = section.model_dump(include={"drop_layers", "drop_fraction", "drop", "protect"})
     if getattr(methods.load_method("recovery", recipe.recovery.method), "NEEDS_PRECEDING", False):
@@ -121,7 +109,6 @@ def _prepare(
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
     check_tasks(view, recipe.evaluation.tasks)
-    rows = _training_rows(view, recipe)
     context = int(view.model.config.max_position_embeddings)
     for key in ("calibration", "evaluation"):
         if (length := getattr(recipe, key).seq_len) > context:
@@ -131,26 +118,7 @@ def _prepare(
     batches = calibration_batches(recipe.calibration, view.tokenizer, seed=recipe.seed)
     check_vocabulary(view, batches.input_ids)
     request = {"strategy": section.strategy, "rounds": section.rounds, **amount}
-    return view, batches, request | {"scoring": recipe.scoring.method}, rows
-
-
-def _settings(recipe: Recipe) -> FinetuneSettings | None:
-    """The section ``finetune`` with its seed."""
-    section = recipe.finetune
-    if section is None or section.seed is not None:
-        return section
-    return section.model_copy(update={"seed": recipe.seed % 2**32})
-
-
-def _training_rows(view: DecoderView, recipe: Recipe) -> list[TaskRow]:
-    """The rows to tune on, checked; none without fine-tuning."""
-    if recipe.finetune is None:
-        return []
-    from layercut.finetune import check_rows  # PEFT and TRL take seconds to import
-
-    rows = read_rows(recipe.finetune.data)
-    check_rows(view, rows, recipe.finetune)
-    return rows
+    return view, batches, request | {"scoring": recipe.scoring.method}
 
 
 def _check_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -169,14 +137,3 @@ def _check_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
         parsed = methods.parse_options(room, section.method, given)
         checked[room] = parsed.model_dump()
     return checked
-
-
-@contextmanager
-def _collecting_warnings(result: RunResult) -> Iterator[None]:
-    """Turn what the stages warn about into sentences of the result."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    result.warnings += dict.fromkeys(
-        str(w.message) for w in caught if issubclass(w.category, UserWarning)
-    )

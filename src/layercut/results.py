@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -42,8 +43,8 @@ class Evaluation:
         decode_tokens_per_second: new tokens generated per second, batch of one.
         peak_rss_bytes: peak memory of this process so far, or since this stage's training began.
         train_seconds: wall-clock time of the fine-tuning.
-        accuracy_change: task name → change from the dense model, tuned alike, with the standard
-            error of the paired rows.
+        accuracy_change: task name → change from the dense model, tuned where this one is and it
+            was, with the standard error of the paired rows.
     """
 
     n_layers: int
@@ -105,6 +106,16 @@ class RunResult:
         start = time.perf_counter()
         yield
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def collecting_warnings(self) -> Iterator[None]:
+        """Turn what the stages of the block warn about into sentences of the result."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+        self.warnings += dict.fromkeys(
+            str(w.message) for w in caught if issubclass(w.category, UserWarning)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Content of ``result.json``."""

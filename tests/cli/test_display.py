@@ -50,7 +50,7 @@ def test_table_without_a_plan_or_a_stage_still_prints(result: RunResult) -> None
     result.plan = None
     del result.stages["pruned"]
     lines = rendered(result)
-    assert lines[0] == "embedded:smollm2-135m: nothing dropped"
+    assert lines[0] == "embedded:smollm2-135m"
     assert "Layers 30" in lines
 
 

@@ -15,14 +15,14 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from layercut import __version__
-from layercut.cli import recipe, run
+from layercut.cli import evaluate, finetune, recipe, run
 from layercut.errors import LayercutError, ResourceError
 
 TERMINATED = 143
 REMEDY = {
     "disk": "the disk is full. Free space, or choose another --output-dir; nothing was kept.",
-    "memory": "memory ran out. Lower calibration.micro_batch or calibration.seq_len, "
-    "or set dtype: bfloat16.",
+    "memory": "memory ran out. Lower calibration.micro_batch, calibration.seq_len or "
+    "finetune.batch_size, or set dtype: bfloat16.",
 }
 
 app = typer.Typer(
@@ -35,6 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(name="run")(run.run)
+app.command(name="finetune")(finetune.finetune)
+app.command(name="eval")(evaluate.measure)
 app.command(name="recipe", epilog=recipe.fields_help())(recipe.recipe)
 
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from layercut.progress import Listener, listening
-from layercut.report.comparison import columns, rows
-from layercut.results import RunResult
+from layercut.report.comparison import columns, measured, rows
+from layercut.results import Evaluation, RunResult
 
 _ASCII = str.maketrans({"±": "+/-", "×": "x", "−": "-", "–": "-"})
 
@@ -141,6 +141,19 @@ def print_result(result: RunResult, output_dir: Path, *, quiet: bool = False) ->
         console.print(Text(f"Checkpoint: {output_dir}  Report: {report}"), soft_wrap=True)
 
 
+def print_evaluation(model: str, figures: Evaluation) -> None:
+    """One model's figures on stdout, a line each."""
+    console = Console()
+    console.print(Text(model), soft_wrap=True)
+    lines = dict(measured(figures))
+    width = max(map(len, lines))
+    for label, value in lines.items():
+        line = f"{label:{width}}  {value}"
+        console.print(
+            Text(line.translate(_ASCII) if console.options.ascii_only else line), soft_wrap=True
+        )
+
+
 def result_table(result: RunResult, *, ascii_only: bool = False) -> Table:
     """Dense against pruned, then the seconds of each stage.
 
@@ -183,7 +196,7 @@ def _cells(result: RunResult) -> tuple[list[tuple[str, ...]], list[tuple[str, ..
 
 def _headline(result: RunResult) -> str:
     if result.plan is None:
-        return f"{result.model}: nothing dropped"
+        return result.model
     layers = ", ".join(str(layer) for layer in result.plan.dropped)
     n_dropped, n_layers = len(result.plan.dropped), result.plan.n_layers
     return f"{result.model}: dropped {n_dropped} of {n_layers} layers ({layers})"

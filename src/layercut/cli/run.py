@@ -17,6 +17,7 @@ QUIET_LIBRARIES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
 
@@ -58,7 +59,7 @@ def run(
     if output_dir is None or print_config:
         typer.echo(resolved.to_yaml(), nl=False)
         return
-    _set_up_libraries(offline=offline)
+    set_up_libraries(offline=offline)
     # Imported here: --help and a recipe's mistakes must not wait for torch, and the libraries
     # read their variables when they are imported.
     from layercut import pipeline
@@ -70,7 +71,8 @@ def run(
     print_result(result, output_dir, quiet=quiet)
 
 
-def _set_up_libraries(*, offline: bool) -> None:
+def set_up_libraries(*, offline: bool) -> None:
+    """Let the libraries be quiet, and offline if asked; call it before they are imported."""
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     if offline:

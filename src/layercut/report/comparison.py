@@ -13,6 +13,8 @@ STAGE_TITLES = {
     "dense_tuned": "Dense, tuned",
     "pruned_tuned": "Pruned, tuned",
 }
+TUNED_TITLES = {"dense": "Before", "dense_tuned": "Tuned"}
+"""Of a model that was tuned and not pruned."""
 MISSING = "–"
 ACCURACY = "Accuracy, "
 
@@ -45,7 +47,8 @@ class _Measure:
 
 def columns(result: RunResult) -> tuple[str, ...]:
     """Titles of the stages that ran, dense first."""
-    return tuple(title for name, title in STAGE_TITLES.items() if name in result.stages)
+    titles = TUNED_TITLES if set(result.stages) == set(TUNED_TITLES) else STAGE_TITLES
+    return tuple(title for name, title in titles.items() if name in result.stages)
 
 
 def rows(result: RunResult) -> tuple[Row, ...]:
@@ -72,8 +75,13 @@ def rows(result: RunResult) -> tuple[Row, ...]:
 def compared_stages(result: RunResult) -> tuple[str, str]:
     """Names of the two stages that the column "Change" compares."""
     if "pruned_tuned" not in result.stages:
-        return "dense", "pruned"
+        return "dense", "pruned" if "pruned" in result.stages else "dense_tuned"
     return "dense_tuned" if "dense_tuned" in result.stages else "dense", "pruned_tuned"
+
+
+def measured(stage: Evaluation) -> list[tuple[str, str]]:
+    """Every figure of one model as (what was measured, its value)."""
+    return [(label, measure.text) for label, measure in _measures(stage).items()]
 
 
 def _measures(stage: Evaluation) -> dict[str, _Measure]:

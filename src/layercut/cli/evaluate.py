@@ -1,0 +1,60 @@
+"""``layercut eval``: measure a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from layercut.cli.run import set_up_libraries
+from layercut.cli.sources import TaskOption, TextOption, named_sources
+from layercut.errors import OutputError
+
+
+def measure(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a Hub name, or embedded:smollm2-135m.")
+    ],
+    text: TextOption = None,
+    task: TaskOption = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per window of a text.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text, at most.")] = 8192,
+    speed: Annotated[bool, typer.Option(help="Measure tokens per second, too.")] = True,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="How weights are computed.")
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never ask the Hub; use its cache only.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show no progress; print the figures alone.")
+    ] = False,
+) -> None:
+    """Measure MODEL: size and speed, perplexity on texts, accuracy on tasks.
+
+    Example: layercut eval out/tuned --task reviews=embedded:reviews@test --text embedded:speeches
+    """
+    texts, tasks = named_sources(text, "--text"), named_sources(task, "--task")
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
+    set_up_libraries(offline=offline)
+    from layercut import load
+    from layercut.cli.display import print_evaluation, progress_display
+    from layercut.evaluation import check_tasks, evaluate
+
+    with progress_display(quiet=quiet):
+        view = load(model, revision=revision, dtype=dtype)
+        check_tasks(view, tasks)
+        figures = evaluate(
+            view, text=texts, tasks=tasks, seq_len=seq_len, max_tokens=max_tokens, speed=speed
+        )
+    print_evaluation(model, figures)
+    if json_file is not None:
+        content = {"schema": 1, "model": model, **figures.to_json()}
+        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
