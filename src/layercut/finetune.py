@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import statistics
 import tempfile
@@ -178,6 +179,11 @@ def check_rows(
         raise RecipeError(
             f"finetune.mode: full would lose its small steps in {view.model.dtype} weights. "
             "Set dtype: float32, or finetune.mode: lora."
+        )
+    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
+        raise RecipeError(
+            f"finetune.report_to: {settings.report_to} is not installed. "
+            f'Run: pip install "layercut[{settings.report_to}]", or set it to none.'
         )
     context = int(view.model.config.max_position_embeddings)
     if settings.max_length > context:
