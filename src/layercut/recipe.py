@@ -130,8 +130,9 @@ class SelectionSection(Section):
     drop: Annotated[Layers, Field(min_length=1)] | None = Field(
         default=None, description="exactly these layers go, counted from 0 at the embedding"
     )
-    max_perplexity_ratio: Annotated[float | None, NotYet] = Field(
-        default=None, description="as many as this ratio allows (not available yet)"
+    max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="as many go as keep held-out perplexity within this multiple of the dense one",
     )
     rounds: Literal["one-shot", "each"] = Field(
         default="one-shot", description="one-shot, or each: score again after every dropped layer"

@@ -12,35 +12,41 @@ from collections.abc import Sequence
 from layercut import progress
 from layercut.models.view import DecoderView
 from layercut.scoring import score
-from layercut.selection import Request
+from layercut.selection import Planner, Request
 from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
 
 
-def select(
-    view: DecoderView, batches: CalibrationBatches, request: Request
-) -> tuple[PruningPlan, Evidence]:
-    """Score ``view`` as often as ``request.rounds`` says; dropped layers are skipped, not cut."""
-    n_each = 1 if request.rounds == "each" else request.n_drop
-    dropped: list[int] = []
-    rounds: list[Round] = []
-    evidence: list[LayerScores] = []
-    while len(dropped) < request.n_drop:
-        progress.figure(f"decision {len(rounds) + 1} of {request.n_drop // n_each}")
-        with view.skipping(dropped):
-            scores = score(view, batches, method=request.scoring, **request.scoring_options)
-        chosen, margin = lowest(scores.values, n_each, protect=request.protect)
-        dropped += chosen
-        evidence.append(scores)
-        rounds.append(Round(scores.values, tuple(chosen), margin))
-    plan = PruningPlan(
-        model=view.name,
-        n_layers=view.n_layers,
-        dropped=tuple(sorted(dropped)),
-        method=request.scoring,
-        rounds=tuple(rounds),
-        fingerprint=evidence[-1].fingerprint,
-    )
-    return plan, Evidence(scores=tuple(evidence))
+def planner(view: DecoderView, batches: CalibrationBatches, request: Request) -> Planner:
+    """Score ``view`` once, or after every drop; dropped layers are skipped, not cut."""
+    memory: list[LayerScores] = []
+
+    def plan(n_drop: int) -> tuple[PruningPlan, Evidence]:
+        n_each = 1 if request.rounds == "each" else n_drop
+        dropped: list[int] = []
+        rounds: list[Round] = []
+        while len(dropped) < n_drop:
+            progress.figure(f"decision {len(rounds) + 1} of {n_drop // n_each}")
+            if len(rounds) == len(memory):
+                with view.skipping(dropped):
+                    memory.append(
+                        score(view, batches, method=request.scoring, **request.scoring_options)
+                    )
+            scores = memory[len(rounds)]
+            chosen, margin = lowest(scores.values, n_each, protect=request.protect)
+            dropped += chosen
+            rounds.append(Round(scores.values, tuple(chosen), margin))
+        evidence = Evidence(scores=tuple(memory[: len(rounds)]))
+        made = PruningPlan(
+            model=view.name,
+            n_layers=view.n_layers,
+            dropped=tuple(sorted(dropped)),
+            method=request.scoring,
+            rounds=tuple(rounds),
+            fingerprint=evidence.scores[-1].fingerprint,
+        )
+        return made, evidence
+
+    return plan
 
 
 def lowest(
