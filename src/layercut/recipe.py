@@ -80,16 +80,17 @@ Layers = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_distinct)
 ]
 Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]
 Options = dict[str, Any]
 
 
 class CalibrationSection(Section):
     """The text that scores and repairs are computed on."""
 
-    data: Name = Field(
+    data: Name | Names = Field(
         default="embedded:docs",
         description="embedded:docs, embedded:reviews@train, a .txt, .raw, .jsonl, .csv or .parquet "
-        "file (each also .gz), or hub:owner/name[:config][@split]",
+        "file (each also .gz), or hub:owner/name[:config][@split]; a list draws equally from each",
     )
     text_column: Name = Field(
         default="text", description="the column of a table that holds the text"
