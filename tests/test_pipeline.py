@@ -101,6 +101,15 @@ def test_a_pruned_model_can_be_pruned_again(recipe: dict, tmp_path: Path):
     assert result.stages["pruned"].n_layers == 3
 
 
+def test_a_perplexity_budget_drops_as_many_layers_as_it_allows(recipe: dict, tmp_path: Path):
+    recipe["selection"] = {"strategy": "lowest", "max_perplexity_ratio": 1000.0}
+    result = layercut.run(recipe, tmp_path / "out")
+    assert result.stages["pruned"].n_layers == 2
+    content = json.loads((tmp_path / "out/layercut/result.json").read_text())
+    assert content["plan"]["trials"]["4"] <= 1000
+    assert content["recipe"]["selection"]["drop_layers"] is None
+
+
 def test_python_api_step_by_step_equals_run(recipe: dict, tmp_path: Path):
     layercut.run(recipe, tmp_path / "run")
     view = layercut.load(recipe["model"])

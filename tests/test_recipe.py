@@ -203,7 +203,11 @@ def test_every_problem_is_listed_at_once_by_its_key() -> None:
         ("selection", {"drop": [4, 2, 4]}, "drop: names layer 4 twice"),
         ("selection", {"protect": [1, 1]}, "protect: names layer 1 twice"),
         ("selection", {"preserve_pattern": True}, "preserve_pattern: is not available"),
-        ("selection", {"max_perplexity_ratio": 1.2}, "max_perplexity_ratio: is not available"),
+        (
+            "selection",
+            {"max_perplexity_ratio": 1},
+            "max_perplexity_ratio: should be greater than 1",
+        ),
         ("evaluation", {"tasks": {"a": ""}}, r"tasks\.a: should not be empty"),
         ("evaluation", {"harness": ["boolq"]}, "harness: is not available in this version"),
         ("evaluation", {"detokenize": "yes"}, "detokenize: should be a valid boolean or .*'auto'"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut import methods
+from layercut.budget import Pruned, prune_within, split
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
 from layercut.errors import PlanError, RecipeError
@@ -21,7 +22,7 @@ from layercut.recovery import fit
 from layercut.report.machine import peak_rss_bytes, provenance
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
-from layercut.selection import check_request, check_scoring, select
+from layercut.selection import Request, check_request, check_scoring, select
 from layercut.surgery import apply
 from layercut.tuning import TuningStage, training_data
 from layercut.types import CalibrationBatches
@@ -66,13 +67,9 @@ def run(
         with result.timed("evaluate", "evaluate the dense model"):
             result.stages["dense"] = evaluate(view, **measured)
         view = tuning.dense(view)
-        with result.timed("score", f"score the layers by {recipe.scoring.method}"):
-            plan, evidence = select(view, batches, **request, scoring_options=options["scoring"])
-            result.plan = plan
-        with result.timed("recover", f"recover by {recipe.recovery.method}"):
-            method = recipe.recovery.method
-            patch = fit(view, plan, evidence, batches, method=method, **options["recovery"])
-            result.recovery = {"method": patch.method, **patch.notes}
+        plan, evidence, patch = _prune(result, recipe, view, batches, request, options)
+        result.plan = plan
+        result.recovery = {"method": patch.method, **patch.notes}
         apply(view, plan, patch)
         with result.timed("evaluate", "evaluate the pruned model"):
             pruned = evaluate(view, **measured)
@@ -91,6 +88,40 @@ def run(
     return result
 
 
+def _prune(
+    result: RunResult,
+    recipe: Recipe,
+    view: DecoderView,
+    batches: CalibrationBatches,
+    request: dict[str, Any],
+    options: dict[str, dict[str, Any]],
+) -> Pruned:
+    """Plan, evidence and patch, of the size asked for or as large as the budget allows."""
+    scoring, recovery = recipe.scoring.method, recipe.recovery.method
+    budget = recipe.selection.max_perplexity_ratio
+    if budget is not None:
+        with result.timed("score", f"drop layers until perplexity is × {budget:g}"):
+            return prune_within(
+                view,
+                batches,
+                max_perplexity_ratio=budget,
+                strategy=request["strategy"],
+                request=Request(
+                    protect=frozenset(request["protect"]),
+                    scoring=scoring,
+                    scoring_options=options["scoring"],
+                    rounds=request["rounds"],
+                ),
+                recovery=recovery,
+                recovery_options=options["recovery"],
+            )
+    with result.timed("score", f"score the layers by {scoring}"):
+        plan, evidence = select(view, batches, **request, scoring_options=options["scoring"])
+    with result.timed("recover", f"recover by {recovery}"):
+        patch = fit(view, plan, evidence, batches, method=recovery, **options["recovery"])
+    return plan, evidence, patch
+
+
 def _prepare(
     recipe: Recipe, output_dir: Path, *, overwrite: bool
 ) -> tuple[DecoderView, CalibrationBatches, dict[str, Any]]:
@@ -105,7 +136,10 @@ def _prepare(
                 "selection.drop names layer 0. Keep it, or set recovery.method: none."
             )
         amount["protect"] = sorted({0, *amount["protect"]})
-    check_request(view.n_layers, **amount)
+    if section.max_perplexity_ratio is None:
+        check_request(view.n_layers, **amount)
+    else:
+        check_request(view.n_layers, drop_layers=1, protect=amount["protect"])
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
     check_tasks(view, recipe.evaluation.tasks)
@@ -117,6 +151,8 @@ def _prepare(
             )
     batches = calibration_batches(recipe.calibration, view.tokenizer, seed=recipe.seed)
     check_vocabulary(view, batches.input_ids)
+    if section.max_perplexity_ratio is not None:
+        split(batches)
     request = {"strategy": section.strategy, "rounds": section.rounds, **amount}
     return view, batches, request | {"scoring": recipe.scoring.method}
 

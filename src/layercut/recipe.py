@@ -71,16 +71,17 @@ NotYet = BeforeValidator(_not_available)
 Layers = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_distinct)
 ]
+Names = Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]
 Options = dict[str, Any]
 
 
 class CalibrationSection(Section):
     """The text that scores and repairs are computed on."""
 
-    data: Name = Field(
+    data: Name | Names = Field(
         default="embedded:docs",
         description="embedded:docs, embedded:reviews@train, a .txt, .raw, .jsonl, .csv or .parquet "
-        "file (each also .gz), or hub:owner/name[:config][@split]",
+        "file (each also .gz), or hub:owner/name[:config][@split]; a list draws equally from each",
     )
     text_column: Name = Field(
         default="text", description="the column of a table that holds the text"
@@ -121,8 +122,9 @@ class SelectionSection(Section):
     drop: Annotated[Layers, Field(min_length=1)] | None = Field(
         default=None, description="exactly these layers go, counted from 0 at the embedding"
     )
-    max_perplexity_ratio: Annotated[float | None, NotYet] = Field(
-        default=None, description="as many as this ratio allows (not available yet)"
+    max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="as many go as keep held-out perplexity within this multiple of the dense one",
     )
     rounds: Literal["one-shot", "each"] = Field(
         default="one-shot", description="one-shot, or each: score again after every dropped layer"

@@ -120,6 +120,8 @@ class PruningPlan:
         fingerprint: that of the scores it rests on.
         curve: layers dropped → price of the cheapest plan of that size, in nats per token (a
             bound: it ranks sizes, it does not predict the loss), where the strategy knows it.
+        trials: layers dropped → perplexity as a multiple of the dense model's, on held-out text
+            after recovery, where a perplexity budget made the pipeline try several sizes.
     """
 
     model: str
@@ -129,6 +131,7 @@ class PruningPlan:
     rounds: tuple[Round, ...] = ()
     fingerprint: str = ""
     curve: Mapping[int, float] = field(default_factory=dict)
+    trials: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -172,6 +175,7 @@ class PruningPlan:
                 for r in self.rounds
             ],
             "curve": {str(n): cost for n, cost in self.curve.items()},
+            "trials": {str(n): ratio for n, ratio in self.trials.items()},
         }
 
 

@@ -199,3 +199,25 @@ def test_evaluation_can_leave_markers_in_place(
         for detokenize in ("auto", False)
     ]
     assert texts == ["a-b.", "a @-@ b ."]
+
+
+def test_several_texts_give_equally_many_windows(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    sources = []
+    for letter in "abc":
+        path = tmp_path / f"{letter}.txt"
+        path.write_text(letter * 400)
+        sources.append(str(path))
+    section = CalibrationSection(data=tuple(sources), n_sequences=7, seq_len=10)
+    batches = calibration_batches(section, tokenizer, seed=1)
+    letters = [set(tokenizer.decode(window)) for window in batches.input_ids]
+    assert sorted(map(sorted, letters)) == [["a"]] * 3 + [["b"]] * 2 + [["c"]] * 2
+    assert batches.source == " + ".join(sources)
+    again = calibration_batches(section, tokenizer, seed=1)
+    assert again.input_ids.equal(batches.input_ids)
+
+
+def test_no_text_at_all_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RecipeError, match=r"data"):
+        calibration_batches({"data": []}, tokenizer)

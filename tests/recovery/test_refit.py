@@ -8,6 +8,7 @@ import torch
 from conftest import plan_of
 from layercut.activations import ResidualStream, Spool
 from layercut.errors import DataError, PlanError, RecipeError
+from layercut.evaluation.perplexity import mean_loss
 from layercut.models.view import DecoderView
 from layercut.recovery import fit, refit
 from layercut.surgery import apply
@@ -76,6 +77,41 @@ def test_noise_is_not_fitted():
         assert after < before
 
 
+@pytest.mark.parametrize(
+    ("losses", "step"),
+    [
+        ([5.0, 4.0, 3.0, 3.5], 0.85),  # a part of the change is better than all of it
+        ([5.0, 4.0, 4.5], 1.0),
+        ([5.0, 6.0, 5.5, 5.7], 0.0),  # none of it is better than any
+    ],
+)
+def test_the_step_is_the_one_with_the_lowest_held_out_loss(
+    view: DecoderView,
+    batches: CalibrationBatches,
+    monkeypatch: pytest.MonkeyPatch,
+    losses: list[float],
+    step: float,
+):
+    given = iter(losses)
+    monkeypatch.setattr(refit, "mean_loss", lambda *_: next(given))
+    walked: dict[str, torch.Tensor] = {}
+    walk = refit.walk
+
+    def remember(*arguments):
+        walked.update(walk(*arguments))
+        return walked
+
+    monkeypatch.setattr(refit, "walk", remember)
+    patch = fit(view, plan_of(2, 3), None, batches, method="refit", held_out_every=4)
+    assert next(given, None) is None
+    assert patch.notes["step"] == step
+    assert bool(patch.tensors) == (step > 0)
+    assert walked
+    for name, tensor in patch.tensors.items():
+        weight = view.model.get_parameter(name)
+        assert torch.allclose(tensor, weight + step * (walked[name] - weight), atol=1e-6)
+
+
 def test_nothing_to_learn_changes_nothing():
     a, outputs, _, _ = planted()
     assert refit.solve(spool(a), spool(outputs), spool(outputs), EVERY_FOURTH) is None
@@ -96,17 +132,17 @@ def test_reported_loss_is_that_of_the_pruned_and_patched_model(
     view: DecoderView, batches: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
 ):
     # Accept every patch, so that there is one to apply on this random model.
-    losses = iter([9.0, 1.0])
-    monkeypatch.setattr(refit, "held_out_loss", lambda *_: next(losses))
+    losses = iter([9.0, 1.0, 2.0])
+    monkeypatch.setattr(refit, "mean_loss", lambda *_: next(losses))
     plan = plan_of(2, 3)
     patch = fit(view, plan, None, batches, method="refit", held_out_every=4)
     monkeypatch.undo()
     held = refit.held_out_rows(batches, 4)
     with view.skipping(plan.dropped), view.patched(patch.tensors):
-        expected = refit.held_out_loss(view, batches.input_ids[held[:: batches.seq_len]], 2)
+        expected = mean_loss(view, batches.input_ids[held[:: batches.seq_len]], 2)
         skipped = view.model(batches.input_ids, use_cache=False).logits
     apply(view, plan, patch)
-    assert refit.held_out_loss(view, batches.input_ids[3:], 2) == pytest.approx(expected)
+    assert mean_loss(view, batches.input_ids[3:], 2) == pytest.approx(expected)
     assert torch.equal(view.model(batches.input_ids, use_cache=False).logits, skipped)
 
 

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from layercut import pricing
 from layercut.activations import ResidualStream
 from layercut.errors import PlanError, RecipeError
 from layercut.models.view import DecoderView
@@ -17,7 +18,7 @@ from layercut.types import CalibrationBatches, PruningPlan
 N = 8
 
 
-def random_prices(longest: int) -> priced_cuts.Prices:
+def random_prices(longest: int) -> pricing.Prices:
     generator = torch.Generator().manual_seed(longest)
     return {
         (start, length): float(torch.rand(1, generator=generator)) * length
@@ -30,7 +31,7 @@ def random_prices(longest: int) -> priced_cuts.Prices:
 @pytest.mark.parametrize("protect", [frozenset({0}), frozenset({0, 3})])
 def test_cheapest_plans_equal_brute_force(longest: int, protect: frozenset[int]):
     prices = random_prices(longest)
-    curve = priced_cuts.cheapest_plans(prices, N, protect)
+    curve = pricing.cheapest_plans(prices, N, protect)
     for n_dropped in range(1, N):
         free = [layer for layer in range(N) if layer not in protect]
         costs = {
@@ -62,18 +63,18 @@ def test_planted_redundancy_is_priced_lowest(
     view.layers[planted].input_layernorm.weight.data.zero_()
     view.layers[planted].post_attention_layernorm.weight.data.zero_()
     dense = ResidualStream(view, batches, remember=True)
-    slopes, _ = priced_cuts.sensitivities(view, batches, dense)
-    prices = priced_cuts.price_cuts(view, batches, dense, slopes, 3)
+    slopes, _ = pricing.sensitivities(view, batches, dense)
+    prices = pricing.price_cuts(view, batches, dense, slopes, 3)
     assert prices[planted, 1] == 0.0
-    assert priced_cuts.cheapest_plans(prices, 6, frozenset({0}))[1] == (0.0, (planted,))
+    assert pricing.cheapest_plans(prices, 6, frozenset({0}))[1] == (0.0, (planted,))
 
 
 def test_price_by_hand(view: DecoderView, batches: CalibrationBatches):
     # A silent MLP before the cut leaves D = 0: the price is Σ‖∇h_3‖·‖h_3 − h_2‖ on held-out tokens.
     view.layers[1].post_attention_layernorm.weight.data.zero_()
     dense = ResidualStream(view, batches, remember=True)
-    slopes, _ = priced_cuts.sensitivities(view, batches, dense)
-    prices = priced_cuts.price_cuts(view, batches, dense, slopes, 1)
+    slopes, _ = pricing.sensitivities(view, batches, dense)
+    prices = pricing.price_cuts(view, batches, dense, slopes, 1)
     change = (dense.history[3].rows - dense.history[2].rows).norm(dim=1)
     expected = float((slopes[3] * change)[-batches.seq_len :].sum())
     assert prices[2, 1] == pytest.approx(expected, rel=1e-5)
@@ -85,7 +86,7 @@ def test_evidence_holds_the_residual_sensitivity(view: DecoderView, batches: Cal
     )
     expected = score(view, batches, method="residual-sensitivity")
     assert evidence.scores[0].values == pytest.approx(expected.values, rel=1e-4)
-    assert set(plan.curve) == {1, 2}
+    assert set(plan.curve) == {1, 2, 3, 4, 5}
     assert 0 not in plan.dropped
 
 

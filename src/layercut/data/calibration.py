@@ -30,6 +30,8 @@ def calibration_batches(
 ) -> CalibrationBatches:
     """Draw calibration windows from the recipe's text, without replacement, in corpus order.
 
+    Several texts give equally many windows each, shuffled.
+
     Args:
         section: ``calibration`` of a recipe, or a mapping with its keys.
         tokenizer: the model's.
@@ -42,30 +44,51 @@ def calibration_batches(
     """
     if not isinstance(section, CalibrationSection):
         section = validated(CalibrationSection, dict(section), "calibration")
-    windows = pack_tokens(
-        read_texts(section.data, text_column=section.text_column),
-        tokenizer,
-        seq_len=section.seq_len,
-        max_tokens=POOL * section.n_sequences * section.seq_len,
-    )
-    n_windows, seq_len = windows.shape
-    if n_windows < section.n_sequences or seq_len < section.seq_len:
-        warnings.warn(
-            f"{section.data} holds {n_windows} calibration window(s) of {seq_len} tokens, fewer "
-            f"than the {section.n_sequences} of {section.seq_len} asked for; all are used.",
-            stacklevel=2,
-        )
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(n_windows, generator=generator)[: section.n_sequences]
-    input_ids = windows[drawn.sort().values]
+    sources = [section.data] if isinstance(section.data, str) else list(section.data)
+    shares = [len(range(i, section.n_sequences, len(sources))) for i in range(len(sources))]
+    drawn = [
+        _draw(source, section, tokenizer, n_wanted, generator)
+        for source, n_wanted in zip(sources, shares, strict=True)
+    ]
+    seq_len = min(windows.shape[1] for windows in drawn)
+    input_ids = torch.cat([windows[:, :seq_len] for windows in drawn])
+    if len(sources) > 1:
+        # Any evenly spaced part, such as the held-out one, should see every text.
+        input_ids = input_ids[torch.randperm(len(input_ids), generator=generator)]
     fitting = max(1, min(section.gradient_batch, MICRO_BATCH_TOKENS // seq_len))
     return CalibrationBatches(
         input_ids=input_ids,
         gradient_batch=section.gradient_batch,
         micro_batch=fitting if section.micro_batch == "auto" else section.micro_batch,
-        source=section.data,
+        source=" + ".join(sources),
         fingerprint=_fingerprint(input_ids),
     )
+
+
+def _draw(
+    source: str,
+    section: CalibrationSection,
+    tokenizer: Any,
+    n_wanted: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """``n_wanted`` windows of one text, or all it has, in corpus order."""
+    windows = pack_tokens(
+        read_texts(source, text_column=section.text_column),
+        tokenizer,
+        seq_len=section.seq_len,
+        max_tokens=POOL * n_wanted * section.seq_len,
+    )
+    n_windows, seq_len = windows.shape
+    if n_windows < n_wanted or seq_len < section.seq_len:
+        warnings.warn(
+            f"{source} holds {n_windows} calibration window(s) of {seq_len} tokens, fewer "
+            f"than the {n_wanted} of {section.seq_len} asked for; all are used.",
+            stacklevel=3,
+        )
+    drawn = torch.randperm(n_windows, generator=generator)[:n_wanted]
+    return windows[drawn.sort().values]
 
 
 def evaluation_windows(

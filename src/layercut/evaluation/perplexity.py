@@ -47,6 +47,12 @@ def perplexity(view: DecoderView, windows: Tensor) -> Figure:
     return Figure(value=math.exp(mean), stderr=math.exp(mean) * spread, n=losses.numel())
 
 
+def mean_loss(view: DecoderView, windows: Tensor, micro_batch: int) -> float:
+    """Mean cross-entropy, in nats, of every token of every window but its first."""
+    losses = [view.token_losses(ids) for ids in windows.split(micro_batch)]
+    return float(torch.cat(losses).double().mean())
+
+
 def check_vocabulary(view: DecoderView, input_ids: Tensor) -> None:
     """Refuse ids without an embedding row.
 

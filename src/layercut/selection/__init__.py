@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,21 +18,37 @@ Rounds = Literal["one-shot", "each"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked a strategy for.
+    """How the user wants a strategy to choose.
 
     Attributes:
-        n_drop: layers to drop.
         protect: layers that must stay.
         scoring: scoring method.
         scoring_options: its options.
         rounds: score once, or again after every dropped layer.
     """
 
-    n_drop: int
     protect: frozenset[int] = frozenset()
     scoring: str = "residual-sensitivity"
     scoring_options: Mapping[str, Any] = field(default_factory=dict)
     rounds: Rounds = "one-shot"
+
+
+Planner = Callable[[int], tuple[PruningPlan, Evidence]]
+"""Layers to drop → the plan of that size; what all sizes share is computed once."""
+
+
+def planner(
+    view: DecoderView, batches: CalibrationBatches, *, strategy: str, request: Request
+) -> Planner:
+    """What chooses plans of any size on this model and text.
+
+    Raises:
+        RecipeError: unknown strategy or score, or two that do not go together.
+    """
+    check_scoring(strategy, request.scoring)
+    module = methods.load_method("selection", strategy)
+    made: Planner = module.planner(view, batches, request)
+    return made
 
 
 def select(
@@ -80,15 +96,12 @@ def select(
         )
         return plan, Evidence(scores=())
     request = Request(
-        n_drop=n_drop,
         protect=frozenset(protect),
         scoring=scoring,
         scoring_options=dict(scoring_options or {}),
         rounds=rounds,
     )
-    module = methods.load_method("selection", strategy)
-    result: tuple[PruningPlan, Evidence] = module.select(view, batches, request)
-    return result
+    return planner(view, batches, strategy=strategy, request=request)(n_drop)
 
 
 def check_scoring(strategy: str, scoring: str) -> None:
@@ -143,9 +156,7 @@ def check_request(
 
 
 def _check_count(n_drop: int, n_layers: int, n_protected: int) -> None:
-    # A model cut below a quarter of its depth is rubble; asking for it is a slip of the hand.
-    min_keep = max(1, -(-n_layers // 4))
-    most = n_layers - max(min_keep, n_protected)
+    min_keep, most = min_keep_of(n_layers), most_droppable(n_layers, n_protected)
     if n_drop < 1:
         raise PlanError(
             f"cannot drop {n_drop} of {n_layers} layers: nothing would change. "
@@ -156,3 +167,13 @@ def _check_count(n_drop: int, n_layers: int, n_protected: int) -> None:
             f"cannot drop {n_drop} of {n_layers} layers: {n_protected} are protected and "
             f"min_keep={min_keep} allows {most}. Lower drop_layers."
         )
+
+
+def min_keep_of(n_layers: int) -> int:
+    """A model cut below a quarter of its depth is rubble; asking for it is a slip of the hand."""
+    return max(1, -(-n_layers // 4))
+
+
+def most_droppable(n_layers: int, n_protected: int) -> int:
+    """The largest number of layers that any request may drop."""
+    return n_layers - max(min_keep_of(n_layers), n_protected)

@@ -9,42 +9,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from layercut import progress
 from layercut.models.view import DecoderView
 from layercut.scoring import score
-from layercut.selection import Request
+from layercut.selection import Planner, Request
 from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
 
+if TYPE_CHECKING:
+    from layercut.gradient_log import GradientLog
 
-def select(
-    view: DecoderView, batches: CalibrationBatches, request: Request
-) -> tuple[PruningPlan, Evidence]:
-    """Score ``view`` as often as ``request.rounds`` says; dropped layers are skipped, not cut."""
-    n_each = 1 if request.rounds == "each" else request.n_drop
-    dropped: list[int] = []
-    rounds: list[Round] = []
-    evidence: list[LayerScores] = []
-    gradient_log = None
-    while len(dropped) < request.n_drop:
-        progress.figure(f"decision {len(rounds) + 1} of {request.n_drop // n_each}")
-        with view.skipping(dropped):
-            scores = score(view, batches, method=request.scoring, **request.scoring_options)
-        chosen, margin = lowest(scores.values, n_each, protect=request.protect)
-        dropped += chosen
-        # Later rounds no longer see the dropped layers, and each record is large.
-        gradient_log = gradient_log or scores.gradient_log
-        evidence.append(replace(scores, gradient_log=None))
-        rounds.append(Round(scores.values, tuple(chosen), margin))
-    plan = PruningPlan(
-        model=view.name,
-        n_layers=view.n_layers,
-        dropped=tuple(sorted(dropped)),
-        method=request.scoring,
-        rounds=tuple(rounds),
-        fingerprint=evidence[-1].fingerprint,
-    )
-    return plan, Evidence(scores=tuple(evidence), gradient_log=gradient_log)
+
+def planner(view: DecoderView, batches: CalibrationBatches, request: Request) -> Planner:
+    """Score ``view`` once, or after every drop; dropped layers are skipped, not cut."""
+    memory: list[LayerScores] = []
+    gradient_log: GradientLog | None = None
+
+    def plan(n_drop: int) -> tuple[PruningPlan, Evidence]:
+        nonlocal gradient_log
+        n_each = 1 if request.rounds == "each" else n_drop
+        dropped: list[int] = []
+        rounds: list[Round] = []
+        while len(dropped) < n_drop:
+            progress.figure(f"decision {len(rounds) + 1} of {n_drop // n_each}")
+            if len(rounds) == len(memory):
+                with view.skipping(dropped):
+                    new = score(view, batches, method=request.scoring, **request.scoring_options)
+                # Later rounds no longer see the dropped layers, and each record is large.
+                gradient_log = gradient_log or new.gradient_log
+                memory.append(replace(new, gradient_log=None))
+            scores = memory[len(rounds)]
+            chosen, margin = lowest(scores.values, n_each, protect=request.protect)
+            dropped += chosen
+            rounds.append(Round(scores.values, tuple(chosen), margin))
+        evidence = Evidence(tuple(memory[: len(rounds)]), gradient_log=gradient_log)
+        made = PruningPlan(
+            model=view.name,
+            n_layers=view.n_layers,
+            dropped=tuple(sorted(dropped)),
+            method=request.scoring,
+            rounds=tuple(rounds),
+            fingerprint=evidence.scores[-1].fingerprint,
+        )
+        return made, evidence
+
+    return plan
 
 
 def lowest(
