@@ -1,5 +1,6 @@
-from layercut.report.comparison import MISSING, columns, rows
+from layercut.report.comparison import MISSING, columns, rows, sizes
 from layercut.results import Evaluation, Figure, Provenance, RunResult
+from layercut.types import PruningPlan
 
 
 def result(**stages: Evaluation) -> RunResult:
@@ -50,3 +51,13 @@ def test_a_quantity_only_one_stage_measured_has_a_gap_and_no_change() -> None:
 def test_one_stage_alone_has_nothing_to_compare() -> None:
     assert all(row.change == "" for row in rows(result(dense=DENSE)))
     assert rows(result()) == ()
+
+
+def test_other_sizes_are_shown_where_the_run_knows_them() -> None:
+    found = result(dense=DENSE)
+    assert sizes(found) == ()
+    found.plan = PruningPlan("m", 6, (2,), "given", curve={1: 0.5, 2: 1.25}, trials={2: 1.1})
+    assert sizes(found) == (
+        "Price by layers dropped (a bound on the loss, nats per token): 1: 0.50, 2: 1.25",
+        "Perplexity on held-out text by layers dropped: 2: × 1.100",
+    )

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layercut.progress import Listener, listening
-from layercut.report.comparison import columns, measured, rows
+from layercut.report.comparison import columns, measured, rows, sizes
 from layercut.results import Evaluation, RunResult
 
 _ASCII = str.maketrans({"±": "+/-", "×": "x", "−": "-", "–": "-"})
@@ -134,9 +134,9 @@ def print_result(result: RunResult, output_dir: Path, *, quiet: bool = False) ->
     for warning in result.warnings:
         errors.print(Text("warning: ", style="yellow"), Text(warning), sep="", soft_wrap=True)
     if not quiet:
-        if result.plan is not None and result.plan.curve:
-            prices = ", ".join(f"{n}: {price:.1f}" for n, price in result.plan.curve.items())
-            console.print(Text(f"Price by layers dropped: {prices}"))
+        for line in sizes(result):
+            text = line.translate(_ASCII) if console.options.ascii_only else line
+            console.print(Text(text))
         report = output_dir / "layercut" / "report.html"
         console.print(Text(f"Checkpoint: {output_dir}  Report: {report}"), soft_wrap=True)
 

@@ -134,3 +134,17 @@ def _paired_points(change: Figure) -> str:
 
 def _factor(dense: float, pruned: float) -> str:
     return f"× {pruned / dense:.2f}"
+
+
+def sizes(result: RunResult) -> tuple[str, ...]:
+    """Sentences on what other numbers of dropped layers would cost, where the run knows it."""
+    if result.plan is None:
+        return ()
+    lines = []
+    if result.plan.curve:
+        prices = ", ".join(f"{n}: {price:.2f}" for n, price in result.plan.curve.items())
+        lines.append(f"Price by layers dropped (a bound on the loss, nats per token): {prices}")
+    if result.plan.trials:
+        ratios = ", ".join(f"{n}: × {ratio:.3f}" for n, ratio in result.plan.trials.items())
+        lines.append(f"Perplexity on held-out text by layers dropped: {ratios}")
+    return tuple(lines)

@@ -128,6 +128,7 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
         "plan": result.plan,
         "columns": comparison.columns(result),
         "rows": comparison.rows(result),
+        "sizes": comparison.sizes(result),
         "compared": " with ".join(
             comparison.STAGE_TITLES[name].lower()
             for name in reversed(comparison.compared_stages(result))
