@@ -152,15 +152,18 @@ def build_trainer(
     collator = DataCollatorForLanguageModeling(pad_token_id=_pad_token(view))
     if settings.mode == "full":
         view.model.requires_grad_(True)
-    trainer = CompletionTrainer(
-        model=view.model,
-        args=_arguments(view, settings, output_dir),
-        train_dataset=dataset,
-        processing_class=view.tokenizer,
-        data_collator=collator,
-        peft_config=_adapters(view, settings) if settings.mode == "lora" else None,
-        callbacks=list(callbacks),
-    )
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for a property by its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        trainer = CompletionTrainer(
+            model=view.model,
+            args=_arguments(view, settings, output_dir),
+            train_dataset=dataset,
+            processing_class=view.tokenizer,
+            data_collator=collator,
+            peft_config=_adapters(view, settings) if settings.mode == "lora" else None,
+            callbacks=list(callbacks),
+        )
     trainer.remove_callback(PrinterCallback)
     trainer.distill, trainer.teacher = settings.distill, teacher
     return trainer

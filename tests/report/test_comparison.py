@@ -1,4 +1,6 @@
-from layercut.report.comparison import MISSING, columns, rows, sizes
+from dataclasses import replace
+
+from layercut.report.comparison import MISSING, columns, compared_stages, rows, sizes
 from layercut.results import Evaluation, Figure, Provenance, RunResult
 from layercut.types import PruningPlan
 
@@ -61,3 +63,29 @@ def test_other_sizes_are_shown_where_the_run_knows_them() -> None:
         "Price by layers dropped (a bound on the loss, nats per token): 1: 0.50, 2: 1.25",
         "Perplexity on held-out text by layers dropped: 2: × 1.100",
     )
+
+
+def test_tuned_stages_are_compared_with_each_other() -> None:
+    tuned = replace(DENSE, train_seconds=100.0, peak_rss_bytes=2**30)
+    small = replace(
+        PRUNED,
+        train_seconds=80.0,
+        peak_rss_bytes=2**29,
+        accuracy_change={"boolq": Figure(-0.021, 0.0094, 10)},
+    )
+    whole = result(dense=DENSE, pruned=PRUNED, dense_tuned=tuned, pruned_tuned=small)
+    found = {row.label: row for row in rows(whole)}
+    assert compared_stages(whole) == ("dense_tuned", "pruned_tuned")
+    assert found["Accuracy, boolq"].change == "−2.1 ± 0.9 points"
+    assert found["Fine-tuning, seconds"].cells == (MISSING, MISSING, "100.0", "80.0")
+    assert found["Fine-tuning, seconds"].change == "× 0.80"
+    assert found["Peak memory, GiB"].cells == (MISSING, MISSING, "1.00", "0.50")
+    del whole.stages["dense_tuned"]
+    assert compared_stages(whole) == ("dense", "pruned_tuned")
+
+
+def test_a_model_that_was_only_tuned_is_compared_with_itself() -> None:
+    alone = result(dense=DENSE, dense_tuned=replace(DENSE, train_seconds=100.0))
+    assert columns(alone) == ("Before", "Tuned")
+    assert compared_stages(alone) == ("dense", "dense_tuned")
+    assert rows(alone)[0].change == "+0"

@@ -1,8 +1,9 @@
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
-from layercut.report.machine import peak_rss_bytes, provenance
+from layercut.report.machine import peak_rss_bytes, provenance, reset_peak_rss
 
 
 def test_provenance_names_the_versions_that_run_and_keeps_the_command() -> None:
@@ -30,3 +31,12 @@ def test_peak_memory_is_in_bytes_and_never_falls() -> None:
     # A process with torch loaded takes more than 2^26 bytes: KiB mistaken for bytes would be less.
     assert during > 2**26
     assert before <= during <= peak_rss_bytes()
+
+
+def test_peak_memory_can_be_counted_anew() -> None:
+    block = bytearray(b"x") * 2**28
+    high = peak_rss_bytes()
+    del block
+    reset_peak_rss()
+    if Path("/proc/self/clear_refs").exists():
+        assert peak_rss_bytes() < high - 2**27
