@@ -18,8 +18,10 @@ from transformers import TrainerCallback
 
 from layercut import progress
 from layercut.completion_trainer import CompletionTrainer
-from layercut.data.tasks import TaskRow, read_rows
-from layercut.finetune import build_trainer, detach
+from layercut.data.encoding import IGNORED
+from layercut.data.tasks import read_rows
+from layercut.errors import DataError, RecipeError
+from layercut.finetune import build_trainer, check_rows, detach, n_steps
 from layercut.finetune_settings import FinetuneSettings, LoraSettings
 from layercut.gradient_log import GradientLog
 from layercut.lora import lora_weights
@@ -33,6 +35,7 @@ EARLY_SHARE = 0.01
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Example = dict[str, Any]
 
 
 class EarlyRunOptions(MethodOptions):
@@ -62,6 +65,25 @@ class EarlyRunOptions(MethodOptions):
     max_length: Annotated[int, Field(ge=2)] = Field(default=512, description="tokens of a row")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of data order and adapters")
 
+    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
+        """As `layercut.early_run.check`."""
+        check(view, batches, self)
+
+
+def check(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions) -> None:
+    """Refuse a run that cannot be made, before any long work.
+
+    Raises:
+        DataError: the rows cannot be learnt from, or are too few.
+        RecipeError: the run has fewer than ``options.steps`` steps, or does not suit the model.
+    """
+    examples, settings = _lesson(view, batches, options)
+    if options.steps > (n_run := n_steps(settings, len(examples))):
+        raise RecipeError(
+            f"the early run is to record {options.steps} steps, but the run it begins has only "
+            f"{n_run} optimiser steps. Lower its steps, or raise its epochs."
+        )
+
 
 def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions) -> GradientLog:
     """The gradient factors of the run's first steps, for all layers that are not skipped.
@@ -76,12 +98,9 @@ def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOpti
         RecipeError: the run has fewer than ``options.steps`` steps.
         NumericsError: a gradient is missing or not finite.
     """
-    if options.data is None:
-        rows, settings = _calibration_rows(view, batches), _text_settings(view, batches, options)
-    else:
-        rows, settings = read_rows(options.data), _task_settings(options)
+    examples, settings = _lesson(view, batches, options)
     log = GradientLog(steps=options.steps, stop=True)
-    with _adapted(view, rows, settings, callbacks=[log, _Progress(options.steps)]) as trainer:
+    with _adapted(view, examples, settings, callbacks=[log, _Progress(options.steps)]) as trainer:
         trainer.train()
     return log
 
@@ -99,7 +118,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 @contextmanager
 def _adapted(
     view: DecoderView,
-    rows: Sequence[TaskRow],
+    examples: list[Example],
     settings: FinetuneSettings,
     *,
     callbacks: Sequence[TrainerCallback],
@@ -108,7 +127,9 @@ def _adapted(
     with tempfile.TemporaryDirectory(prefix="layercut-early-") as scratch, torch.random.fork_rng():
         torch.manual_seed(settings.seed or 0)
         folder = Path(scratch)
-        trainer = build_trainer(view, rows, settings, output_dir=folder, callbacks=callbacks)
+        trainer = build_trainer(
+            view, (), settings, output_dir=folder, callbacks=callbacks, examples=examples
+        )
         try:
             # No gradient reaches a skipped layer; its adapters are neither trained nor recorded.
             for weight in lora_weights(trainer.model):
@@ -120,25 +141,36 @@ def _adapted(
             detach(view, trainer)
 
 
-def _calibration_rows(view: DecoderView, batches: CalibrationBatches) -> list[TaskRow]:
-    """Each window as a text that is to be learnt from its first token on."""
-    texts = view.tokenizer.batch_decode(batches.input_ids)
+def _lesson(
+    view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions
+) -> tuple[list[Example], FinetuneSettings]:
+    """What is learnt, as `check_rows` has it, and how."""
+    if options.data is None:
+        return _windows(batches), _text_settings(batches, options)
+    settings = _task_settings(options)
+    try:
+        return check_rows(view, read_rows(options.data), settings), settings
+    except (DataError, RecipeError) as error:
+        # The rows are checked as those of `finetune` are, whose keys the message names.
+        raise type(error)(str(error).replace("finetune.", "the early run's ")) from None
+
+
+def _windows(batches: CalibrationBatches) -> list[Example]:
+    """Each window of calibration text as it stands, learnt from its second token on."""
     return [
-        TaskRow(prompt="", choices=(text,), where=f"calibration window {number}")
-        for number, text in enumerate(texts, start=1)
+        {"input_ids": ids, "labels": [IGNORED, *ids[1:]], "length": len(ids)}
+        for ids in batches.input_ids.tolist()
     ]
 
 
-def _text_settings(
-    view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions
-) -> FinetuneSettings:
+def _text_settings(batches: CalibrationBatches, options: EarlyRunOptions) -> FinetuneSettings:
     group = min(batches.gradient_batch, batches.n_sequences)
-    batch_size = min(batches.micro_batch, group)
+    # Only a divisor of the group leaves none of its sequences out of the step.
+    batch_size = max(n for n in range(1, group + 1) if group % n == 0 and n <= batches.micro_batch)
     changes = {
         "batch_size": batch_size,
         "accumulation": group // batch_size,
         "max_steps": options.max_steps or round(options.steps / EARLY_SHARE),
-        "max_length": int(view.model.config.max_position_embeddings),
     }
     return _task_settings(options).model_copy(update=changes)
 

@@ -130,6 +130,7 @@ def build_trainer(
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
     teacher: DecoderView | None = None,
+    examples: list[dict[str, Any]] | None = None,
 ) -> CompletionTrainer:
     """A TRL trainer over ``view.model``; give the model back with `detach`.
 
@@ -140,6 +141,7 @@ def build_trainer(
         output_dir: where the trainer keeps its checkpoints.
         callbacks: further trainer callbacks.
         teacher: the model to distil from; needed with ``settings.distill``.
+        examples: instead of ``rows``, what `check_rows` makes of them.
 
     Raises:
         DataError: a row cannot be learnt from, or there are too few.
@@ -148,7 +150,7 @@ def build_trainer(
     """
     if (teacher is None) != (settings.distill is None):
         raise RecipeError("finetune.distill and a teacher model go together. Give both or neither.")
-    dataset = Dataset.from_list(check_rows(view, rows, settings))
+    dataset = Dataset.from_list(examples or check_rows(view, rows, settings))
     collator = DataCollatorForLanguageModeling(pad_token_id=_pad_token(view))
     if settings.mode == "full":
         view.model.requires_grad_(True)

@@ -1,7 +1,8 @@
 """A folder is the registry: a method is a file of ``scoring/``, ``selection/`` or ``recovery/``.
 
 A method file offers ``Options``, a frozen pydantic model, and one function: ``score`` in scoring,
-``select`` in selection, ``fit`` in recovery. Its recipe name is its file name with ``-`` for ``_``.
+``select`` in selection, ``fit`` in recovery. What its options ask of a model and text,
+``Options.check`` can refuse early. Its recipe name is its file name with ``-`` for ``_``.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import importlib
 import pkgutil
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from layercut.errors import RecipeError, suggestion
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+    from layercut.types import CalibrationBatches
 
 Room = Literal["scoring", "selection", "recovery"]
 
@@ -23,6 +28,15 @@ class MethodOptions(BaseModel):
     """Options of one method: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
+        """Refuse, before any long work, what cannot work here; by default nothing.
+
+        Args:
+            view: the model.
+            batches: calibration text.
+            n_drop: layers that are to go, or that may at most under a perplexity budget.
+        """
 
 
 def available(room: Room) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from layercut.recovery import fit
 from layercut.report.machine import peak_rss_bytes, provenance
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
-from layercut.selection import Request, check_request, check_scoring, select
+from layercut.selection import Request, check_request, check_scoring, most_droppable, select
 from layercut.surgery import apply
 from layercut.tuning import TuningStage, training_data
 from layercut.types import CalibrationBatches
@@ -137,9 +137,10 @@ def _prepare(
             )
         amount["protect"] = sorted({0, *amount["protect"]})
     if section.max_perplexity_ratio is None:
-        check_request(view.n_layers, **amount)
+        n_drop = check_request(view.n_layers, **amount)
     else:
         check_request(view.n_layers, drop_layers=1, protect=amount["protect"])
+        n_drop = most_droppable(view.n_layers, len(amount["protect"]))
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
     check_tasks(view, recipe.evaluation.tasks)
@@ -153,23 +154,28 @@ def _prepare(
     check_vocabulary(view, batches.input_ids)
     if section.max_perplexity_ratio is not None:
         split(batches)
+    for method_options in _parsed_options(recipe).values():
+        method_options.check(view, batches, n_drop)
     request = {"strategy": section.strategy, "rounds": section.rounds, **amount}
     return view, batches, request | {"scoring": recipe.scoring.method}
 
 
 def _check_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Both methods' options, completed; refuses bad ones before anything is loaded."""
+    check_scoring(recipe.selection.strategy, recipe.scoring.method)
+    return {room: options.model_dump() for room, options in _parsed_options(recipe).items()}
+
+
+def _parsed_options(recipe: Recipe) -> dict[methods.Room, methods.MethodOptions]:
     sections: dict[methods.Room, ScoringSection | RecoverySection] = {
         "scoring": recipe.scoring,
         "recovery": recipe.recovery,
     }
-    check_scoring(recipe.selection.strategy, recipe.scoring.method)
-    checked: dict[str, dict[str, Any]] = {}
+    parsed: dict[methods.Room, methods.MethodOptions] = {}
     for room, section in sections.items():
         given = dict(section.options)
         module = methods.load_method(room, section.method)
         if "seed" in module.Options.model_fields:
-            given.setdefault("seed", recipe.seed)
-        parsed = methods.parse_options(room, section.method, given)
-        checked[room] = parsed.model_dump()
-    return checked
+            given.setdefault("seed", recipe.seed % 2**32)  # what trainers take
+        parsed[room] = methods.parse_options(room, section.method, given)
+    return parsed

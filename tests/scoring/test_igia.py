@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import layercut
-from conftest import N_LAYERS
+from conftest import N_LAYERS, VOCABULARY
 from layercut import early_run
+from layercut.data.encoding import IGNORED
 from layercut.errors import DataError, RecipeError
 from layercut.methods import parse_options
 from layercut.models.view import DecoderView
@@ -107,6 +108,26 @@ def test_the_papers_values_are_the_defaults(
     # Calibration text: one gradient group of 2 sequences a step, 40 steps being 1 % of the run.
     assert trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps == 2
     assert (trainer.state.max_steps, trainer.state.global_step) == (4000, 40)
+
+
+def test_the_micro_batch_changes_no_score(view: DecoderView):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCABULARY, (8, 32), generator=generator)
+    values = [
+        # 3 does not divide the 8 sequences of a step: batches of 2 do.
+        score(view, CalibrationBatches(ids, 8, micro, "test", "0"), method="igia", steps=3).values
+        for micro in (3, 8)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_calibration_windows_are_learnt_as_they_stand(view: DecoderView, trainers: list[Any]):
+    # As long as the context, so that not one token could be added.
+    ids = torch.randint(0, VOCABULARY, (4, view.model.config.max_position_embeddings))
+    score(view, CalibrationBatches(ids, 2, 2, "test", "0"), method="igia", steps=3)
+    (trainer,) = trainers
+    assert trainer.train_dataset["input_ids"][:] == ids.tolist()
+    assert trainer.train_dataset["labels"][:] == [[IGNORED, *row[1:]] for row in ids.tolist()]
 
 
 def test_the_seed_decides(view: DecoderView, batches: CalibrationBatches, rows: str):

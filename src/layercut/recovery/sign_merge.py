@@ -53,6 +53,23 @@ class Options(EarlyRunOptions):
             raise ValueError("merge: beyond-safe and an n_safe above 0 go together")
         return self
 
+    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
+        """Refuse an impossible run, and an ``n_safe`` that leaves nothing to merge."""
+        self.check_safe(n_drop)
+        super().check(view, batches, n_drop)
+
+    def check_safe(self, n_drop: int) -> None:
+        """Refuse an ``n_safe`` that leaves nothing to merge of ``n_drop`` layers.
+
+        Raises:
+            PlanError: there is nothing left.
+        """
+        if self.n_safe and self.n_safe >= n_drop:
+            raise PlanError(
+                f"recovery.options.n_safe is {self.n_safe}, but only {n_drop} layers are dropped: "
+                "none is left to merge. Lower n_safe, or set recovery.method: none."
+            )
+
 
 def fit(
     view: DecoderView,
@@ -67,11 +84,7 @@ def fit(
             "sign-merge needs a kept layer before every cut, but layer 0 is dropped. Protect layer "
             "0, or choose another recovery."
         )
-    if options.n_safe and options.n_safe >= len(plan.dropped):
-        raise PlanError(
-            f"recovery.options.n_safe is {options.n_safe}, but only {len(plan.dropped)} layers are "
-            "dropped: none is left to merge. Lower n_safe, or set recovery.method: none."
-        )
+    options.check_safe(len(plan.dropped))
     into = {layer: max(k for k in plan.kept if k < layer) for layer in plan.dropped}
     _check_shapes(view, into)
     log = _gradients(view, plan, evidence, batches, options)
