@@ -74,6 +74,47 @@ def test_broken_gradients_name_the_weight_and_the_step(
         trainer.train()
 
 
+def test_the_weight_whose_gradient_broke_is_named_though_clipping_breaks_all(
+    tiny_llama: Path, ids: torch.Tensor, tmp_path: Path
+):
+    model = tiny(tiny_llama)
+    log = GradientLog(steps=4)
+    seen: list[int] = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        seen.append(log.n_steps)
+        return gradient * math.nan if log.n_steps == 2 else gradient
+
+    path = "base_model.model.model.layers.2.mlp.down_proj.lora_B.default.weight"
+    model.get_parameter(path).register_hook(spoil)
+    with pytest.raises(NumericsError, match=r"of model\.layers\.2\.mlp\.down_proj\.weight is not"):
+        trainer_of(model, ids, tmp_path, log).train()
+    assert seen == [0, 1, 2]
+
+
+def test_no_weight_is_named_when_nothing_tells_them_apart(
+    tiny_llama: Path, ids: torch.Tensor, tmp_path: Path
+):
+    class SpoilAll(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad *= math.nan
+
+    trainer = trainer_of(tiny(tiny_llama), ids, tmp_path, SpoilAll(), GradientLog(steps=4))
+    with pytest.raises(NumericsError, match="gradients of all weights are not finite at step 1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_record_leaves_no_hook_behind(
+    tiny_llama: Path, ids: torch.Tensor, tmp_path: Path, steps: int
+):
+    model = tiny(tiny_llama)
+    trainer_of(model, ids, tmp_path, GradientLog(steps=steps)).train()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
 def test_one_step_tells_no_layer_from_another(tiny_llama: Path, ids: torch.Tensor, tmp_path: Path):
     log = GradientLog(steps=1)
     trainer_of(tiny(tiny_llama), ids, tmp_path, log).train()

@@ -19,9 +19,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from layercut.activations import Spool
@@ -111,6 +113,8 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         self.n_layers = 0
         self._rows: Spool | None = None
         self._trained: list[LoraWeight] = []
+        self._hooks: list[RemovableHandle] = []
+        self._broken: str | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the LoRA weights and reserve room for the record.
@@ -133,6 +137,7 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
             self.weights[weight.name] = logged
             width = logged.span_b.stop
         self._rows = Spool(n_wanted, width, limit_bytes=self.memory_limit_bytes)
+        self._watch()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record one step: gradients are accumulated, averaged and clipped, weights not changed.
@@ -149,13 +154,16 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
             row[logged.span_a] = self._gradient(weight, "A", weight.a)
             row[logged.span_b] = self._gradient(weight, "B", weight.b)
         if not bool(row.isfinite().all()):
+            self._unwatch()
             raise NumericsError(self._not_finite(row))
         self.n_steps += 1
         if self.n_steps == len(self._rows):
+            self._unwatch()
             control.should_training_stop |= self.stop
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the adapters; the record stays."""
+        self._unwatch()
         self._trained = []
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -250,6 +258,26 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
             )
         return self._rows.rows[: self.n_steps]
 
+    def _watch(self) -> None:
+        """Note whose gradient is the first that is not finite: clipping spoils all the others."""
+        self._unwatch()
+        self._broken = None
+        for weight in self._trained:
+            for parameter in (weight.a, weight.b):
+                if parameter.requires_grad:
+                    note = partial(self._note, weight.name)
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
+
+    def _unwatch(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _note(self, name: str, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if self._broken is None and gradient is not None and not gradient.isfinite().all():
+            self._broken = name
+
     def _gradient(self, weight: LoraWeight, factor: str, parameter: nn.Parameter) -> Tensor:
         if parameter.grad is None:
             raise NumericsError(
@@ -259,12 +287,14 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         return parameter.grad.flatten()
 
     def _not_finite(self, row: Tensor) -> str:
-        broken = next(
+        broken = [
             name
             for name, logged in self.weights.items()
             if not row[logged.start : logged.span_b.stop].isfinite().all()
-        )
+        ]
+        one = self._broken or (broken[0] if len(broken) < len(self.weights) else None)
+        what = f"the LoRA gradient of {one} is" if one else "the LoRA gradients of all weights are"
         return (
-            f"the LoRA gradient of {broken} is not finite at step {self.n_steps + 1}. Look for "
-            "broken training text, or lower the learning rate."
+            f"{what} not finite at step {self.n_steps + 1}. Look for broken training text, or "
+            "lower the learning rate."
         )
