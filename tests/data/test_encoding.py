@@ -111,6 +111,15 @@ def test_a_chat_row_without_a_template_is_refused(tokenizer: Any):
         encode_completion(row, tokenizer)
 
 
+def test_a_chat_row_that_the_template_refuses_is_named(tokenizer: Any):
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    )
+    row = TaskRow("", ("Hello",), messages=({"role": "system", "content": "Hi"},), where="line 1")
+    with pytest.raises(DataError, match=r"line 1: .* refuses .* roles system: No system role\."):
+        encode_choices(row, tokenizer)
+
+
 def test_a_tokenizer_that_ends_every_text_does_not_end_the_completion_early():
     class Ending:
         bos_token_id, eos_token_id, eos_token = None, 0, "<eos>"

@@ -110,6 +110,7 @@ CHAT = {"role": "user", "content": "Hi"}
         (ARC | {"answer": None}, "unknown label None"),
         (ARC | {"answer": True}, "unknown label True"),
         (ARC | {"choices": ["one"]}, "'choices' should be a list of at least two texts"),
+        (ARC | {"choices": ["sand", " "]}, r"line 1: 'choices' should be a list of at least two"),
         (ARC | {"choices": "sand, water"}, "'choices' should be a list of at least two texts"),
         ({"messages": []}, "'messages' should be a list"),
         ({"messages": [CHAT]}, "should end with a reply of the role assistant"),

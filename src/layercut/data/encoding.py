@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from layercut.data.tasks import TaskRow
 from layercut.errors import DataError
 
@@ -117,9 +119,15 @@ def _render(
             f"{row.where} holds chat messages, but the model's tokenizer has no chat template. "
             "Use rows with prompt and completion, or a model with a template."
         )
-    text: str = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise DataError(
+            f"{row.where}: the tokenizer's chat template refuses the messages of the roles "
+            f"{', '.join(m['role'] for m in messages)}: {error}. Change the row."
+        ) from None
     return text
 
 

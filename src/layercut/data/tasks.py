@@ -175,7 +175,9 @@ def _choices(row: Mapping[str, Any]) -> tuple[str, ...]:
     choices = row.get("choices")
     if isinstance(choices, str):  # a CSV file has no lists
         choices = _parsed(choices)
-    texts = isinstance(choices, list | tuple) and all(isinstance(c, str) and c for c in choices)
+    texts = isinstance(choices, list | tuple) and all(
+        isinstance(choice, str) and choice.strip() for choice in choices
+    )
     if not isinstance(choices, list | tuple) or not texts or len(choices) < 2:
         raise DataError(f"'choices' should be a list of at least two texts, got {choices!r}")
     return tuple(choices)
