@@ -213,6 +213,11 @@ def test_every_problem_is_listed_at_once_by_its_key() -> None:
         ("evaluation", {"detokenize": "yes"}, "detokenize: should be a valid boolean or .*'auto'"),
         ("evaluation", {"text": {"a": 1}}, r"evaluation\.text\.a: should be a valid string"),
         ("calibration", {"seq_len": 1}, "seq_len: should be greater than or equal to 2"),
+        (
+            "calibration",
+            {"data": ["a.txt", "b.txt", "c.txt"], "n_sequences": 2},
+            "calibration: n_sequences is 2, but data names 3 texts; draw at least one window",
+        ),
         ("calibration", {"x": 1}, r"calibration\.x: unknown key \(known: data, text_column, "),
         ("finetune", {"mode": "qlora"}, r"finetune\.mode: should be 'lora' or 'full'"),
         ("finetune", {"epoch": 2}, r"finetune\.epoch: unknown key; did you mean 'epochs'"),

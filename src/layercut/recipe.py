@@ -96,6 +96,15 @@ class CalibrationSection(Section):
         description="sequences in memory at once; never changes a result beyond rounding",
     )
 
+    @model_validator(mode="after")
+    def _one_sequence_of_each_text(self) -> CalibrationSection:
+        if not isinstance(self.data, str) and self.n_sequences < len(self.data):
+            raise ValueError(
+                f"n_sequences is {self.n_sequences}, but data names {len(self.data)} texts; "
+                "draw at least one window of each"
+            )
+        return self
+
 
 class ScoringSection(Section):
     """How layers are scored."""
