@@ -1,6 +1,13 @@
 from dataclasses import replace
 
-from layercut.report.comparison import MISSING, columns, compared_stages, rows, sizes
+from layercut.report.comparison import (
+    MISSING,
+    change_compares,
+    columns,
+    compared_stages,
+    rows,
+    sizes,
+)
 from layercut.results import Evaluation, Figure, Provenance, RunResult
 from layercut.types import PruningPlan
 
@@ -87,5 +94,6 @@ def test_tuned_stages_are_compared_with_each_other() -> None:
 def test_a_model_that_was_only_tuned_is_compared_with_itself() -> None:
     alone = result(dense=DENSE, dense_tuned=replace(DENSE, train_seconds=100.0))
     assert columns(alone) == ("Before", "Tuned")
+    assert change_compares(alone) == "“Tuned” with “Before”"
     assert compared_stages(alone) == ("dense", "dense_tuned")
     assert rows(alone)[0].change == "+0"

@@ -231,3 +231,16 @@ def test_card_stays_markdown_whatever_the_names_are(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| Perplexity, a\\|b |" in text
     assert "````yaml\nmodel: '```'\n````" in text
+
+
+def test_a_tuned_model_is_not_shown_as_a_pruned_one(tmp_path: Path) -> None:
+    tuned = finished()
+    tuned.plan, tuned.recovery = None, {}
+    tuned.stages = {"dense": measured(4, 20.0), "dense_tuned": measured(4, 10.0)}
+    card = tmp_path / "README.md"
+    write_model_card(tuned, card)
+    assert front_matter(card)["tags"] == ["layercut"]
+    page = render_html(tuned, recipe_yaml="")
+    for text in (card.read_text(encoding="utf-8"), page):
+        assert "Change compares “Tuned” with “Before”" in text
+        assert "Dense" not in text

@@ -47,8 +47,20 @@ class _Measure:
 
 def columns(result: RunResult) -> tuple[str, ...]:
     """Titles of the stages that ran, dense first."""
-    titles = TUNED_TITLES if set(result.stages) == set(TUNED_TITLES) else STAGE_TITLES
-    return tuple(title for name, title in titles.items() if name in result.stages)
+    return tuple(titles(result).values())
+
+
+def titles(result: RunResult) -> dict[str, str]:
+    """Stage → title of its column, for the stages that ran, dense first."""
+    known = TUNED_TITLES if set(result.stages) == set(TUNED_TITLES) else STAGE_TITLES
+    return {name: title for name, title in known.items() if name in result.stages}
+
+
+def change_compares(result: RunResult) -> str:
+    """Which columns "Change" compares: ``“Pruned” with “Dense”``."""
+    known = titles(result)
+    before, after = (known.get(name, STAGE_TITLES[name]) for name in compared_stages(result))
+    return f"“{after}” with “{before}”"
 
 
 def rows(result: RunResult) -> tuple[Row, ...]:

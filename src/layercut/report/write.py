@@ -93,9 +93,7 @@ def render_html(result: RunResult, *, recipe_yaml: str) -> str:
         layer = result.recovery.get("layer")
         plots["layers"] = figures.layers(result.plan, layer if isinstance(layer, int) else None)
     perplexity = {
-        title: result.stages[name].perplexity
-        for name, title in comparison.STAGE_TITLES.items()
-        if name in result.stages
+        title: result.stages[name].perplexity for name, title in comparison.titles(result).items()
     }
     if any(perplexity.values()):
         plots["perplexities"] = figures.perplexities(perplexity)
@@ -129,10 +127,8 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
         "columns": comparison.columns(result),
         "rows": comparison.rows(result),
         "sizes": comparison.sizes(result),
-        "compared": " with ".join(
-            comparison.STAGE_TITLES[name].lower()
-            for name in reversed(comparison.compared_stages(result))
-        ),
+        "compared": comparison.change_compares(result),
+        "compared_title": "Dense and pruned" if "pruned" in result.stages else "Figures",
         "headline": headline(result),
         "recovery": _labelled(result.recovery),
         "seconds": {name: f"{spent:,.1f}" for name, spent in _stage_seconds(result).items()},
@@ -192,7 +188,8 @@ def _metadata(result: RunResult, source: Path | None) -> dict[str, Any]:
         metadata |= _license_of(source)
     if _is_hub_name(result.model):
         metadata["base_model"] = result.model
-    return metadata | {"tags": ["depth-pruning", "layer-pruning", "layercut"]}
+    tags = [] if result.plan is None else ["depth-pruning", "layer-pruning"]
+    return metadata | {"tags": [*tags, "layercut"]}
 
 
 def _is_hub_name(model: str) -> bool:
