@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
+import torch
 
 from layercut import budget
-from layercut.errors import DataError, PlanError
+from layercut.errors import DataError, NumericsError, PlanError
 from layercut.evaluation.perplexity import mean_loss
 from layercut.models.view import DecoderView
-from layercut.selection import Request
-from layercut.types import CalibrationBatches
+from layercut.selection import Planner, Request
+from layercut.types import CalibrationBatches, Evidence, PruningPlan
 
 LOWEST = {"strategy": "lowest", "request": Request(scoring="block-influence"), "recovery": "none"}
 
@@ -42,6 +44,61 @@ def test_split_keeps_fitting_and_judging_apart(batches: CalibrationBatches):
     fitting, judging = budget.split(batches)
     assert fitting.n_sequences + judging.n_sequences == batches.n_sequences
     assert judging.n_sequences == 1
+
+
+def test_every_eighth_sequence_is_set_aside():
+    ids = torch.arange(17)[:, None].expand(17, 4)
+    fitting, judging = budget.split(CalibrationBatches(ids, 2, 2, "numbers", "0"))
+    assert judging.input_ids[:, 0].tolist() == [7, 15]
+    assert fitting.input_ids[:, 0].tolist() == [*range(7), *range(8, 15), 16]
+
+
+def refuse_from(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan of ``limit`` layers or more."""
+    original = budget.planner
+
+    def planner(*arguments: Any, **settings: Any) -> Planner:
+        choose = original(*arguments, **settings)
+
+        def chosen(size: int) -> tuple[PruningPlan, Evidence]:
+            if size >= limit:
+                raise PlanError(f"no plan of {size} layers")
+            return choose(size)
+
+        return chosen
+
+    monkeypatch.setattr(budget, "planner", planner)
+
+
+def test_a_size_without_a_plan_counts_as_too_large(
+    view: DecoderView, batches: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
+):
+    refuse_from(2, monkeypatch)
+    plan, _, _ = budget.prune_within(view, batches, max_perplexity_ratio=1e9, **LOWEST)
+    assert len(plan.dropped) == 1
+    assert list(plan.trials) == [1]
+
+
+def test_no_plan_of_any_size_is_an_error_with_its_reason(
+    view: DecoderView, batches: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
+):
+    refuse_from(1, monkeypatch)
+    with pytest.raises(PlanError, match=r"not one layer can be dropped: no plan of 1 layers"):
+        budget.prune_within(view, batches, max_perplexity_ratio=1e9, **LOWEST)
+
+
+def test_protecting_every_layer_is_an_error(view: DecoderView, batches: CalibrationBatches):
+    request = Request(scoring="block-influence", protect=frozenset(range(6)))
+    with pytest.raises(PlanError, match=r"no layer of 6 may be dropped: 6 are protected"):
+        budget.prune_within(
+            view, batches, max_perplexity_ratio=2.0, **(LOWEST | {"request": request})
+        )
+
+
+def test_a_loss_that_is_not_finite_is_an_error(view: DecoderView, batches: CalibrationBatches):
+    view.model.lm_head.weight.data.fill_(math.inf)
+    with pytest.raises(NumericsError, match="the evaluation loss is nan"):
+        mean_loss(view, batches.input_ids, 2)
 
 
 def test_a_budget_that_no_plan_meets_is_an_error(view: DecoderView, batches: CalibrationBatches):

@@ -57,18 +57,28 @@ def prune_within(
 
     Raises:
         DataError: too little calibration text to set any aside.
-        PlanError: dropping a single layer is already too much.
+        PlanError: dropping a single layer is already too much, or not possible.
     """
     request = request or Request()
+    fits, fails = 0, 1 + most_droppable(view.n_layers, len(request.protect))
+    if fails <= 1:
+        raise PlanError(
+            f"no layer of {view.n_layers} may be dropped: {len(request.protect)} are protected. "
+            "Protect fewer."
+        )
     fitting, judging = split(batches)
     dense = mean_loss(view, judging.input_ids, judging.micro_batch)
     choose = planner(view, fitting, strategy=strategy, request=request)
     trials: dict[int, float] = {}
     best: Pruned | None = None
-    fits, fails = 0, 1 + most_droppable(view.n_layers, len(request.protect))
+    refusal: PlanError | None = None
     while fails - fits > 1:
         size = (fits + fails) // 2
-        plan, evidence = choose(size)
+        try:
+            plan, evidence = choose(size)
+        except PlanError as error:  # no plan has this size, so it fits no budget
+            fails, refusal = size, error
+            continue
         patch = fit(view, plan, evidence, fitting, method=recovery, **(recovery_options or {}))
         with view.skipping(plan.dropped), view.patched(patch.tensors):
             trials[size] = math.exp(mean_loss(view, judging.input_ids, judging.micro_batch) - dense)
@@ -78,12 +88,20 @@ def prune_within(
         else:
             fails = size
     if best is None:
-        raise PlanError(
-            f"no plan meets max_perplexity_ratio {max_perplexity_ratio}: dropping one layer "
-            f"already gives {trials[1]:.3f} × the dense perplexity on held-out text. Allow more, "
-            "calibrate on more text, or ask for a number with drop_layers."
-        )
+        raise _none_within(max_perplexity_ratio, trials.get(1), refusal)
     return replace(best[0], trials=dict(sorted(trials.items()))), *best[1:]
+
+
+def _none_within(budget: float, ratio: float | None, refusal: PlanError | None) -> PlanError:
+    """Why no layer goes: ``ratio`` without one is too high, or there is no plan without one."""
+    if ratio is None:
+        why = f"not one layer can be dropped: {refusal}"
+    else:
+        why = (
+            f"dropping one layer already gives {ratio:.3f} × the dense perplexity on held-out "
+            "text. Allow more, calibrate on more text, or ask for a number with drop_layers."
+        )
+    return PlanError(f"no plan meets max_perplexity_ratio {budget}: {why}")
 
 
 def split(batches: CalibrationBatches) -> tuple[CalibrationBatches, CalibrationBatches]:

@@ -36,21 +36,29 @@ def perplexity(view: DecoderView, windows: Tensor) -> Figure:
         view.token_losses(ids) for ids in progress.track(windows.split(2), -(-len(windows) // 2))
     ]
     losses = torch.cat(rows).double().cpu()
-    mean = float(losses.mean())
-    if not math.isfinite(mean):
-        raise NumericsError(
-            f"the evaluation loss is {mean}: the model yields values that are not finite. "
-            "Use dtype: float32, or check the weights."
-        )
+    mean = _finite(float(losses.mean()))
     per_window = losses.mean(dim=1)
     spread = float(per_window.std()) / len(per_window) ** 0.5 if len(per_window) > 1 else 0.0
     return Figure(value=math.exp(mean), stderr=math.exp(mean) * spread, n=losses.numel())
 
 
 def mean_loss(view: DecoderView, windows: Tensor, micro_batch: int) -> float:
-    """Mean cross-entropy, in nats, of every token of every window but its first."""
+    """Mean cross-entropy, in nats, of every token of every window but its first.
+
+    Raises:
+        NumericsError: it is not finite.
+    """
     losses = [view.token_losses(ids) for ids in windows.split(micro_batch)]
-    return float(torch.cat(losses).double().mean())
+    return _finite(float(torch.cat(losses).double().mean()))
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise NumericsError(
+            f"the evaluation loss is {loss}: the model yields values that are not finite. "
+            "Use dtype: float32, or check the weights."
+        )
+    return loss
 
 
 def check_vocabulary(view: DecoderView, input_ids: Tensor) -> None:
