@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import layercut
 from conftest import save_tiny
-from layercut.errors import DataError, RecipeError
+from layercut.errors import DataError, ModelError, RecipeError
 from layercut.finetune import tune
 from layercut.results import RunResult
 
@@ -184,20 +184,27 @@ def test_an_interrupted_run_goes_on_and_says_so(
             layercut.run(recipe, tmp_path / "out")
     assert {path.name for path in tmp_path.glob("out*")} == {"out.training"}
     result = layercut.run(recipe, tmp_path / "out")
-    assert any("pruned model went on from step 4 of 4" in line for line in result.warnings)
+    assert any(
+        "pruned model went on from step 4 of 4; its seconds are those of both" in line
+        for line in result.warnings
+    )
     assert {path.name for path in tmp_path.glob("out*")} == {"out"}
     outs = (finished[0], tmp_path / "out")
     weights = [(out / "model.safetensors").read_bytes() for out in outs]
     assert weights[0] == weights[1]
 
 
-def test_bad_rows_are_refused_before_anything_is_computed(
-    recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*_: Any, **__: Any) -> None:
         raise AssertionError("the long work has begun")
 
     monkeypatch.setattr("layercut.pipeline.evaluate", computed)
+    monkeypatch.setattr("layercut.tuning.evaluate", computed)
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_bad_rows_are_refused_before_anything_is_computed(recipe: dict, tmp_path: Path):
     recipe["finetune"]["batch_size"] = 64
     with pytest.raises(DataError, match="fewer than one step's 128"):
         layercut.run(recipe, tmp_path / "out")
@@ -205,6 +212,21 @@ def test_bad_rows_are_refused_before_anything_is_computed(
     recipe["evaluation"]["tasks"]["parity"] = str(tmp_path / "text.txt")
     with pytest.raises(DataError, match=r"unknown file type '\.txt'"):
         layercut.run(recipe, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("nothing_is_computed")
+def test_a_tokenizer_that_cannot_pad_is_refused_before_anything_is_computed(
+    recipe: dict, tmp_path: Path
+):
+    folder = save_tiny(tmp_path / "endless")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("pad_token", "eos_token"):
+        del config[name]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    recipe |= {"model": str(folder)}
+    for run in (layercut.run, layercut.tune_checkpoint):
+        with pytest.raises(ModelError, match="neither a padding nor an end-of-text token"):
+            run(recipe, tmp_path / "out")
 
 
 def test_a_checkpoint_is_tuned_on_its_own(recipe: dict, tmp_path: Path):
@@ -221,3 +243,25 @@ def test_a_checkpoint_is_tuned_on_its_own(recipe: dict, tmp_path: Path):
     assert "Before" in (out / "layercut/report.html").read_text()
     with pytest.raises(RecipeError, match="no section finetune"):
         layercut.tune_checkpoint(recipe | {"finetune": None}, tmp_path / "none")
+
+
+def test_the_adapter_of_a_model_tuned_on_its_own_names_that_model(
+    recipe: dict, tmp_path: Path, tiny_llama: Path
+):
+    recipe["finetune"]["keep_adapter"] = True
+    layercut.tune_checkpoint(recipe, tmp_path / "out")
+    adapter = tmp_path / "out/layercut/adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_llama)
+    base, merged = (AutoModelForCausalLM.from_pretrained(f) for f in (tiny_llama, tmp_path / "out"))
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        after, expected = PeftModel.from_pretrained(base, adapter)(ids).logits, merged(ids).logits
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+    assert not (tmp_path / "out/layercut/base").exists()
+
+
+def test_distilling_needs_a_pruned_model(recipe: dict, tmp_path: Path):
+    recipe["finetune"]["distill"] = {"weight": 0.5}
+    with pytest.raises(RecipeError, match="but nothing is pruned here"):
+        layercut.tune_checkpoint(recipe, tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 from layercut import progress
@@ -77,6 +79,13 @@ class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
         rows *= self.accelerator.num_processes
         return SortedSteps(lengths, rows, self.args.seed)
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        # transformers would take a further step of a run that had ended within an epoch.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
+
     def _send_telemetry(self) -> None:
         """Nothing is sent: TRL would tell the Hub about every trainer."""
 
@@ -132,21 +141,31 @@ class SortedSteps(Sampler[int]):
         self.epoch = epoch
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
-    """Reports progress and stops a run whose loss is no number.
+class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Reports progress, counts seconds over resumptions, stops a run whose loss is no number.
 
     Attributes:
         first_step: optimiser step the run began at, above 0 after a resumption.
-        losses: training loss of every step.
+        earlier_seconds: what the steps before that took.
     """
 
     def __init__(self) -> None:
         self.first_step = 0
-        self.losses: list[float] = []
+        self.earlier_seconds = 0.0
+        self._began = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run so far."""
+        seconds = self.earlier_seconds + time.perf_counter() - self._began
+        return {"args": {}, "attributes": {"earlier_seconds": seconds}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note where the run begins."""
         self.first_step = state.global_step
+        self._began = time.perf_counter()
+        if self.first_step:
+            kept = state.stateful_callbacks[type(self).__name__]
+            self.earlier_seconds = kept["attributes"]["earlier_seconds"]
         progress.step(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -169,5 +188,4 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 f"the training loss is {loss} at step {state.global_step}. Lower "
                 "finetune.learning_rate, or use dtype: float32."
             )
-        self.losses.append(loss)
         progress.figure(f"loss {loss:.3f}")

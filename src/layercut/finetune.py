@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import statistics
 import tempfile
@@ -18,17 +17,24 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from layercut.completion_trainer import CompletionTrainer, Watch
-from layercut.data.encoding import training_example
-from layercut.data.tasks import TaskRow, check_classes
-from layercut.errors import DataError, ModelError, RecipeError
+from layercut.data.tasks import TaskRow
+from layercut.errors import RecipeError
+from layercut.finetune_checks import check_rows, pad_token
 from layercut.finetune_settings import FinetuneSettings
 from layercut.models.view import DecoderView
-from layercut.resume import last_checkpoint, rows_hash, settings_hash, weights_hash
+from layercut.resume import (
+    check_work_dir,
+    last_checkpoint,
+    model_hash,
+    rows_hash,
+    settings_hash,
+)
 
 __all__ = [
     "FinetuneSettings",
@@ -50,7 +56,7 @@ class Tuning:
         n_rows: training rows.
         n_steps: optimiser steps of the whole run.
         resumed_at: step of the checkpoint it went on from; 0 for a run from the start.
-        train_seconds: wall-clock time of the steps since then.
+        train_seconds: wall-clock time of all steps, those before that checkpoint included.
         loss: mean training loss over the last tenth of the steps, in nats per label.
     """
 
@@ -71,6 +77,7 @@ def tune(
     teacher: DecoderView | None = None,
     adapter_dir: Path | None = None,
     adapter_base: Path | None = None,
+    log_dir: Path | None = None,
 ) -> Tuning:
     """Train ``view.model`` in place and fold the adapters into its weights.
 
@@ -84,10 +91,12 @@ def tune(
         teacher: the model to distil from; needed with ``settings.distill``.
         adapter_dir: where to save the adapter before it is folded in.
         adapter_base: the checkpoint that the saved adapter's configuration names.
+        log_dir: where TensorBoard's records go with ``report_to: tensorboard``; default: ``runs``.
 
     Raises:
         DataError: a row cannot be learnt from, or there are too few.
         ModelError: the tokenizer has neither a padding nor an end-of-text token.
+        OutputError: ``work_dir`` holds something else than layercut's checkpoints.
         RecipeError: settings that do not suit the model.
         NumericsError: the loss became NaN or infinite.
     """
@@ -98,21 +107,24 @@ def tune(
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="layercut-tune-"))
             settings = settings.model_copy(update={"save_steps": None})
         folder = Path(scratch) if work_dir is None else work_dir
-        models = [weights_hash(model) for model in (view, teacher) if model is not None]
+        check_work_dir(folder)
+        models = [model_hash(model) for model in (view, teacher) if model is not None]
         trainer = build_trainer(
             view, rows, settings, output_dir=folder, callbacks=[watch, *callbacks], teacher=teacher
         )
         stack.callback(detach, view, trainer)
+        _direct_records(trainer, log_dir or Path("runs"))
         contents = [*models, settings_hash(settings), rows_hash(trainer.train_dataset)]
         checkpoint = last_checkpoint(folder, contents)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - start
+        seconds = watch.earlier_seconds + time.perf_counter() - start
         if adapter_dir is not None:
             _save_adapter(trainer.model, adapter_dir, adapter_base or view.path)
         if settings.mode == "lora":
             trainer.model.merge_adapter()
-    tail = watch.losses[-max(1, len(watch.losses) // 10) :] or [math.nan]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tail = losses[-max(1, len(losses) // 10) :] or [math.nan]
     return Tuning(
         n_rows=len(rows),
         n_steps=trainer.state.global_step,
@@ -151,7 +163,13 @@ def build_trainer(
     if (teacher is None) != (settings.distill is None):
         raise RecipeError("finetune.distill and a teacher model go together. Give both or neither.")
     dataset = Dataset.from_list(examples or check_rows(view, rows, settings))
-    collator = DataCollatorForLanguageModeling(pad_token_id=_pad_token(view))
+    if view.tokenizer.pad_token_id is None:
+        warnings.warn(
+            f"the tokenizer of {view.name} has no padding token; the end-of-text token pads, "
+            "masked from attention and loss.",
+            stacklevel=2,
+        )
+    collator = DataCollatorForLanguageModeling(pad_token_id=pad_token(view))
     if settings.mode == "full":
         view.model.requires_grad_(True)
     with warnings.catch_warnings():
@@ -169,41 +187,6 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.distill, trainer.teacher = settings.distill, teacher
     return trainer
-
-
-def check_rows(
-    view: DecoderView, rows: Sequence[TaskRow], settings: FinetuneSettings
-) -> list[dict[str, Any]]:
-    """Every row as ``input_ids``, ``labels`` and ``length``, or a refusal before the long work.
-
-    Raises:
-        DataError: too few rows, a class without rows, or a row that cannot be learnt from.
-        RecipeError: the model is too narrow, or its context too short, for the settings.
-    """
-    if settings.mode == "full" and view.model.dtype != torch.float32:
-        raise RecipeError(
-            f"finetune.mode: full would lose its small steps in {view.model.dtype} weights. "
-            "Set dtype: float32, or finetune.mode: lora."
-        )
-    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
-        raise RecipeError(
-            f"finetune.report_to: {settings.report_to} is not installed. "
-            f'Run: pip install "layercut[{settings.report_to}]", or set it to none.'
-        )
-    context = int(view.model.config.max_position_embeddings)
-    if settings.max_length > context:
-        raise RecipeError(
-            f"finetune.max_length is {settings.max_length}, but the model's context is {context} "
-            "tokens. Lower it."
-        )
-    if len(rows) < settings.rows_per_step:
-        raise DataError(
-            f"{len(rows)} training row(s) are fewer than one step's {settings.rows_per_step} "
-            f"(batch_size {settings.batch_size} × accumulation {settings.accumulation}). "
-            "Use more rows, or lower finetune.batch_size or finetune.accumulation."
-        )
-    check_classes(rows)
-    return [training_example(row, view.tokenizer, settings.max_length) for row in rows]
 
 
 def detach(view: DecoderView, trainer: CompletionTrainer) -> None:
@@ -265,6 +248,13 @@ def _adapters(view: DecoderView, settings: FinetuneSettings) -> LoraConfig:
     )
 
 
+def _direct_records(trainer: CompletionTrainer, folder: Path) -> None:
+    """Keep TensorBoard's records out of the folder of the checkpoints, which does not stay."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder)
+
+
 def _save_adapter(model: Any, folder: Path, base: Path) -> None:
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = str(base)
@@ -276,19 +266,3 @@ def trained_names(view: DecoderView, settings: FinetuneSettings) -> list[str]:
     if settings.mode == "full":
         return list(view.model.state_dict())
     return [name for layer in range(view.n_layers) for name in view.linear_weights(layer)]
-
-
-def _pad_token(view: DecoderView) -> int:
-    if (pad := view.tokenizer.pad_token_id) is not None:
-        return int(pad)
-    if (end := view.tokenizer.eos_token_id) is not None:
-        warnings.warn(
-            f"the tokenizer of {view.name} has no padding token; the end-of-text token pads, "
-            "masked from attention and loss.",
-            stacklevel=2,
-        )
-        return int(end)
-    raise ModelError(
-        f"the tokenizer of {view.name} has neither a padding nor an end-of-text token. "
-        "Add a pad_token to its tokenizer_config.json."
-    )

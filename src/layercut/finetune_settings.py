@@ -74,10 +74,12 @@ class FinetuneSettings(Section):
         default=None, description="learn from the dense model, tuned if compare_dense"
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
-        default="none", description="none, tensorboard, wandb or trackio"
+        default="none",
+        description="none, tensorboard (records in OUT/layercut/logs), wandb or trackio",
     )
     keep_adapter: bool = Field(
-        default=False, description="also write the adapter and the pruned model it belongs to"
+        default=False,
+        description="also write the adapter and, of a pruned model, the checkpoint it belongs to",
     )
     save_steps: Count | None = Field(
         default=50, description="steps between checkpoints to resume from; null: none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def run(
         with result.timed("evaluate", "evaluate the pruned model"):
             pruned = evaluate(view, **measured)
             result.stages["pruned"] = compared(pruned, result.stages["dense"])
+        patch = tuning.pruned(view, plan, patch)
         with staged_folder(output_dir, overwrite=overwrite) as folder:
-            patch = tuning.pruned(view, plan, patch, folder / "layercut")
             with result.timed("save", "write and verify the checkpoint"):
                 write_checkpoint(view.path, view.rules, plan, patch, folder)
                 verify_checkpoint(folder, view)
@@ -84,6 +85,7 @@ def run(
             report = folder / "layercut"
             write_report(result, report, scores=evidence.scores, recipe_yaml=recipe.to_yaml())
             write_model_card(result, folder / "README.md", source=view.path)
+            tuning.move_kept(report)
         tuning.remove_checkpoints()
     return result
 
@@ -101,7 +103,7 @@ def _prune(
     budget = recipe.selection.max_perplexity_ratio
     if budget is not None:
         with result.timed("score", f"drop layers until perplexity is × {budget:g}"):
-            return prune_within(
+            plan, evidence, patch = prune_within(
                 view,
                 batches,
                 max_perplexity_ratio=budget,
@@ -115,11 +117,13 @@ def _prune(
                 recovery=recovery,
                 recovery_options=options["recovery"],
             )
-    with result.timed("score", f"score the layers by {scoring}"):
-        plan, evidence = select(view, batches, **request, scoring_options=options["scoring"])
-    with result.timed("recover", f"recover by {recovery}"):
-        patch = fit(view, plan, evidence, batches, method=recovery, **options["recovery"])
-    return plan, evidence, patch
+    else:
+        with result.timed("score", f"score the layers by {scoring}"):
+            plan, evidence = select(view, batches, **request, scoring_options=options["scoring"])
+        with result.timed("recover", f"recover by {recovery}"):
+            patch = fit(view, plan, evidence, batches, method=recovery, **options["recovery"])
+    # The record has served, and would count towards the memory of the tuning to come.
+    return plan, replace(evidence, gradient_log=None), patch
 
 
 def _prepare(

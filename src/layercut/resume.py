@@ -11,26 +11,58 @@ from typing import Any
 
 import torch
 
+from layercut.errors import OutputError
 from layercut.finetune_settings import FinetuneSettings
 from layercut.models.view import DecoderView
 
 RUN_FILE = "layercut-run.json"
-"""In the folder of the checkpoints: what they belong to."""
+"""In a folder that layercut made for checkpoints: what they belong to."""
 
 WITHOUT_EFFECT = {"save_steps", "report_to", "keep_adapter", "compare_dense", "data"}
 """Settings that do not change what a run computes from its rows."""
 
 
+def check_work_dir(folder: Path) -> None:
+    """Refuse a folder that holds something else than layercut's checkpoints.
+
+    Raises:
+        OutputError: it is a file, or has content and no ``RUN_FILE``.
+    """
+    if (folder / RUN_FILE).is_file() or not folder.exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise OutputError(
+            f"{folder}, the place for the checkpoints of the fine-tuning, was not made by "
+            "layercut. Move it away, or choose another output folder."
+        )
+
+
+def claim(folder: Path, contents: Sequence[str] = ()) -> Path:
+    """Make ``folder`` if need be, and mark it as one that layercut may remove.
+
+    Raises:
+        OutputError: as for `check_work_dir`.
+    """
+    check_work_dir(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).write_text(_mark(contents), encoding="utf-8")
+    return folder
+
+
 def last_checkpoint(folder: Path, contents: Sequence[str]) -> str | None:
     """The newest complete checkpoint in ``folder``, if it is of the run that ``contents`` describe.
 
-    What belongs to another run is removed; the folder exists afterwards.
+    The checkpoints of another run are removed; the folder exists afterwards.
+
+    Raises:
+        OutputError: as for `check_work_dir`.
     """
+    check_work_dir(folder)
     mark = folder / RUN_FILE
-    if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != list(contents):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        mark.write_text(json.dumps(list(contents)) + "\n", encoding="utf-8")
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != _mark(contents):
+        if mark.is_file():
+            shutil.rmtree(folder)
+        claim(folder, contents)
         return None
     # The trainer writes its state last: a checkpoint without it was cut off.
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
@@ -38,9 +70,15 @@ def last_checkpoint(folder: Path, contents: Sequence[str]) -> str | None:
     return None if newest is None else str(newest)
 
 
-def weights_hash(view: DecoderView) -> str:
-    """Hash of a model's weights as they are in memory."""
+def _mark(contents: Sequence[str]) -> str:
+    return json.dumps(list(contents)) + "\n"
+
+
+def model_hash(view: DecoderView) -> str:
+    """Hash of a model's weights as they are in memory, and of the arithmetic it computes in."""
     total = hashlib.sha256()
+    arithmetic = f"{view.model.dtype} {view.device.type} mixed={view.mixed_precision}"
+    total.update(f"{arithmetic}\n".encode())
     for name, parameter in view.model.named_parameters():
         total.update(f"{name} {torch.hash_tensor(parameter).numpy(force=True)}\n".encode())
     return total.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 import warnings
@@ -27,6 +28,7 @@ from layercut.recipe import Recipe, load_recipe
 from layercut.report.machine import peak_rss_bytes, provenance, reset_peak_rss
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
+from layercut.resume import RUN_FILE, check_work_dir, claim
 from layercut.types import PruningPlan, WeightPatch
 
 if TYPE_CHECKING:
@@ -45,11 +47,12 @@ def training_data(
     Raises:
         DataError: the rows cannot be read or learnt from.
         NetworkError: the rows are on the Hub, which cannot be reached.
+        ModelError: the tokenizer has no token to pad with.
         RecipeError: settings that do not suit the model.
     """
     if recipe.finetune is None:
         return None, []
-    from layercut.finetune import check_rows
+    from layercut.finetune_checks import check_rows
 
     settings = recipe.finetune
     if settings.seed is None:
@@ -62,12 +65,17 @@ def training_data(
 class TuningStage:
     """The recipe's section ``finetune``, as the pipeline meets it; without one, nothing happens.
 
+    Raises:
+        OutputError: something else stands where the checkpoints would be.
+
     Attributes:
         settings: the section.
         rows: its training rows, which every model is tuned on.
         result: receives the stages ``dense_tuned`` and ``pruned_tuned``.
         measured: what is measured of each.
+        home: the output folder.
         work_dir: where checkpoints stay until the run is complete, beside the output.
+        kept_dir: within it, what moves into ``OUT/layercut`` at the end.
         teacher: the model that the pruned one is distilled from, if there is one.
     """
 
@@ -83,7 +91,14 @@ class TuningStage:
         self.rows = rows
         self.result = result
         self.measured = measured
-        self.work_dir = output_dir.resolve().with_name(f"{output_dir.resolve().name}.training")
+        self.home = output_dir.resolve()
+        self.work_dir = self.home.with_name(f"{self.home.name}.training")
+        self.kept_dir = self.work_dir / "kept"
+        self._uses_work_dir = settings is not None and (
+            settings.save_steps is not None or bool(self._kept_names())
+        )
+        if self._uses_work_dir:
+            check_work_dir(self.work_dir)
         self.teacher: DecoderView | None = None
 
     def dense(self, view: DecoderView) -> DecoderView:
@@ -102,38 +117,47 @@ class TuningStage:
         self.teacher = view if self.settings.distill else None
         return reload(view)
 
-    def pruned(
-        self, view: DecoderView, plan: PruningPlan, patch: WeightPatch, folder: Path
-    ) -> WeightPatch:
+    def pruned(self, view: DecoderView, plan: PruningPlan, patch: WeightPatch) -> WeightPatch:
         """Tune the pruned model in place; returns the patch with its new weights.
 
         Args:
             view: the model after ``apply``.
             plan: which layers went.
             patch: what else changed.
-            folder: gets ``base`` and ``adapter`` with ``keep_adapter``.
         """
         if self.settings is None:
             return patch
         from layercut.finetune import trained_names
 
-        adapter = {}
         if self.settings.keep_adapter:
-            base = folder / "base"
+            claim(self.work_dir)
+            base = self.kept_dir / "base"
+            shutil.rmtree(base, ignore_errors=True)
             base.mkdir(parents=True)
             write_checkpoint(view.path, view.rules, plan, patch, base)
             verify_checkpoint(base, view)
-            home = self.work_dir.with_name(self.work_dir.name.removesuffix(".training"))
-            adapter = {
-                "adapter_dir": folder / "adapter",
-                "adapter_base": home / folder.name / "base",
-            }
-        self.tune(view, self.settings, "pruned", teacher=self.teacher, **adapter)
+        base = self.home / "layercut" / "base"
+        self.tune(view, self.settings, "pruned", teacher=self.teacher, adapter_base=base)
         return tuned_patch(view, plan, patch, trained_names(view, self.settings))
+
+    def move_kept(self, folder: Path) -> None:
+        """Move adapter, base and records, where there are any, into ``folder``."""
+        for name in self._kept_names():
+            if (self.kept_dir / name).is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                (self.kept_dir / name).rename(folder / name)
+
+    def _kept_names(self) -> list[str]:
+        """What the settings ask for beside the tuned model."""
+        if self.settings is None:
+            return []
+        logs = ["logs"] if self.settings.report_to == "tensorboard" else []
+        return logs + (["base", "adapter"] if self.settings.keep_adapter else [])
 
     def remove_checkpoints(self) -> None:
         """Clear away what only a resumption would need."""
-        shutil.rmtree(self.work_dir, ignore_errors=True)
+        if self.settings is not None and (self.work_dir / RUN_FILE).is_file():
+            shutil.rmtree(self.work_dir, ignore_errors=True)
 
     def tune(self, view: DecoderView, settings: FinetuneSettings, name: str, **how: Any) -> None:
         """Tune ``view.model`` in place and measure it as the stage ``{name}_tuned``.
@@ -142,20 +166,32 @@ class TuningStage:
             view: the model.
             settings: for this model.
             name: ``dense`` or ``pruned``.
-            **how: teacher and adapter folders, as for `layercut.finetune.tune`.
+            **how: teacher and the adapter's base, as for `layercut.finetune.tune`.
         """
         # Imported here: PEFT and TRL take seconds, and most runs do not tune.
         from layercut.finetune import tune
 
-        self.result.peak_rss_bytes = max(self.result.peak_rss_bytes, peak_rss_bytes())
-        reset_peak_rss()
+        log_dir = self.kept_dir / "logs" / name if settings.report_to == "tensorboard" else None
+        # Only the adapter of the model that is written is of use.
+        kept = settings.keep_adapter and "adapter_base" in how
+        adapter_dir = self.kept_dir / "adapter" if kept else None
         work_dir = None if settings.save_steps is None else self.work_dir / name
+        if self._uses_work_dir:
+            claim(self.work_dir)
+        self.result.peak_rss_bytes = max(self.result.peak_rss_bytes, peak_rss_bytes())
+        gc.collect()  # what earlier stages left in cycles is not this one's
+        reset_peak_rss()
+        places: dict[str, Any] = {
+            "work_dir": work_dir,
+            "log_dir": log_dir,
+            "adapter_dir": adapter_dir,
+        }
         with self.result.timed("finetune", f"fine-tune the {name} model"):
-            tuning = tune(view, self.rows, settings, work_dir=work_dir, **how)
+            tuning = tune(view, self.rows, settings, **places, **how)
         if tuning.resumed_at:
             warnings.warn(
                 f"the fine-tuning of the {name} model went on from step {tuning.resumed_at} of "
-                f"{tuning.n_steps}; its seconds are those of the rest.",
+                f"{tuning.n_steps}; its seconds are those of both parts.",
                 stacklevel=2,
             )
         with self.result.timed("evaluate", f"evaluate the tuned {name} model"):
@@ -190,6 +226,11 @@ def tune_checkpoint(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
+    if recipe.finetune is not None and recipe.finetune.distill is not None:
+        raise RecipeError(
+            "finetune.distill needs a pruned model and its dense one, but nothing is pruned here. "
+            "Set it to null, or use `layercut run`."
+        )
     output_dir = Path(output_dir)
     used = recipe.model_dump(mode="json", include=USED_ALONE)
     result = RunResult(recipe.model, used, provenance(command))
@@ -202,10 +243,10 @@ def tune_checkpoint(
             if settings is None:
                 raise RecipeError("the recipe has no section finetune. Add one, with its data.")
             check_tasks(view, recipe.evaluation.tasks)
+        stage = TuningStage(settings, rows, result, measured, output_dir)
         with result.timed("evaluate", "evaluate the model"):
             result.stages["dense"] = evaluate(view, **measured)
-        stage = TuningStage(settings, rows, result, measured, output_dir)
-        stage.tune(view, settings.model_copy(update={"distill": None}), "dense")
+        stage.tune(view, settings, "dense", adapter_base=view.path)
         from layercut.finetune import trained_names
 
         whole = PruningPlan(recipe.model, view.n_layers, (), "none")
@@ -218,5 +259,6 @@ def tune_checkpoint(
             result.peak_rss_bytes = max(result.peak_rss_bytes, peak_rss_bytes())
             write_report(result, folder / "layercut", recipe_yaml=strict_yaml.dump(used))
             write_model_card(result, folder / "README.md", source=view.path)
+            stage.move_kept(folder / "layercut")
         stage.remove_checkpoints()
     return result
