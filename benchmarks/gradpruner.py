@@ -14,6 +14,7 @@ import hashlib
 import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,13 @@ import layercut
 from layercut.data.tasks import TaskRow, read_rows
 from layercut.evaluation.choices import accuracy, answer, paired_change
 from layercut.evaluation.cost import prefill_tokens_per_second
-from layercut.finetune import trained_names, tune
+from layercut.finetune import n_steps, trained_names, tune
 from layercut.finetune_settings import DistillSettings, FinetuneSettings
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
 from layercut.report.machine import peak_rss_bytes, provenance, reset_peak_rss
 from layercut.types import CalibrationBatches, PruningPlan
+from task_files import write_rows
 
 MODEL = "embedded:smollm2-135m"
 RESULTS = Path(__file__).parent / "results" / "gradpruner.json"
@@ -194,32 +196,36 @@ def prune(
 ) -> PruningPlan:
     how = METHODS[method]
     scoring_options: dict[str, Any] = {"seed": settings.seed} if method == "random" else {}
-    if how["scoring"] == "igia":
-        n_whole = -(-len(train) // settings.rows_per_step)
-        scoring_options = {
-            "data": settings.data,
-            "steps": min(steps, n_whole),
-            "max_steps": max(1, round(settings.epochs * n_whole)),
-            "learning_rate": settings.rate,
-            "batch_size": settings.batch_size,
-            "accumulation": settings.accumulation,
-            "max_length": settings.max_length,
-            "seed": settings.seed,
-        }
     needs_preceding = how["recovery"] in ("refit", "sign-merge")
-    plan, evidence = layercut.select(
-        view,
-        batches,
-        strategy=how.get("strategy", "lowest"),
-        scoring=how["scoring"],
-        scoring_options=scoring_options,
-        drop_layers=size,
-        protect=[0] if needs_preceding else [],
-    )
+    with tempfile.TemporaryDirectory(prefix="layercut-rows-") as folder:
+        if how["scoring"] == "igia":
+            data = write_rows(train, Path(folder) / "train.jsonl")
+            n_run = n_steps(settings, len(train))
+            scoring_options = early_run(settings, data, n_run, steps)
+        plan, evidence = layercut.select(
+            view,
+            batches,
+            strategy=how.get("strategy", "lowest"),
+            scoring=how["scoring"],
+            scoring_options=scoring_options,
+            drop_layers=size,
+            protect=[0] if needs_preceding else [],
+        )
     options = how.get("recovery_options", {})
     patch = layercut.fit(view, plan, evidence, batches, method=how["recovery"], **options)
     layercut.apply(view, plan, patch)
     return plan
+
+
+def early_run(settings: FinetuneSettings, data: str, n_run: int, steps: int) -> dict[str, Any]:
+    """Options of igia for the very run that the pruned model is tuned in."""
+    same = {"batch_size", "accumulation", "max_length", "warmup_ratio", "scheduler", "weight_decay"}
+    return settings.model_dump(include={*same, "seed"}) | {
+        "data": data,
+        "steps": min(steps, n_run),
+        "max_steps": n_run,
+        "learning_rate": settings.rate,
+    }
 
 
 def tuned_dense(

@@ -1,0 +1,70 @@
+"""What the benchmarks hand to the methods that they compare."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layercut import early_run
+from layercut.data.tasks import TaskRow
+from layercut.finetune import check_rows
+from layercut.finetune_settings import FinetuneSettings
+from layercut.models.view import DecoderView
+from layercut.types import CalibrationBatches
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        TaskRow("2+2=", ("4",)),
+        TaskRow("2+2=", (" 3", " 4"), 1),
+        TaskRow("As", (" Ann", " Sue"), 1, ending=" ran."),
+        TaskRow("", ("Ann", "Sue"), ending=" ran."),
+        TaskRow("", ("Hello",), messages=({"role": "user", "content": "Hi"},)),
+    ],
+)
+def test_rows_survive_their_file(benchmark: Any, tmp_path: Path, row: TaskRow):
+    source = benchmark("task_files").write_rows([row], tmp_path / "rows.jsonl")
+    assert source == str(tmp_path / "rows.jsonl")
+
+
+def test_rows_that_no_file_can_hold_are_not_written_as_others(benchmark: Any, tmp_path: Path):
+    # Two gaps: the row would be read as a plain question.
+    row = TaskRow("A _ and", (" Ann", " Sue"), ending=" ran.")
+    with pytest.raises(ValueError, match="rows were written as other rows"):
+        benchmark("task_files").write_rows([row], tmp_path / "rows.jsonl")
+
+
+def test_the_early_run_learns_the_drawn_rows(
+    benchmark: Any,
+    view: DecoderView,
+    batches: CalibrationBatches,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    gradpruner = benchmark("gradpruner")
+    built: list[Any] = []
+    original = early_run.build_trainer
+
+    def build(*arguments: Any, **settings: Any) -> Any:
+        built.append(original(*arguments, **settings))
+        return built[-1]
+
+    monkeypatch.setattr(early_run, "build_trainer", build)
+    drawn = [TaskRow(f"{n} is", (" even", " odd"), n % 2) for n in (7, 2, 5, 4, 3, 8, 1, 6)]
+    settings = FinetuneSettings(batch_size=2, accumulation=2, epochs=2, max_length=64, seed=1)
+    gradpruner.prune(view, batches, drawn, settings, "igia+none", 2, 3)
+    (trainer,) = built
+    expected = [example["input_ids"] for example in check_rows(view, drawn, settings)]
+    assert trainer.train_dataset["input_ids"][:] == expected
+    assert trainer.state.max_steps == 4
