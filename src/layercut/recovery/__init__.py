@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from layercut import methods
-from layercut.errors import NumericsError
+from layercut.errors import NumericsError, PlanError
 from layercut.models.checkpoint import round_patch
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
@@ -38,10 +38,16 @@ def fit(
 
     Raises:
         RecipeError: unknown method or option.
+        PlanError: the method needs a kept layer before every cut, and layer 0 is dropped.
         NumericsError: a fitted tensor is not finite.
     """
     module = methods.load_method("recovery", method)
     parsed = methods.parse_options("recovery", method, options)
+    if getattr(module, "NEEDS_PRECEDING", False) and 0 in plan.dropped:
+        raise PlanError(
+            f"{method} needs a kept layer before every cut, but layer 0 is dropped. Protect layer "
+            "0, or choose another recovery."
+        )
     patch: WeightPatch = module.fit(view, plan, evidence, batches, parsed)
     patch = round_patch(view.path, replace(patch, method=method))
     for name, tensor in patch.tensors.items():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from layercut import progress
 from layercut.activations import ResidualStream, Spool
-from layercut.errors import DataError, PlanError
+from layercut.errors import DataError
 from layercut.evaluation.perplexity import mean_loss
 from layercut.methods import MethodOptions
 from layercut.models.view import DecoderView, capture
@@ -53,11 +53,6 @@ def fit(
     options: Options,
 ) -> WeightPatch:
     """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
-    if plan.dropped and plan.dropped[0] == 0:
-        raise PlanError(
-            "refit needs a kept layer before every cut, but layer 0 is dropped. Protect layer 0, "
-            "or choose another recovery."
-        )
     held_out = held_out_rows(batches, options.held_out_every)
     tensors = walk(view, plan, ResidualStream(view, batches), held_out, options)
     return _best_step(view, plan, tensors, batches, options)

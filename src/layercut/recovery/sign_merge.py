@@ -79,11 +79,6 @@ def fit(
     options: Options,
 ) -> WeightPatch:
     """Sparsify each merged layer's weights by their own F and add what agrees in sign."""
-    if plan.dropped and plan.dropped[0] == 0:
-        raise PlanError(
-            "sign-merge needs a kept layer before every cut, but layer 0 is dropped. Protect layer "
-            "0, or choose another recovery."
-        )
     options.check_safe(len(plan.dropped))
     into = {layer: max(k for k in plan.kept if k < layer) for layer in plan.dropped}
     _check_shapes(view, into)
