@@ -1,10 +1,11 @@
 """Pruning inside fine-tuning: accuracy of pruned and tuned models against the tuned dense one.
 
 Run  python benchmarks/gradpruner.py [--rows dense ours igia+merge …] [--sizes 6 9 12] [--seeds 0 1]
-         [--train-rows 6400] [--train SOURCE --test SOURCE] [--learning-rate 1e-4] [--distill 0.5]
+         [--train-rows 6016] [--train SOURCE --test SOURCE] [--learning-rate 1e-4] [--distill 0.5]
 Every row of the table is one model, tuned on the same training rows in the same steps. Finished
 rows are kept in benchmarks/results/gradpruner.json; the same call goes on behind them. `--rows`
-takes any of METHODS; merge-10 … merge-50 sweep the share that GradPruner merges.
+takes any of METHODS; merge-10 … merge-50 sweep the share that GradPruner merges. Calibration
+text is the training rows themselves. Several processes may work on different rows at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import argparse
 import hashlib
 import json
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,24 +24,28 @@ from safetensors.torch import load_file, save_file
 
 import layercut
 from layercut.data.tasks import TaskRow, read_rows
-from layercut.evaluation.choices import accuracy, answer, paired_change
+from layercut.evaluation.choices import accuracy, answer
 from layercut.evaluation.cost import prefill_tokens_per_second
 from layercut.finetune import n_steps, trained_names, tune
 from layercut.finetune_settings import DistillSettings, FinetuneSettings
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
-from layercut.report.machine import peak_rss_bytes, provenance, reset_peak_rss
+from layercut.report.machine import peak_rss_bytes, reset_peak_rss
 from layercut.types import CalibrationBatches, PruningPlan
+from row_store import RESULTS, print_table, save, stored
 from task_files import write_rows
 
 MODEL = "embedded:smollm2-135m"
-RESULTS = Path(__file__).parent / "results" / "gradpruner.json"
 DENSE = "dense"
 ALONE = {"distill": None}
 MAIN = (DENSE, "ours", "igia+merge", "reverse-order", "random", "block-influence")
 METHODS: dict[str, dict[str, Any]] = {
-    "ours": {"strategy": "priced-cuts", "scoring": "residual-sensitivity", "recovery": "refit"},
-    "ours+none": {"strategy": "priced-cuts", "scoring": "residual-sensitivity", "recovery": "none"},
+    "ours": {"scoring": "reverse-order", "recovery": "refit"},
+    "cuts+refit": {
+        "strategy": "priced-cuts",
+        "scoring": "residual-sensitivity",
+        "recovery": "refit",
+    },
     "igia+merge": {"scoring": "igia", "recovery": "sign-merge"},
     "igia+none": {"scoring": "igia", "recovery": "none"},
     "igia+refit": {"scoring": "igia", "recovery": "refit"},
@@ -69,33 +73,28 @@ def main() -> None:
         "n_train": len(train),
         "n_test": len(test),
         "settings": settings.model_dump(mode="json", exclude={"seed", "data", "distill"}),
-        "calibration": [arguments.calibration, arguments.sequences],
+        "sequences": arguments.sequences,
         "steps": arguments.steps,
     }
     digest = hashlib.sha256(json.dumps(budget, sort_keys=True).encode()).hexdigest()[:12]
-    results = stored()
-    results["budgets"][digest] = budget
-    batches = layercut.calibration_batches(
-        {"data": arguments.calibration, "n_sequences": arguments.sequences}, view.tokenizer
-    )
+    batches = calibration(train, view.tokenizer, arguments.sequences)
     for seed in arguments.seeds:
         for size, method in jobs(arguments):
             distilled = size and settings.distill
             label = f"{method}+distill-{arguments.distill}" if distilled else method
             key = f"{digest}/{label}/{size}/{seed}"
-            if key in results["rows"]:
+            if key in stored()["rows"]:
                 continue
             own = settings.model_copy(update={"seed": seed} | ({} if distilled else ALONE))
-            teacher = None
-            if distilled:
-                weights = RESULTS.with_name(f"gradpruner-{digest}-{seed}.safetensors")
-                teacher = tuned_dense(view, train, own, weights)
+            weights = RESULTS.with_name(f"gradpruner-{digest}-{seed}.safetensors")
+            teacher = tuned_dense(view, train, own, weights) if distilled else None
             row = measure(view, batches, train, test, own, method, size, arguments.steps, teacher)
+            if not size:
+                keep_tuned(view, own, weights)
             view = reload(view)
-            results["rows"][key] = row
-            save(results)
+            save(digest, budget, key, row)
             print(key, f"{row['accuracy']:.4f}", f"{row['train_seconds']:.0f} s", flush=True)
-    print_table(results["rows"], digest)
+    print_table(stored()["rows"], digest)
 
 
 def parsed() -> argparse.Namespace:
@@ -106,17 +105,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--train", default="embedded:reviews@train")
     parser.add_argument("--test", default="embedded:reviews@test")
-    parser.add_argument("--train-rows", type=int, default=6400)
+    parser.add_argument("--train-rows", type=int, default=6016)
     parser.add_argument("--test-rows", type=int, default=0, help="0: all")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=None)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--distill", type=float, default=None, help="weight of the term")
-    parser.add_argument("--steps", type=int, default=40, help="early steps behind IGIA")
-    parser.add_argument("--calibration", default="embedded:reviews@train")
-    parser.add_argument("--sequences", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=10, help="early steps behind IGIA")
+    parser.add_argument("--sequences", type=int, default=64, help="calibration windows of 256")
     return parser.parse_args()
 
 
@@ -141,6 +139,14 @@ def tuning_settings(arguments: argparse.Namespace, n_train: int) -> FinetuneSett
         max_length=arguments.max_length,
         distill=DistillSettings(weight=arguments.distill) if arguments.distill else None,
     )
+
+
+def calibration(rows: Sequence[TaskRow], tokenizer: Any, n_sequences: int) -> CalibrationBatches:
+    """Windows of the rows' prompts and right answers."""
+    with tempfile.TemporaryDirectory(prefix="layercut-rows-") as folder:
+        source = write_rows(rows, Path(folder) / "train.jsonl")
+        section = {"data": f"rows:{source}", "n_sequences": n_sequences, "seq_len": 256}
+        return layercut.calibration_batches(section, tokenizer)
 
 
 def jobs(arguments: argparse.Namespace) -> list[tuple[int, str]]:
@@ -233,66 +239,21 @@ def tuned_dense(
 ) -> DecoderView:
     """The tuned dense model of this seed, the teacher; its weights are kept in ``path``."""
     teacher = reload(view)
-    state = teacher.model.state_dict()
     if path.exists():
+        state = teacher.model.state_dict()
         for name, tensor in load_file(path).items():
             state[name].copy_(tensor)
         return teacher
-    tune(teacher, train, settings.model_copy(update=ALONE))
-    path.parent.mkdir(exist_ok=True)
-    save_file({name: state[name] for name in trained_names(teacher, settings)}, path)
+    own = settings.model_copy(update=ALONE)
+    tune(teacher, train, own)
+    keep_tuned(teacher, own, path)
     return teacher
 
 
-def stored() -> dict[str, Any]:
-    if RESULTS.exists():
-        found: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))
-        return found
-    origin = provenance("benchmarks/gradpruner.py")
-    return {"versions": origin.versions, "hardware": origin.hardware, "budgets": {}, "rows": {}}
-
-
-def save(results: dict[str, Any]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    partial = RESULTS.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    partial.replace(RESULTS)
-
-
-def print_table(rows: dict[str, Any], digest: str) -> None:
-    """Means over seeds; the change is paired by test row within each seed."""
-    groups: dict[tuple[int, str], dict[str, Any]] = {}
-    for key, row in rows.items():
-        budget, method, size, seed = key.split("/")
-        if budget == digest:
-            groups.setdefault((int(size), method), {})[seed] = row
-    dense = groups.get((0, DENSE), {})
-    print(
-        f"{'layers':>6} {'method':16} {'zero-shot':>9} {'tuned':>7} {'to dense, points':>18} "
-        f"{'train s':>8} {'prune s':>8} {'tokens/s':>9}  seeds"
-    )
-    for (n_dropped, method), seeds in sorted(groups.items()):
-        pairs = [(dense[seed], row) for seed, row in seeds.items() if seed in dense]
-        changes = [paired_change(*(bits(row) for row in pair)) for pair in pairs]
-        change = ""
-        if changes and n_dropped:
-            mean = statistics.fmean(c.value for c in changes)
-            spread = statistics.fmean(c.stderr for c in changes)
-            change = f"{100 * mean:+.2f} ± {100 * spread:.2f}"
-        print(
-            f"{n_dropped:6} {method:16} {100 * mean_of(seeds, 'zero_shot'):9.2f} "
-            f"{100 * mean_of(seeds, 'accuracy'):7.2f} {change:>18} "
-            f"{mean_of(seeds, 'train_seconds'):8.0f} {mean_of(seeds, 'prune_seconds'):8.0f} "
-            f"{mean_of(seeds, 'prefill_tokens_per_second'):9.0f}  {', '.join(sorted(seeds))}"
-        )
-
-
-def bits(row: dict[str, Any]) -> tuple[bool, ...]:
-    return tuple(outcome == "1" for outcome in row["outcomes"])
-
-
-def mean_of(seeds: dict[str, Any], name: str) -> float:
-    return statistics.fmean(row[name] for row in seeds.values())
+def keep_tuned(view: DecoderView, settings: FinetuneSettings, path: Path) -> None:
+    state = view.model.state_dict()
+    path.parent.mkdir(exist_ok=True)
+    save_file({name: state[name] for name in trained_names(view, settings)}, path)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ class CalibrationSection(Section):
     data: Name | Names = Field(
         default="embedded:docs",
         description="embedded:docs, embedded:reviews@train, a .txt, .raw, .jsonl, .csv or .parquet "
-        "file (each also .gz), or hub:owner/name[:config][@split]; a list draws equally from each",
+        "file (each also .gz), hub:owner/name[:config][@split], or rows: before a source of task "
+        "rows, read as prompts with their right answers; a list draws equally from each",
     )
     text_column: Name = Field(
         default="text", description="the column of a table that holds the text"

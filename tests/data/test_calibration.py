@@ -221,3 +221,21 @@ def test_several_texts_give_equally_many_windows(
 def test_no_text_at_all_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RecipeError, match=r"data"):
         calibration_batches({"data": []}, tokenizer)
+
+
+def test_task_rows_are_read_as_prompts_with_their_right_answers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "2+2=", "choices": ["3", "4"], "answer": 1}\n')
+    section = {"data": f"rows:{path}", "n_sequences": 1, "seq_len": 5}
+    (window,) = calibration_batches(section, tokenizer).input_ids.tolist()
+    assert window == ids("2+2=4", tokenizer)
+
+
+def test_chat_rows_have_no_plain_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "chat.jsonl"
+    turns = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
+    path.write_text(f'{{"messages": {turns}}}\n')
+    with pytest.raises(DataError, match="is a chat row, which has no plain text of its own"):
+        calibration_batches({"data": f"rows:{path}"}, tokenizer)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from layercut.data.sources import read_texts
+from layercut.data.tasks import row_texts
 from layercut.errors import DataError
 from layercut.recipe import CalibrationSection
 from layercut.types import CalibrationBatches
@@ -20,6 +21,9 @@ POOL = 16
 """Windows that are packed for each one that is drawn, so that a draw sees more than the start."""
 
 MICRO_BATCH_TOKENS = 2048
+
+ROWS = "rows:"
+"""Before a source of task rows, whose prompts and right answers are to be read as text."""
 
 CHARACTERS_PER_TOKEN = 16
 """More than tokens of running text have, about 4; see `_first_tokens`."""
@@ -74,8 +78,12 @@ def _draw(
     generator: torch.Generator,
 ) -> Tensor:
     """``n_wanted`` windows of one text, or all it has, in corpus order."""
+    if source.startswith(ROWS):
+        texts = row_texts(source.removeprefix(ROWS))
+    else:
+        texts = read_texts(source, text_column=section.text_column)
     windows = pack_tokens(
-        read_texts(source, text_column=section.text_column),
+        texts,
         tokenizer,
         seq_len=section.seq_len,
         max_tokens=POOL * n_wanted * section.seq_len,

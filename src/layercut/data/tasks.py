@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,25 @@ def read_rows(source: str) -> list[TaskRow]:
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
     return found
+
+
+def row_texts(source: str) -> Iterator[str]:
+    """Each row's prompt with its right choice, as one text.
+
+    Args:
+        source: as for `read_rows`.
+
+    Raises:
+        DataError: as `read_rows`, and for chat rows, whose text depends on a model's template.
+        NetworkError: the Hub is needed and cannot be reached.
+    """
+    for row in read_rows(source):
+        if row.messages:
+            raise DataError(
+                f"{row.where} is a chat row, which has no plain text of its own. Give rows of "
+                "prompt and completion, or a file of text."
+            )
+        yield row.prompt + row.completion
 
 
 def check_classes(rows: Sequence[TaskRow]) -> None:
