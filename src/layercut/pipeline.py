@@ -78,7 +78,7 @@ def run(
         patch = tuning.pruned(view, plan, patch)
         with staged_folder(output_dir, overwrite=overwrite) as folder:
             with result.timed("save", "write and verify the checkpoint"):
-                write_checkpoint(view.path, view.rules, plan, patch, folder)
+                write_checkpoint(view.path, view.layout, plan, patch, folder)
                 verify_checkpoint(folder, view)
             result.seconds["total"] = time.perf_counter() - start
             result.peak_rss_bytes = max(result.peak_rss_bytes, peak_rss_bytes())

@@ -216,8 +216,6 @@ def _likelihood(
     view: DecoderView, hidden: Tensor, tokens: Tensor
 ) -> tuple[list[float], list[bool]]:
     """Log-likelihood of each token, (n,), and whether it leads, after its state, (n, d)."""
-    with view.precision():
-        logits = view.model.get_output_embeddings()(hidden)
-    scores = logits.float().log_softmax(dim=-1)
+    scores = view.head(hidden).float().log_softmax(dim=-1)
     chosen = scores.gather(1, tokens[:, None]).squeeze(1)
     return chosen.tolist(), (scores.argmax(dim=-1) == tokens).tolist()

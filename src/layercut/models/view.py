@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
 
-from layercut.models.families import FamilyRules
+from layercut.errors import ModelError
+from layercut.models.families import ATTENTION_OUTPUTS, DOWN_PROJECTIONS
+from layercut.models.layout import Layout
 
 LOSS_CHUNK = 256
 """Tokens whose logits exist at once: 256 × 49,152 float32 logits are 48 MiB."""
@@ -24,11 +28,22 @@ class LayerInputs:
 
     Attributes:
         hidden: embeddings = the residual stream entering layer 0, shape (batch, seq, d).
-        kwargs: the further arguments of every layer (mask, rotary tables, positions).
+        rest: the further arguments of every layer (mask, rotary tables, positions): those given
+            by position and those by name.
     """
 
     hidden: Tensor
-    kwargs: tuple[dict[str, Any], ...]
+    rest: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+
+@dataclass
+class _BaseOutput(ModelOutput):  # type: ignore[misc]
+    """What the decoder hands to the head, with ``None`` for all that it does not have."""
+
+    last_hidden_state: Tensor | None = None
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class DecoderView:
@@ -39,7 +54,7 @@ class DecoderView:
         tokenizer: its tokenizer.
         name: what the user called it.
         path: the local checkpoint folder it was loaded from.
-        rules: its family's row.
+        layout: where its layers are.
         fingerprint: hash of the checkpoint's files.
         mixed_precision: run float32 weights through bfloat16 matrix products.
     """
@@ -51,7 +66,7 @@ class DecoderView:
         *,
         name: str,
         path: Path,
-        rules: FamilyRules,
+        layout: Layout,
         fingerprint: str,
         mixed_precision: bool,
     ) -> None:
@@ -59,16 +74,16 @@ class DecoderView:
         self.tokenizer = tokenizer
         self.name = name
         self.path = path
-        self.rules = rules
+        self.layout = layout
         self.fingerprint = fingerprint
         self.mixed_precision = mixed_precision
         self.skipped: frozenset[int] = frozenset()
+        self._n_outputs: int | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, from the embedding up."""
-        layers: nn.ModuleList = self.model.get_submodule(self.rules.layers)
-        return layers
+        return self.layout.layer_list(self.model)
 
     @property
     def n_layers(self) -> int:
@@ -92,25 +107,47 @@ class DecoderView:
         return device
 
     def linear_weights(self, layer: int) -> dict[str, Tensor]:
-        """Weights of the linear sub-layers of one layer, by their name in the state dict."""
-        return {
-            f"{self.rules.layers}.{layer}.{name}.weight": module.weight
+        """Weights of one layer's linear maps, by name: of modules, and of experts in one tensor."""
+        modules = {
+            f"{name}.weight": module.weight
             for name, module in self.layers[layer].named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear | Conv1D)
         }
+        experts = {
+            name: parameter
+            for name, parameter in self.layers[layer].named_parameters()
+            if parameter.dim() == 3 and "conv" not in name
+        }
+        prefix = f"{self.layout.layers}.{layer}."
+        return {prefix + name: weight for name, weight in (modules | experts).items()}
 
-    def down_projection(self, layer: int) -> tuple[str, nn.Linear]:
-        """State-dict prefix and module of the MLP's output projection."""
-        return self._linear(layer, self.rules.down_projection)
+    def down_projection(self, layer: int) -> tuple[str, nn.Linear | Conv1D]:
+        """State-dict prefix and module of the MLP's output projection.
 
-    def attention_output(self, layer: int) -> tuple[str, nn.Linear]:
-        """State-dict prefix and module of the attention's output projection."""
-        return self._linear(layer, self.rules.attention_output)
+        Raises:
+            ModelError: the layer has none, or one for each of several experts.
+        """
+        return self._linear(layer, DOWN_PROJECTIONS, "MLP")
 
-    def _linear(self, layer: int, path: str) -> tuple[str, nn.Linear]:
-        module = self.layers[layer].get_submodule(path)
-        assert isinstance(module, nn.Linear), path
-        return f"{self.rules.layers}.{layer}.{path}", module
+    def attention_output(self, layer: int) -> tuple[str, nn.Linear | Conv1D]:
+        """State-dict prefix and module of the attention's output projection.
+
+        Raises:
+            ModelError: the layer has none.
+        """
+        return self._linear(layer, ATTENTION_OUTPUTS, "attention")
+
+    def _linear(
+        self, layer: int, paths: Sequence[str], what: str
+    ) -> tuple[str, nn.Linear | Conv1D]:
+        modules = dict(self.layers[layer].named_modules())
+        for path in paths:
+            if isinstance(module := modules.get(path), nn.Linear | Conv1D):
+                return f"{self.layout.layers}.{layer}.{path}", module
+        raise ModelError(
+            f"layer {layer} of this {self.layout.model_type} model has no single output "
+            f"projection of its {what}. Choose another recovery and selection.strategy: lowest."
+        )
 
     @contextmanager
     def skipping(self, layers: Iterable[int]) -> Iterator[None]:
@@ -119,8 +156,9 @@ class DecoderView:
         before = self.skipped
         # Libraries such as accelerate wrap `forward` per instance: put theirs back, not none.
         wrapped = {i: f for i in new if (f := self.layers[i].__dict__.get("forward"))}
+        n_outputs = self._layer_outputs() if new else 0
         for layer in new:
-            self.layers[layer].forward = _identity
+            self.layers[layer].forward = _identity(n_outputs)
         self.skipped = before | new
         try:
             yield
@@ -130,6 +168,21 @@ class DecoderView:
             for layer, forward in wrapped.items():
                 self.layers[layer].forward = forward
             self.skipped = before
+
+    @torch.no_grad()
+    def _layer_outputs(self) -> int:
+        """Length of the tuple that a layer returns; 0 where it returns the residual stream."""
+        if self._n_outputs is None:
+            seen: list[Any] = []
+            last = self.layers[-1]
+            hook = last.register_forward_hook(lambda _, __, output: seen.append(output))
+            try:
+                ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+                self.model.base_model(input_ids=ids, use_cache=False)
+            finally:
+                hook.remove()
+            self._n_outputs = len(seen[0]) if isinstance(seen[0], tuple) else 0
+        return self._n_outputs
 
     @contextmanager
     def patched(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -157,12 +210,12 @@ class DecoderView:
         Args:
             input_ids: (batch, seq), int64.
         """
-        seen: list[tuple[Tensor, dict[str, Any]]] = []
+        seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
-        def catch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest = dict(kwargs)
             hidden = args[0] if args else rest.pop("hidden_states")
-            seen.append((hidden, rest))
+            seen.append((hidden, args[1:], rest))
 
         hooks = [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self.layers]
         try:
@@ -171,12 +224,13 @@ class DecoderView:
         finally:
             for hook in hooks:
                 hook.remove()
-        return LayerInputs(hidden=seen[0][0], kwargs=tuple(kwargs for _, kwargs in seen))
+        return LayerInputs(seen[0][0], tuple((args, kwargs) for _, args, kwargs in seen))
 
     def run_layer(self, layer: int, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         """Map the residual stream entering ``layer`` to the one leaving it, (batch, seq, d)."""
+        args, kwargs = inputs.rest[layer]
         with self.precision():
-            output = self.layers[layer](hidden, **inputs.kwargs[layer])
+            output = self.layers[layer](hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
     @torch.no_grad()
@@ -201,8 +255,8 @@ class DecoderView:
             input_ids: (batch, seq); token t + 1 is the target of position t.
         """
         leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad(), self.precision():
-            normed = self.model.get_submodule(self.rules.norm)(leaf)
+        with torch.enable_grad():
+            normed = self._after_layers(leaf, input_ids)
         flat = normed.detach()[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten().to(flat.device)
         total, gradients = 0.0, []
@@ -219,14 +273,47 @@ class DecoderView:
         (gradient,) = torch.autograd.grad(normed, leaf, upstream)
         return gradient, total
 
+    def _after_layers(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """What the decoder makes of h_L: the final norm's output, (batch, seq, d)."""
+
+        def replace(_: nn.Module, __: Any, output: Any) -> Any:
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        with self.skipping(range(self.n_layers)), self.precision():
+            hook = self.layers[-1].register_forward_hook(replace)
+            try:
+                output = self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
+            finally:
+                hook.remove()
+        normed: Tensor = output.last_hidden_state
+        return normed
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits of normed states, (n, d) → (n, vocabulary), scaled and capped as the model does.
+
+        The model's own forward pass runs, with these states in the place of its decoder's.
+        """
+        base = self.model.base_model
+        ids = torch.zeros(1, len(normed), dtype=torch.int64, device=self.device)
+        base.forward = lambda *_, **__: _BaseOutput(last_hidden_state=normed[None])
+        try:
+            with self.precision():
+                logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            del base.forward
+        return logits[0]
+
     def _chunk_losses(self, normed: Tensor, targets: Tensor) -> Tensor:
-        with self.precision():
-            logits = self.model.get_output_embeddings()(normed)
-        return functional.cross_entropy(logits.float(), targets, reduction="none")
+        return functional.cross_entropy(self.head(normed).float(), targets, reduction="none")
 
 
-def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
+def _identity(n_outputs: int) -> Callable[..., Any]:
+    """A layer that changes nothing and returns what the others do."""
+
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_states, *[None] * (n_outputs - 1)) if n_outputs else hidden_states
+
+    return forward
 
 
 def capture(

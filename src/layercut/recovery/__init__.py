@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercut import methods
 from layercut.errors import NumericsError, PlanError
-from layercut.models.checkpoint import round_patch
+from layercut.models.patch import round_patch
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def fit(
             "0, or choose another recovery."
         )
     patch: WeightPatch = module.fit(view, plan, evidence, batches, parsed)
-    patch = round_patch(view.path, replace(patch, method=method))
+    patch = round_patch(view.path, view.layout, replace(patch, method=method))
     for name, tensor in patch.tensors.items():
         if not bool(tensor.isfinite().all()):
             raise NumericsError(

@@ -169,7 +169,7 @@ def _gradients(
 
 def _targets(view: DecoderView, layer: int, kept: int) -> dict[str, str]:
     """Names of ``layer``'s linear weights → those of their namesakes in ``kept``."""
-    before, after = (f"{view.rules.layers}.{number}." for number in (layer, kept))
+    before, after = (f"{view.layout.layers}.{number}." for number in (layer, kept))
     return {name: after + name.removeprefix(before) for name in view.linear_weights(layer)}
 
 
