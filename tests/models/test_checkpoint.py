@@ -16,7 +16,7 @@ from layercut.errors import ModelError, PlanError
 from layercut.models.checkpoint import (
     write_checkpoint,
 )
-from layercut.models.families import rules_for
+from layercut.models.preflight import layout_of
 from layercut.types import WeightPatch
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
@@ -33,9 +33,8 @@ DROPS = [(0,), (5,), (1, 4), (2, 3, 4)]
 
 
 def write(source: Path, out: Path, *dropped: int, patch: WeightPatch = NOTHING) -> Path:
-    model_type = json.loads((source / "config.json").read_text())["model_type"]
     out.mkdir()
-    write_checkpoint(source, rules_for(model_type), plan_of(*dropped), patch, out)
+    write_checkpoint(source, layout_of(source), plan_of(*dropped), patch, out)
     return out
 
 
@@ -144,7 +143,7 @@ def test_patterns_that_a_count_cannot_express_are_refused(tmp_path: Path) -> Non
     (tmp_path / "out").mkdir()
     plan = plan_of(0, n_layers=30)
     with pytest.raises(ModelError, match="layer_types cannot be expressed"):
-        write_checkpoint(source, rules_for("qwen2"), plan, NOTHING, tmp_path / "out")
+        write_checkpoint(source, layout_of(source), plan, NOTHING, tmp_path / "out")
 
 
 def strip_key(source: Path, key: str) -> None:
@@ -179,13 +178,13 @@ def test_side_files_are_copied_and_code_pickles_and_cards_are_not(tmp_path: Path
 
 
 def test_plans_and_patches_that_do_not_fit_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    rules = rules_for("llama")
+    layout = layout_of(tiny_llama)
     with pytest.raises(PlanError, match=r"plan is for 7 layers, .* says 6"):
-        write_checkpoint(tiny_llama, rules, plan_of(1, n_layers=7), NOTHING, tmp_path)
+        write_checkpoint(tiny_llama, layout, plan_of(1, n_layers=7), NOTHING, tmp_path)
     with pytest.raises(PlanError, match=r"layers.2.mlp.down_proj.weight, whose layer is dropped"):
-        write_checkpoint(tiny_llama, rules, plan_of(2), patch_for(tiny_llama), tmp_path)
+        write_checkpoint(tiny_llama, layout, plan_of(2), patch_for(tiny_llama), tmp_path)
     for name in ("model.norm.bias", "model.norm.weight"):
         wrong = WeightPatch({name: torch.zeros(3)}, "test")
         with pytest.raises(PlanError, match=rf"changes {name} \[3\], which the checkpoint"):
-            write_checkpoint(tiny_llama, rules, plan_of(2), wrong, tmp_path)
+            write_checkpoint(tiny_llama, layout, plan_of(2), wrong, tmp_path)
     assert not any(tmp_path.iterdir())
