@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from written import NOTHING, all_tensors, identity_logits, patch_for, read_back
 
 from conftest import plan_of, save_tiny
-from layercut.errors import ModelError, PlanError
+from layercut.errors import PlanError
 from layercut.models.checkpoint import (
     write_checkpoint,
 )
@@ -134,7 +134,7 @@ def test_derived_patterns_follow_their_counts(tmp_path: Path, ids: Tensor) -> No
     assert torch.equal(read_back(out, ids), identity_logits(source, (1, 4), NOTHING, ids))
 
 
-def test_patterns_that_a_count_cannot_express_are_refused(tmp_path: Path) -> None:
+def test_patterns_that_a_count_cannot_express_are_spelled(tmp_path: Path, ids: Tensor) -> None:
     # Layers 0–27 are full by the class's default of 28; of 30 layers only 28 and 29 slide.
     settings = WINDOWS | {"num_hidden_layers": 30, "max_window_layers": 28}
     source = save_tiny(tmp_path / "source", "qwen2", **settings)
@@ -142,8 +142,12 @@ def test_patterns_that_a_count_cannot_express_are_refused(tmp_path: Path) -> Non
     strip_key(source, "max_window_layers")
     (tmp_path / "out").mkdir()
     plan = plan_of(0, n_layers=30)
-    with pytest.raises(ModelError, match="layer_types cannot be expressed"):
-        write_checkpoint(source, layout_of(source), plan, NOTHING, tmp_path / "out")
+    write_checkpoint(source, layout_of(source), plan, NOTHING, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["layer_types"] == ["full_attention"] * 27 + ["sliding_attention"] * 2
+    assert torch.equal(
+        read_back(tmp_path / "out", ids), identity_logits(source, (0,), NOTHING, ids)
+    )
 
 
 def strip_key(source: Path, key: str) -> None:

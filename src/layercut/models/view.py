@@ -217,6 +217,7 @@ class DecoderView:
             hidden = args[0] if args else rest.pop("hidden_states")
             seen.append((hidden, args[1:], rest))
 
+        self._layer_outputs()  # which may run the model: before anything is caught
         hooks = [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self.layers]
         try:
             with self.skipping(range(self.n_layers)), self.precision():
