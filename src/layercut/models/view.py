@@ -14,8 +14,6 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from layercut.errors import ModelError
-from layercut.models.families import ATTENTION_OUTPUTS, DOWN_PROJECTIONS
 from layercut.models.layout import Layout
 
 LOSS_CHUNK = 256
@@ -106,48 +104,26 @@ class DecoderView:
         device: torch.device = next(iter(self.model.parameters())).device
         return device
 
-    def linear_weights(self, layer: int) -> dict[str, Tensor]:
-        """Weights of one layer's linear maps, by name: of modules, and of experts in one tensor."""
-        modules = {
-            f"{name}.weight": module.weight
+    def linear_modules(self, layer: int) -> dict[str, nn.Linear | Conv1D]:
+        """One layer's linear maps by the name of their weight in the state dict."""
+        return {
+            f"{self.layout.layers}.{layer}.{name}.weight": module
             for name, module in self.layers[layer].named_modules()
             if isinstance(module, nn.Linear | Conv1D)
         }
-        experts = {
-            name: parameter
+
+    def expert_weights(self, layer: int) -> dict[str, Tensor]:
+        """Weights that hold all experts' linear maps at once, (experts, …, …), by name."""
+        return {
+            f"{self.layout.layers}.{layer}.{name}": parameter
             for name, parameter in self.layers[layer].named_parameters()
             if parameter.dim() == 3 and "conv" not in name
         }
-        prefix = f"{self.layout.layers}.{layer}."
-        return {prefix + name: weight for name, weight in (modules | experts).items()}
 
-    def down_projection(self, layer: int) -> tuple[str, nn.Linear | Conv1D]:
-        """State-dict prefix and module of the MLP's output projection.
-
-        Raises:
-            ModelError: the layer has none, or one for each of several experts.
-        """
-        return self._linear(layer, DOWN_PROJECTIONS, "MLP")
-
-    def attention_output(self, layer: int) -> tuple[str, nn.Linear | Conv1D]:
-        """State-dict prefix and module of the attention's output projection.
-
-        Raises:
-            ModelError: the layer has none.
-        """
-        return self._linear(layer, ATTENTION_OUTPUTS, "attention")
-
-    def _linear(
-        self, layer: int, paths: Sequence[str], what: str
-    ) -> tuple[str, nn.Linear | Conv1D]:
-        modules = dict(self.layers[layer].named_modules())
-        for path in paths:
-            if isinstance(module := modules.get(path), nn.Linear | Conv1D):
-                return f"{self.layout.layers}.{layer}.{path}", module
-        raise ModelError(
-            f"layer {layer} of this {self.layout.model_type} model has no single output "
-            f"projection of its {what}. Choose another recovery and selection.strategy: lowest."
-        )
+    def linear_weights(self, layer: int) -> dict[str, Tensor]:
+        """Weights of all of one layer's linear maps by their name in the state dict."""
+        modules = self.linear_modules(layer)
+        return {n: m.weight for n, m in modules.items()} | self.expert_weights(layer)
 
     @contextmanager
     def skipping(self, layers: Iterable[int]) -> Iterator[None]:
@@ -324,8 +300,8 @@ def capture(
 
     @contextmanager
     def block() -> Iterator[None]:
-        def hook(_: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
-            keep(args[0], output)
+        def hook(_: nn.Module, args: Sequence[Tensor], output: Any) -> None:
+            keep(args[0], output if isinstance(output, Tensor) else output[0])
 
         handle = module.register_forward_hook(hook)
         try:
