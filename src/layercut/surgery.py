@@ -18,7 +18,7 @@ from layercut.models.config_edit import read_config
 from layercut.models.layout import Layout
 from layercut.models.patch import rescaled
 from layercut.models.same_layers import pruned_config
-from layercut.models.view import DecoderView
+from layercut.models.view import DecoderView, settled
 from layercut.types import PruningPlan, WeightPatch
 
 CHECK_SHAPE = (2, 32)
@@ -55,7 +55,7 @@ def apply(view: DecoderView, plan: PruningPlan, patch: WeightPatch | None = None
     expected = _identity_logits(view, plan, patch)
     for name, tensor in rescaled(view.path, view.layout, plan, patch).tensors.items():
         state[name] = tensor.to(state[name])
-    model = _rebuild(view, plan, state).eval().requires_grad_(False)
+    model = settled(_rebuild(view, plan, state))
     _check_logits(view, model, expected)
     view.model = model
 

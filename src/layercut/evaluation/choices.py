@@ -195,7 +195,7 @@ def _run(view: DecoderView, batch: Sequence[Text], sums: _Sums) -> None:
     ids = torch.tensor([text.ids + [0] * (width - len(text.ids)) for text in batch])
     check_vocabulary(view, ids)
     with view.precision():
-        output = view.model.base_model(input_ids=ids.to(view.device), use_cache=False)
+        output = view.decoder(input_ids=ids.to(view.device), use_cache=False)
     hidden = output.last_hidden_state.flatten(0, 1)
     asked = [
         (line * width + position, token, text.row, choice)

@@ -163,7 +163,8 @@ def _run_capturing(
 ) -> tuple[Tensor, Tensor]:
     """The layer's output and that of one of its modules."""
     seen: list[Tensor] = []
-    with capture(module, lambda _, output: seen.append(output)):
+    # Falcon adds the attention's output to it in place.
+    with capture(module, lambda _, output: seen.append(output.clone())):
         after = view.run_layer(layer, hidden, inputs)
     return after, seen[0]
 

@@ -68,7 +68,7 @@ class DecoderView:
         fingerprint: str,
         mixed_precision: bool,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = settled(model)
         self.tokenizer = tokenizer
         self.name = name
         self.path = path
@@ -82,6 +82,11 @@ class DecoderView:
     def layers(self) -> nn.ModuleList:
         """The decoder layers, from the embedding up."""
         return self.layout.layer_list(self.model)
+
+    @property
+    def decoder(self) -> Any:
+        """The module around the layers: token ids in, normed states out."""
+        return self.model.get_submodule(self.layout.layers.rpartition(".")[0])
 
     @property
     def n_layers(self) -> int:
@@ -154,7 +159,7 @@ class DecoderView:
             hook = last.register_forward_hook(lambda _, __, output: seen.append(output))
             try:
                 ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-                self.model.base_model(input_ids=ids, use_cache=False)
+                self.decoder(input_ids=ids, use_cache=False)
             finally:
                 hook.remove()
             self._n_outputs = len(seen[0]) if isinstance(seen[0], tuple) else 0
@@ -197,7 +202,7 @@ class DecoderView:
         hooks = [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self.layers]
         try:
             with self.skipping(range(self.n_layers)), self.precision():
-                self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
+                self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -215,7 +220,7 @@ class DecoderView:
         """Cross-entropy of every predicted token, (batch, seq − 1), float32, in nats."""
         input_ids = input_ids.to(self.device)
         with self.precision():
-            output = self.model.base_model(input_ids=input_ids, use_cache=False)
+            output = self.decoder(input_ids=input_ids, use_cache=False)
         hidden = output.last_hidden_state[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten()
         chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
@@ -259,7 +264,7 @@ class DecoderView:
         with self.skipping(range(self.n_layers)), self.precision():
             hook = self.layers[-1].register_forward_hook(replace)
             try:
-                output = self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
+                output = self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
             finally:
                 hook.remove()
         normed: Tensor = output.last_hidden_state
@@ -270,18 +275,26 @@ class DecoderView:
 
         The model's own forward pass runs, with these states in the place of its decoder's.
         """
-        base = self.model.base_model
         ids = torch.zeros(1, len(normed), dtype=torch.int64, device=self.device)
-        base.forward = lambda *_, **__: _BaseOutput(last_hidden_state=normed[None])
+        decoder = self.decoder
+        decoder.forward = lambda *_, **__: _BaseOutput(last_hidden_state=normed[None])
         try:
             with self.precision():
                 logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
-            del base.forward
+            del decoder.forward
         return logits[0]
 
     def _chunk_losses(self, normed: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(self.head(normed).float(), targets, reduction="none")
+
+
+def settled(model: Any) -> Any:
+    """A model in evaluation mode, without gradients, that skips no layer by chance when trained."""
+    for module in model.modules():
+        if hasattr(module, "layerdrop"):
+            module.layerdrop = 0.0
+    return model.eval().requires_grad_(False)
 
 
 def _identity(n_outputs: int) -> Callable[..., Any]:
