@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from layercut.errors import PlanError, VerificationError
 from layercut.models.config_edit import read_config
+from layercut.models.forward import settled
 from layercut.models.layout import Layout
 from layercut.models.patch import rescaled
 from layercut.models.same_layers import pruned_config
-from layercut.models.view import DecoderView, settled
+from layercut.models.view import DecoderView
 from layercut.types import PruningPlan, WeightPatch
 
 CHECK_SHAPE = (2, 32)

@@ -23,7 +23,8 @@ from layercut.models.families import (
     EXPERT_BLOCKS,
     EXPERT_DOWN_PROJECTIONS,
 )
-from layercut.models.view import DecoderView, LayerInputs, capture
+from layercut.models.forward import capture
+from layercut.models.view import DecoderView, LayerInputs
 
 LinearMap: TypeAlias = Any
 """An ``nn.Linear``, or a ``Conv1D``, which transformers does not type."""

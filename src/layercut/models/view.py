@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
 
+from layercut.models.forward import DecoderOutput, identity, settled
 from layercut.models.layout import Layout
 
 LOSS_CHUNK = 256
@@ -32,16 +32,6 @@ class LayerInputs:
 
     hidden: Tensor
     rest: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
-
-
-@dataclass
-class _BaseOutput(ModelOutput):  # type: ignore[misc]
-    """What the decoder hands to the head, with ``None`` for all that it does not have."""
-
-    last_hidden_state: Tensor | None = None
-
-    def __getattr__(self, name: str) -> None:
-        return None
 
 
 class DecoderView:
@@ -139,7 +129,7 @@ class DecoderView:
         wrapped = {i: f for i in new if (f := self.layers[i].__dict__.get("forward"))}
         n_outputs = self._layer_outputs() if new else 0
         for layer in new:
-            self.layers[layer].forward = _identity(n_outputs)
+            self.layers[layer].forward = identity(n_outputs)
         self.skipped = before | new
         try:
             yield
@@ -277,7 +267,7 @@ class DecoderView:
         """
         ids = torch.zeros(1, len(normed), dtype=torch.int64, device=self.device)
         decoder = self.decoder
-        decoder.forward = lambda *_, **__: _BaseOutput(last_hidden_state=normed[None])
+        decoder.forward = lambda *_, **__: DecoderOutput(last_hidden_state=normed[None])
         try:
             with self.precision():
                 logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -287,39 +277,3 @@ class DecoderView:
 
     def _chunk_losses(self, normed: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(self.head(normed).float(), targets, reduction="none")
-
-
-def settled(model: Any) -> Any:
-    """A model in evaluation mode, without gradients, that skips no layer by chance when trained."""
-    for module in model.modules():
-        if hasattr(module, "layerdrop"):
-            module.layerdrop = 0.0
-    return model.eval().requires_grad_(False)
-
-
-def _identity(n_outputs: int) -> Callable[..., Any]:
-    """A layer that changes nothing and returns what the others do."""
-
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states, *[None] * (n_outputs - 1)) if n_outputs else hidden_states
-
-    return forward
-
-
-def capture(
-    module: nn.Module, keep: Callable[[Tensor, Tensor], None]
-) -> AbstractContextManager[None]:
-    """Call ``keep(input, output)`` at every forward pass of ``module`` inside the block."""
-
-    @contextmanager
-    def block() -> Iterator[None]:
-        def hook(_: nn.Module, args: Sequence[Tensor], output: Any) -> None:
-            keep(args[0], output if isinstance(output, Tensor) else output[0])
-
-        handle = module.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    return block()

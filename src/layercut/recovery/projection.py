@@ -25,8 +25,9 @@ from layercut import progress
 from layercut.activations import ResidualStream, Spool
 from layercut.errors import DataError, NumericsError
 from layercut.methods import MethodOptions
+from layercut.models.forward import capture
 from layercut.models.mlp_output import check_exact, fold, mlp_output
-from layercut.models.view import DecoderView, capture
+from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 PENALTY_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)

@@ -29,6 +29,7 @@ from layercut.activations import ResidualStream, Spool
 from layercut.errors import DataError
 from layercut.evaluation.perplexity import mean_loss
 from layercut.methods import MethodOptions
+from layercut.models.forward import capture
 from layercut.models.mlp_output import (
     LinearMap,
     as_stored,
@@ -37,7 +38,7 @@ from layercut.models.mlp_output import (
     down_projection,
     in_features,
 )
-from layercut.models.view import DecoderView, capture
+from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 NEEDS_PRECEDING = True
