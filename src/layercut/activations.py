@@ -95,7 +95,7 @@ class ResidualStream:
         self.history: list[Spool] | None = None
         n_tokens = batches.n_sequences * batches.seq_len
         self.states = Spool(n_tokens, view.hidden_size)
-        self._inputs: dict[int, tuple[tuple[dict[str, Any], ...], torch.dtype]] = {}
+        self._inputs: dict[int, tuple[Any, torch.dtype]] = {}
         self._spans: list[tuple[int, int, int]] = []
         start = 0
         for ids in batches.micro_batches():
@@ -103,7 +103,7 @@ class ResidualStream:
             self.states.write(start, inputs.hidden)
             self._spans.append((start, start + ids.numel(), ids.shape[0]))
             # Packed windows have no padding: masks and rotary tables depend on the shape alone.
-            self._inputs.setdefault(ids.shape[0], (inputs.kwargs, inputs.hidden.dtype))
+            self._inputs.setdefault(ids.shape[0], (inputs.rest, inputs.hidden.dtype))
             start += ids.numel()
         if remember:
             self.history = [self.states]
@@ -136,9 +136,9 @@ class ResidualStream:
             self.states.write(0, self.history[layer].rows)
             self.history.append(self.states)
         for start, stop, n_sequences in self._spans:
-            kwargs, dtype = self._inputs[n_sequences]
+            rest, dtype = self._inputs[n_sequences]
             rows = self.states.rows[start:stop]
             hidden = rows.view(n_sequences, -1, rows.shape[1]).to(self.view.device, dtype)
-            inputs = LayerInputs(hidden=hidden, kwargs=kwargs)
+            inputs = LayerInputs(hidden, rest)
             self.states.write(start, self.view.run_layer(layer, hidden, inputs).float())
         self.layer = layer + 1

@@ -20,7 +20,7 @@ from layercut import progress
 from layercut.completion_trainer import CompletionTrainer
 from layercut.data.encoding import IGNORED
 from layercut.data.tasks import read_rows
-from layercut.errors import DataError, RecipeError
+from layercut.errors import DataError, ModelError, RecipeError
 from layercut.finetune import build_trainer, check_rows, detach, n_steps
 from layercut.finetune_settings import FinetuneSettings, LoraSettings
 from layercut.gradient_log import GradientLog
@@ -75,8 +75,10 @@ def check(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptio
 
     Raises:
         DataError: the rows cannot be learnt from, or are too few.
+        ModelError: the model has experts, whose weights adapters do not reach.
         RecipeError: the run has fewer than ``options.steps`` steps, or does not suit the model.
     """
+    _check_experts(view)
     examples, settings = _lesson(view, batches, options)
     if options.steps > (n_run := n_steps(settings, len(examples))):
         raise RecipeError(
@@ -98,6 +100,7 @@ def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOpti
         RecipeError: the run has fewer than ``options.steps`` steps.
         NumericsError: a gradient is missing or not finite.
     """
+    _check_experts(view)
     examples, settings = _lesson(view, batches, options)
     log = GradientLog(steps=options.steps, stop=True)
     with _adapted(view, examples, settings, callbacks=[log, _Progress(options.steps)]) as trainer:
@@ -139,6 +142,16 @@ def _adapted(
             yield trainer
         finally:
             detach(view, trainer)
+
+
+def _check_experts(view: DecoderView) -> None:
+    layers = (layer for layer in range(view.n_layers) if view.expert_weights(layer))
+    if (layer := next(layers, None)) is not None:
+        raise ModelError(
+            f"layer {layer} of this {view.layout.model_type} model has experts, whose weights LoRA "
+            "adapters do not reach: their gradients would be missing. Choose another scoring "
+            "method, and recovery.method: projection or none."
+        )
 
 
 def _lesson(

@@ -18,6 +18,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -239,11 +240,13 @@ def _arguments(view: DecoderView, settings: FinetuneSettings, output_dir: Path) 
 def _adapters(view: DecoderView, settings: FinetuneSettings) -> LoraConfig:
     weights = trained_names(view, settings)
     modules = {name.removesuffix(".weight").rpartition(".")[2] for name in weights}
+    transposed = isinstance(view.model.get_submodule(weights[0].removesuffix(".weight")), Conv1D)
     return LoraConfig(
         r=settings.lora.rank,
         lora_alpha=settings.lora.alpha,
         lora_dropout=settings.lora.dropout,
         target_modules=sorted(modules),
+        fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
     )
 
@@ -265,4 +268,4 @@ def trained_names(view: DecoderView, settings: FinetuneSettings) -> list[str]:
     """Names of the tensors that fine-tuning changes, once the adapters are folded in."""
     if settings.mode == "full":
         return list(view.model.state_dict())
-    return [name for layer in range(view.n_layers) for name in view.linear_weights(layer)]
+    return [name for layer in range(view.n_layers) for name in view.linear_modules(layer)]

@@ -144,8 +144,9 @@ def _take_gradients(view: DecoderView, layer: int) -> dict[str, Tensor]:
     taken = {}
     for name, parameter in view.linear_weights(layer).items():
         gradient = parameter.grad
-        assert gradient is not None, name
         parameter.grad = None
+        if gradient is None:  # no token was routed there
+            gradient = torch.zeros_like(parameter)
         if not bool(gradient.isfinite().all()):
             raise NumericsError(
                 f"the gradient of {name} is not finite. Look for broken calibration text, or use "

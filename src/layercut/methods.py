@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from layercut.errors import RecipeError, suggestion
+from layercut.errors import ModelError, RecipeError, suggestion
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -37,6 +37,22 @@ class MethodOptions(BaseModel):
             batches: calibration text.
             n_drop: layers that are to go, or that may at most under a perplexity budget.
         """
+
+
+def check_model(room: Room, name: str, view: DecoderView) -> None:
+    """Refuse a method that runs layers one by one on a family where that means nothing.
+
+    A method that reads only the number of layers says so with ``READS_MODEL = False``.
+
+    Raises:
+        ModelError: the family's layers cannot be run or compared alone.
+    """
+    why = view.layout.rules.unscorable
+    if why and getattr(load_method(room, name), "READS_MODEL", True):
+        raise ModelError(
+            f"{room} '{name}' cannot work on '{view.layout.model_type}': {why}. Name the layers "
+            "with selection.drop, and set recovery.method: none."
+        )
 
 
 def available(room: Room) -> tuple[str, ...]:

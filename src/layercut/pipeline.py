@@ -16,6 +16,7 @@ from layercut.errors import PlanError, RecipeError
 from layercut.evaluation import check_tasks, compared, evaluate
 from layercut.evaluation.perplexity import check_vocabulary
 from layercut.models.checkpoint import staged_folder, verify_checkpoint, write_checkpoint
+from layercut.models.droppable import check_dropped, fixed_layers
 from layercut.models.open import open_model
 from layercut.models.view import DecoderView
 from layercut.recipe import Recipe, RecoverySection, ScoringSection, load_recipe
@@ -78,7 +79,7 @@ def run(
         patch = tuning.pruned(view, plan, patch)
         with staged_folder(output_dir, overwrite=overwrite) as folder:
             with result.timed("save", "write and verify the checkpoint"):
-                write_checkpoint(view.path, view.rules, plan, patch, folder)
+                write_checkpoint(view.path, view.layout, plan, patch, folder)
                 verify_checkpoint(folder, view)
             result.seconds["total"] = time.perf_counter() - start
             result.peak_rss_bytes = max(result.peak_rss_bytes, peak_rss_bytes())
@@ -132,6 +133,9 @@ def _prepare(
     """Load the model and its data, and refuse what cannot work, before any compute."""
     view = open_model(recipe, output_dir, overwrite=overwrite)
     section = recipe.selection
+    methods.check_model("recovery", recipe.recovery.method, view)
+    if section.drop is None:
+        methods.check_model("scoring", recipe.scoring.method, view)
     amount = section.model_dump(include={"drop_layers", "drop_fraction", "drop", "protect"})
     if getattr(methods.load_method("recovery", recipe.recovery.method), "NEEDS_PRECEDING", False):
         if 0 in (amount["drop"] or ()):
@@ -140,11 +144,15 @@ def _prepare(
                 "selection.drop names layer 0. Keep it, or set recovery.method: none."
             )
         amount["protect"] = sorted({0, *amount["protect"]})
+    if section.drop is None:
+        amount["protect"] = sorted({*fixed_layers(view), *amount["protect"]})
     if section.max_perplexity_ratio is None:
         n_drop = check_request(view.n_layers, **amount)
     else:
         check_request(view.n_layers, drop_layers=1, protect=amount["protect"])
         n_drop = most_droppable(view.n_layers, len(amount["protect"]))
+    if section.drop is not None:
+        check_dropped(view, section.drop)
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
     check_tasks(view, recipe.evaluation.tasks)

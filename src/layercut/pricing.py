@@ -21,6 +21,7 @@ from torch import Tensor
 from layercut import progress
 from layercut.activations import ResidualStream, Spool
 from layercut.gradients import layer_gradients
+from layercut.models.mlp_output import down_projection
 from layercut.models.view import DecoderView
 from layercut.recovery import refit
 from layercut.types import CalibrationBatches
@@ -72,7 +73,7 @@ def price_cuts(
     assert dense.history is not None
     for start in progress.track(range(1, view.n_layers), total=view.n_layers - 1):
         dense.rewind(start - 1)
-        module = view.down_projection(start - 1)[1]
+        module = down_projection(view, start - 1)[1]
         inputs = refit.advance_capturing(dense.fork(), start - 1, module)
         ends = range(start + 1, min(start + longest, view.n_layers) + 1)
         targets = [dense.history[end] for end in ends]

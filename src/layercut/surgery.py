@@ -7,17 +7,22 @@ when it is loaded. Its parameters are the old model's own tensors; nothing is co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from layercut.errors import PlanError
-from layercut.models.families import FamilyRules, edit_config
+from layercut.errors import PlanError, VerificationError
+from layercut.models.config_edit import read_config
+from layercut.models.forward import settled
+from layercut.models.layout import Layout
+from layercut.models.patch import rescaled
+from layercut.models.same_layers import pruned_config
 from layercut.models.view import DecoderView
 from layercut.types import PruningPlan, WeightPatch
+
+CHECK_SHAPE = (2, 32)
 
 
 def apply(view: DecoderView, plan: PruningPlan, patch: WeightPatch | None = None) -> None:
@@ -31,59 +36,95 @@ def apply(view: DecoderView, plan: PruningPlan, patch: WeightPatch | None = None
     Raises:
         PlanError: the plan is for a model with another number of layers, or the patch names a
             tensor that does not stay.
+        ModelError: the family cannot express the kept layers.
+        VerificationError: the pruned model differs from the dense one with its dropped layers
+            passed over.
     """
-    if view.n_layers != plan.n_layers:
+    if not view.n_layers == plan.n_layers == view.layout.n_layers:
         raise PlanError(
             f"the plan is for {plan.n_layers} layers, the model has {view.n_layers}. "
             "Load the model that the plan was made for."
         )
-    old: nn.Module = view.model
-    state: dict[str, Tensor] = dict(old.state_dict())
-    for name, tensor in (patch.tensors if patch else {}).items():
-        if new_name(name, view.rules, plan.new_index) is None or name not in state:
+    patch = patch or WeightPatch({}, "none")
+    state: dict[str, Tensor] = dict(view.model.state_dict())
+    for name in patch.tensors:
+        if view.layout.new_name(name, plan.new_index) is None or name not in state:
             raise PlanError(
                 f"the patch changes {name}, which the pruned model does not have. "
                 "Fit it again for this plan."
             )
+    expected = _identity_logits(view, plan, patch)
+    for name, tensor in rescaled(view.path, view.layout, plan, patch).tensors.items():
         state[name] = tensor.to(state[name])
-    view.model = _rebuild(view, plan, state).eval().requires_grad_(False)
+    model = settled(_rebuild(view, plan, state))
+    _check_logits(view, model, expected)
+    view.model = model
 
 
-def new_name(name: str, rules: FamilyRules, new_index: Mapping[int, int]) -> str | None:
-    """A tensor's name in the pruned model; ``None`` if its layer is dropped."""
-    match = re.match(rf"{re.escape(rules.layers)}\.(\d+)\.", name)
-    if match is None:
-        return name
-    index = new_index.get(int(match.group(1)))
-    return None if index is None else f"{rules.layers}.{index}.{name[match.end() :]}"
+@torch.no_grad()
+def _identity_logits(view: DecoderView, plan: PruningPlan, patch: WeightPatch) -> Tensor:
+    """Logits of the patched dense model with the dropped layers as the identity."""
+    with view.skipping(plan.dropped), view.patched(patch.tensors):
+        logits: Tensor = view.model(_check_ids(view), use_cache=False).logits
+    return logits
+
+
+def _check_ids(view: DecoderView) -> Tensor:
+    rows = int(view.model.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(rows, CHECK_SHAPE, generator=generator).to(view.device)
+
+
+@torch.no_grad()
+def _check_logits(view: DecoderView, model: nn.Module, expected: Tensor) -> None:
+    logits = model(_check_ids(view), use_cache=False).logits
+    # Queries that were rescaled for a layer's new number are rounded once more.
+    rounding = 100 * torch.finfo(expected.dtype).eps if view.layout.index_scaled else 0.0
+    gap = float((logits - expected).abs().max())
+    if not gap <= rounding * float(expected.abs().max()):
+        raise VerificationError(
+            f"the pruned model's logits differ by {gap:.2g} from those of the dense model with its "
+            f"dropped layers passed over: '{view.layout.model_type}' needs a rule that layercut "
+            "does not have. Nothing was saved; please report this."
+        )
 
 
 def _rebuild(view: DecoderView, plan: PruningPlan, state: Mapping[str, Tensor]) -> nn.Module:
-    old = view.model
-    edited = edit_config(old.config.to_dict(), view.rules, plan.kept, plan.n_layers)
-    config = type(old.config).from_dict(edited)
+    old, layout = view.model, view.layout
+    config = read_config(pruned_config(view.path, layout, plan.kept))
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=old.dtype, attn_implementation=old.config._attn_implementation
         )
     renamed = {
-        name: tensor
+        name: _kept_part(layout, plan, old_name, tensor)
         for old_name, tensor in state.items()
-        if (name := new_name(old_name, view.rules, plan.new_index)) is not None
+        if (name := layout.new_name(old_name, plan.new_index)) is not None
     }
     model.load_state_dict(renamed, strict=True, assign=True)
     model.tie_weights()  # type: ignore[operator]
-    _carry_buffers(old, model, view.rules, plan.new_index)
+    _carry_buffers(old, model, layout, plan.new_index)
     model.generation_config = old.generation_config
     return model
 
 
+def _kept_part(layout: Layout, plan: PruningPlan, name: str, tensor: Tensor) -> Tensor:
+    """A tensor; of one that holds a block per layer, the kept layers' blocks."""
+    dimension = layout.slice_dimension(name)
+    if dimension is None:
+        return tensor
+    blocks = tensor.unflatten(dimension, (plan.n_layers, -1))
+    index = torch.tensor(plan.kept, device=tensor.device)
+    kept: Tensor = blocks.index_select(dimension, index).flatten(dimension, dimension + 1)
+    return kept
+
+
 def _carry_buffers(
-    old: nn.Module, new: nn.Module, rules: FamilyRules, new_index: Mapping[int, int]
+    old: nn.Module, new: nn.Module, layout: Layout, new_index: Mapping[int, int]
 ) -> None:
     """Rotary tables and their like are not in the state dict: take the old model's."""
     for old_name, buffer in old.named_buffers():
-        name = new_name(old_name, rules, new_index)
+        name = layout.new_name(old_name, new_index)
         if name is None:
             continue
         path, _, attribute = name.rpartition(".")

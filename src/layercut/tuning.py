@@ -18,12 +18,12 @@ from layercut.evaluation import check_tasks, compared, evaluate
 from layercut.finetune_settings import FinetuneSettings
 from layercut.models.checkpoint import (
     staged_folder,
-    tuned_patch,
     verify_checkpoint,
     write_checkpoint,
 )
 from layercut.models.load import reload
 from layercut.models.open import open_model
+from layercut.models.patch import tuned_patch
 from layercut.recipe import Recipe, load_recipe
 from layercut.report.machine import peak_rss_bytes, provenance, reset_peak_rss
 from layercut.report.write import write_model_card, write_report
@@ -134,7 +134,7 @@ class TuningStage:
             base = self.kept_dir / "base"
             shutil.rmtree(base, ignore_errors=True)
             base.mkdir(parents=True)
-            write_checkpoint(view.path, view.rules, plan, patch, base)
+            write_checkpoint(view.path, view.layout, plan, patch, base)
             verify_checkpoint(base, view)
         base = self.home / "layercut" / "base"
         self.tune(view, self.settings, "pruned", teacher=self.teacher, adapter_base=base)
@@ -253,7 +253,7 @@ def tune_checkpoint(
         patch = tuned_patch(view, whole, WeightPatch({}, "none"), trained_names(view, settings))
         with staged_folder(output_dir, overwrite=overwrite) as folder:
             with result.timed("save", "write and verify the checkpoint"):
-                write_checkpoint(view.path, view.rules, whole, patch, folder)
+                write_checkpoint(view.path, view.layout, whole, patch, folder)
                 verify_checkpoint(folder, view)
             result.seconds["total"] = time.perf_counter() - start
             result.peak_rss_bytes = max(result.peak_rss_bytes, peak_rss_bytes())

@@ -200,8 +200,10 @@ class WeightPatch:
         tensors: full replacements, in the dtype the source checkpoint stores.
         method: recovery method, as the recipe names it.
         notes: figures worth showing, e.g. which layer was changed and the error before and after.
+        rescaled: whether factors that depend on a layer's new number are in the tensors already.
     """
 
     tensors: Mapping[str, Tensor]
     method: str
     notes: Mapping[str, Any] = field(default_factory=dict)
+    rescaled: bool = False

@@ -71,7 +71,7 @@ MODEL_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda m: (m / "config.json").unlink(), "config.json"),
     "truncated config": (lambda m: truncate(m / "config.json"), "config.json"),
     "unknown type": (lambda m: edit_config(m, model_type="nope"), "'nope'"),
-    "unsupported type": (lambda m: edit_config(m, model_type="gpt2"), "'gpt2' is not supported"),
+    "unsupported type": (lambda m: edit_config(m, model_type="zamba2"), "no layer of 'zamba2'"),
     "truncated shard": (lambda m: truncate(m / "model.safetensors"), "model.safetensors"),
     "missing tensor": (drop_tensor, "model.layers.2.mlp.up_proj.weight"),
     "pickle only": (pickle_only, "pickle"),

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from written import NOTHING, all_tensors, identity_logits, patch_for, read_back
 
 from conftest import plan_of, save_tiny
-from layercut.errors import ModelError, PlanError
+from layercut.errors import PlanError
 from layercut.models.checkpoint import (
     write_checkpoint,
 )
-from layercut.models.families import rules_for
+from layercut.models.preflight import layout_of
 from layercut.types import WeightPatch
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
@@ -33,9 +33,8 @@ DROPS = [(0,), (5,), (1, 4), (2, 3, 4)]
 
 
 def write(source: Path, out: Path, *dropped: int, patch: WeightPatch = NOTHING) -> Path:
-    model_type = json.loads((source / "config.json").read_text())["model_type"]
     out.mkdir()
-    write_checkpoint(source, rules_for(model_type), plan_of(*dropped), patch, out)
+    write_checkpoint(source, layout_of(source), plan_of(*dropped), patch, out)
     return out
 
 
@@ -135,7 +134,7 @@ def test_derived_patterns_follow_their_counts(tmp_path: Path, ids: Tensor) -> No
     assert torch.equal(read_back(out, ids), identity_logits(source, (1, 4), NOTHING, ids))
 
 
-def test_patterns_that_a_count_cannot_express_are_refused(tmp_path: Path) -> None:
+def test_patterns_that_a_count_cannot_express_are_spelled(tmp_path: Path, ids: Tensor) -> None:
     # Layers 0–27 are full by the class's default of 28; of 30 layers only 28 and 29 slide.
     settings = WINDOWS | {"num_hidden_layers": 30, "max_window_layers": 28}
     source = save_tiny(tmp_path / "source", "qwen2", **settings)
@@ -143,8 +142,12 @@ def test_patterns_that_a_count_cannot_express_are_refused(tmp_path: Path) -> Non
     strip_key(source, "max_window_layers")
     (tmp_path / "out").mkdir()
     plan = plan_of(0, n_layers=30)
-    with pytest.raises(ModelError, match="layer_types cannot be expressed"):
-        write_checkpoint(source, rules_for("qwen2"), plan, NOTHING, tmp_path / "out")
+    write_checkpoint(source, layout_of(source), plan, NOTHING, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["layer_types"] == ["full_attention"] * 27 + ["sliding_attention"] * 2
+    assert torch.equal(
+        read_back(tmp_path / "out", ids), identity_logits(source, (0,), NOTHING, ids)
+    )
 
 
 def strip_key(source: Path, key: str) -> None:
@@ -179,13 +182,13 @@ def test_side_files_are_copied_and_code_pickles_and_cards_are_not(tmp_path: Path
 
 
 def test_plans_and_patches_that_do_not_fit_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    rules = rules_for("llama")
+    layout = layout_of(tiny_llama)
     with pytest.raises(PlanError, match=r"plan is for 7 layers, .* says 6"):
-        write_checkpoint(tiny_llama, rules, plan_of(1, n_layers=7), NOTHING, tmp_path)
+        write_checkpoint(tiny_llama, layout, plan_of(1, n_layers=7), NOTHING, tmp_path)
     with pytest.raises(PlanError, match=r"layers.2.mlp.down_proj.weight, whose layer is dropped"):
-        write_checkpoint(tiny_llama, rules, plan_of(2), patch_for(tiny_llama), tmp_path)
+        write_checkpoint(tiny_llama, layout, plan_of(2), patch_for(tiny_llama), tmp_path)
     for name in ("model.norm.bias", "model.norm.weight"):
         wrong = WeightPatch({name: torch.zeros(3)}, "test")
         with pytest.raises(PlanError, match=rf"changes {name} \[3\], which the checkpoint"):
-            write_checkpoint(tiny_llama, rules, plan_of(2), wrong, tmp_path)
+            write_checkpoint(tiny_llama, layout, plan_of(2), wrong, tmp_path)
     assert not any(tmp_path.iterdir())

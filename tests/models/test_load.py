@@ -70,7 +70,10 @@ REFUSALS: dict[str, tuple[Damage, str]] = {
     "remote code": (config(auto_map={"AutoModel": "x.M"}), "own code .auto_map.*built-in"),
     "no type": (config(model_type=None), "names no model_type"),
     "unknown type": (config(model_type="llama9"), r"transformers 5\S+ does not know .*'llama9'"),
-    "other family": (config(model_type="gpt2"), "'gpt2' is not supported.*llama, mistral"),
+    "other family": (
+        config(model_type="zamba2"),
+        "no layer of 'zamba2' can be dropped exactly: one shared",
+    ),
     "encoder-decoder": (config(model_type="t5", is_encoder_decoder=True), "causal language models"),
     "quantised": (config(quantization_config={"bits": 4}), "original, unquantised checkpoint"),
     "redirected": (config(transformers_weights="x.safetensors"), "transformers_weights"),

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from conftest import plan_of
 from layercut.activations import Spool
 from layercut.errors import DataError, NumericsError, RecipeError
+from layercut.models.mlp_output import down_projection
 from layercut.models.view import DecoderView
 from layercut.recovery import fit
 from layercut.recovery.projection import (
     errors,
-    fold,
     largest_mean_shift,
     solve_closed_form,
     solve_gradient_descent,
@@ -83,21 +82,6 @@ def test_singular_equations_are_an_error():
         solve_closed_form(spool(zeros), spool(zeros), 0.0)
 
 
-@pytest.mark.parametrize("layout", ["linear", "conv1d"])
-def test_fold_equals_projecting_the_output(layout: str):
-    module = torch.nn.Linear(6, 4) if layout == "linear" else Conv1D(4, 6)
-    with torch.no_grad():
-        module.bias.normal_()
-    inputs, projection = torch.randn(5, 6), torch.randn(4, 4, dtype=torch.float64)
-    expected = module(inputs).double() @ projection.T
-    patch = fold(projection, "x", module)
-    assert set(patch) == {"x.weight", "x.bias"}
-    with torch.no_grad():
-        module.weight.copy_(patch["x.weight"])
-        module.bias.copy_(patch["x.bias"])
-    torch.testing.assert_close(module(inputs).double(), expected, rtol=1e-5, atol=1e-5)
-
-
 def test_the_shift_is_the_largest_over_kept_layers(view: DecoderView, batches: CalibrationBatches):
     plan = plan_of(2, 3)
     dense = view.model(batches.input_ids, output_hidden_states=True, use_cache=False)
@@ -151,7 +135,7 @@ def test_projection_moves_the_pruned_model_as_predicted(
         batches.micro_batches(), dense_target.split(2 * batches.seq_len), strict=True
     ):
         inner: list[torch.Tensor] = []
-        module = view.down_projection(target.layer)[1]
+        module = down_projection(view, target.layer)[1]
         handle = module.register_forward_hook(
             lambda m, args, out, inner=inner: inner.append(args[0])
         )

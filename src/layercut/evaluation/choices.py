@@ -195,7 +195,7 @@ def _run(view: DecoderView, batch: Sequence[Text], sums: _Sums) -> None:
     ids = torch.tensor([text.ids + [0] * (width - len(text.ids)) for text in batch])
     check_vocabulary(view, ids)
     with view.precision():
-        output = view.model.base_model(input_ids=ids.to(view.device), use_cache=False)
+        output = view.decoder(input_ids=ids.to(view.device), use_cache=False)
     hidden = output.last_hidden_state.flatten(0, 1)
     asked = [
         (line * width + position, token, text.row, choice)
@@ -216,8 +216,6 @@ def _likelihood(
     view: DecoderView, hidden: Tensor, tokens: Tensor
 ) -> tuple[list[float], list[bool]]:
     """Log-likelihood of each token, (n,), and whether it leads, after its state, (n, d)."""
-    with view.precision():
-        logits = view.model.get_output_embeddings()(hidden)
-    scores = logits.float().log_softmax(dim=-1)
+    scores = view.head(hidden).float().log_softmax(dim=-1)
     chosen = scores.gather(1, tokens[:, None]).squeeze(1)
     return chosen.tolist(), (scores.argmax(dim=-1) == tokens).tolist()

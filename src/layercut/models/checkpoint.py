@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import DynamicCache
 
 from layercut.errors import (
     ModelError,
@@ -25,28 +24,26 @@ from layercut.errors import (
     VerificationError,
 )
 from layercut.models import shards
+from layercut.models.blocks import StoredBlocks
 from layercut.models.config_text import replace_values
 from layercut.models.destination import check_disk_space, check_output_dir, staged_folder
-from layercut.models.families import FamilyRules, edit_config
+from layercut.models.layout import Layout
+from layercut.models.patch import stored_patch
 from layercut.models.preflight import (
     TOKENIZER_FILES,
     load_strictly,
     matching_files,
-    quiet,
-    stored_tensors,
 )
-from layercut.models.shards import StoredTensor
+from layercut.models.same_layers import pruned_config
+from layercut.models.shards import Content, StoredTensor
 from layercut.models.view import DecoderView
-from layercut.surgery import new_name
 from layercut.types import PruningPlan, WeightPatch
 
 __all__ = [
     "check_disk_space",
     "check_output_dir",
-    "round_patch",
     "save",
     "staged_folder",
-    "tuned_patch",
     "verify_checkpoint",
     "write_checkpoint",
 ]
@@ -91,7 +88,7 @@ def save(
     check_output_dir(output_dir, view.path, overwrite=overwrite)
     check_disk_space(view.path, output_dir)
     with staged_folder(output_dir, overwrite=overwrite) as folder:
-        write_checkpoint(view.path, view.rules, plan, patch, folder)
+        write_checkpoint(view.path, view.layout, plan, patch, folder)
         content = {"schema": 1, "model": plan.model, "fingerprint": plan.fingerprint}
         (folder / "layercut").mkdir()
         (folder / "layercut" / "plan.json").write_text(
@@ -102,13 +99,13 @@ def save(
 
 
 def write_checkpoint(
-    source: Path, rules: FamilyRules, plan: PruningPlan, patch: WeightPatch, folder: Path
+    source: Path, layout: Layout, plan: PruningPlan, patch: WeightPatch, folder: Path
 ) -> None:
     """Write the pruned checkpoint into an empty folder, shard by shard.
 
     Args:
         source: the input model's folder.
-        rules: its family's row.
+        layout: where its layers are.
         plan: which layers go.
         patch: replacements, named as in the source; stored in the source's dtype.
         folder: an empty folder.
@@ -118,18 +115,15 @@ def write_checkpoint(
         ModelError: the configuration cannot be edited so that every kept layer stays as it is.
         OSError: the disk is full.
     """
-    changed = round_patch(source, patch).tensors
-    gone = [name for name in changed if new_name(name, rules, plan.new_index) is None]
-    if gone:
-        raise PlanError(f"the patch changes {gone[0]}, whose layer is dropped. Fit it again.")
-    _write_config(source, rules, plan, folder)
-    written: dict[str, dict[str, StoredTensor | Tensor]] = {}
+    changed = stored_patch(source, layout, plan, patch)
+    _write_config(source, layout, plan, folder)
+    written: dict[str, dict[str, Content]] = {}
     for path in shards.weight_files(source):
         shard = shards.read_shard(path)
-        entries: dict[str, StoredTensor | Tensor] = {
-            name: changed.get(old, stored)
+        entries: dict[str, Content] = {
+            name: changed[old] if old in changed else _kept_part(layout, plan, old, stored)
             for old, stored in shard.tensors.items()
-            if (name := new_name(old, rules, plan.new_index)) is not None
+            if (name := layout.new_stored_name(old, plan.new_index)) is not None
         }
         if entries:
             shards.write_shard(folder / path.name, list(entries.items()), shard.metadata)
@@ -142,53 +136,12 @@ def write_checkpoint(
         shutil.copyfile(path, copy)
 
 
-def round_patch(source: Path, patch: WeightPatch) -> WeightPatch:
-    """The patch as a checkpoint can hold it: every tensor in the dtype that the source stores.
-
-    Rounding before ``apply`` keeps memory and file equal when a model is computed in a wider
-    dtype than it is stored in.
-
-    Raises:
-        PlanError: the patch names a tensor that the source lacks, or gives it another shape.
-    """
-    stored = stored_tensors(source)
-    rounded = {}
-    for name, tensor in patch.tensors.items():
-        if name not in stored or stored[name].shape != tuple(tensor.shape):
-            raise PlanError(
-                f"the patch changes {name} {list(tensor.shape)}, which the checkpoint in {source} "
-                "does not hold. Fit it to this model."
-            )
-        rounded[name] = tensor.to(shards.DTYPES[stored[name].dtype])
-    return replace(patch, tensors=rounded)
-
-
-@torch.no_grad()
-def tuned_patch(
-    view: DecoderView, plan: PruningPlan, patch: WeightPatch, names: Iterable[str]
-) -> WeightPatch:
-    """The patch with tensors as training left them, rounded alike in memory and for the file.
-
-    Args:
-        view: the pruned and tuned model; its tensors are rounded to what the source stores.
-        plan: the layers that went.
-        patch: what changed before training.
-        names: the trained tensors, named as in ``view``; those that the source does not store are
-            tied to one that it does.
-    """
-    stored = stored_tensors(view.path)
-    state = view.model.state_dict()
-    before = dict(enumerate(plan.kept))
-    trained = {
-        name: old
-        for name in names
-        if (old := new_name(name, view.rules, before)) is not None and old in stored
-    }
-    tensors = {old: state[name] for name, old in trained.items()}
-    rounded = round_patch(view.path, replace(patch, tensors={**patch.tensors, **tensors}))
-    for name, old in trained.items():
-        state[name].copy_(rounded.tensors[old])
-    return rounded
+def _kept_part(layout: Layout, plan: PruningPlan, name: str, stored: StoredTensor) -> Content:
+    """A stored tensor; of one that holds a block per layer, the kept layers' blocks."""
+    dimension = layout.slice_dimension(name)
+    if dimension is None:
+        return stored
+    return StoredBlocks(stored, dimension, plan.n_layers, plan.kept)
 
 
 @torch.no_grad()
@@ -223,7 +176,7 @@ def verify_checkpoint(folder: Path, view: DecoderView) -> None:
     # Float32: in a narrower dtype, rounding alone would exceed the tolerance.
     written = written.float()
     whole = written(ids, use_cache=False).logits
-    gap = float((_cached_logits(written, ids) - whole).abs().max())
+    gap = float((cached_logits(written, ids, PREFILL) - whole).abs().max())
     if not gap <= CACHED_TOLERANCE * max(1.0, float(whole.abs().max())):
         raise VerificationError(
             f"the written checkpoint's cached logits differ from its uncached ones by {gap:.2g}. "
@@ -231,53 +184,51 @@ def verify_checkpoint(folder: Path, view: DecoderView) -> None:
         )
 
 
-def _cached_logits(model: Any, ids: Tensor) -> Tensor:
-    """Logits of a prefill and single steps after it, (batch, seq, vocabulary)."""
-    output = model(ids[:, :PREFILL], use_cache=True)
+@torch.no_grad()
+def cached_logits(model: Any, ids: Tensor, prefill: int) -> Tensor:
+    """Logits of a prefill and single steps after it, (batch, seq, vocabulary).
+
+    Args:
+        model: a causal language model.
+        ids: (batch, seq).
+        prefill: tokens that are processed at once.
+    """
+    given: dict[str, Any] = {}
+    output = model(ids[:, :prefill], use_cache=True)
+    if not _caches(output):
+        # RecurrentGemma fills a cache that it does not return.
+        given = {"past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
+        output = model(ids[:, :prefill], use_cache=True, **given)
     logits = [output.logits]
-    for position in range(PREFILL, ids.shape[1]):
-        output = model(
-            ids[:, position : position + 1],
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
+    for position in range(prefill, ids.shape[1]):
+        if given:
+            given["position_ids"] = torch.full_like(ids[:, :1], position)
+        step = ids[:, position : position + 1]
+        output = model(step, use_cache=True, **(_caches(output) or given))
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
 
-def _write_config(source: Path, rules: FamilyRules, plan: PruningPlan, folder: Path) -> None:
+def _caches(output: Any) -> dict[str, Any]:
+    """What a step hands to the next one; recurrent models name it otherwise."""
+    return {k: output[k] for k in ("past_key_values", "cache_params") if k in output}
+
+
+def _write_config(source: Path, layout: Layout, plan: PruningPlan, folder: Path) -> None:
     path = source / "config.json"
-    config = shards.read_json_object(path)
-    before = _layer_values(source, rules)
-    if config.get(rules.count, before[rules.count]) != plan.n_layers:
+    if layout.n_layers != plan.n_layers:
         raise PlanError(
-            f"the plan is for {plan.n_layers} layers, {path} says {before[rules.count]}. "
+            f"the plan is for {plan.n_layers} layers, {path} says {layout.n_layers}. "
             "Load the model that the plan was made for."
         )
-    edited = edit_config(config, rules, plan.kept, plan.n_layers)
-    changes = {key: value for key, value in edited.items() if config.get(key) != value}
+    config = shards.read_json_object(path)
+    edited = pruned_config(source, layout, plan.kept)
+    changes = {key: value for key, value in edited.items() if config.get(key, ...) != value}
     text = replace_values(path.read_text(encoding="utf-8"), changes)
     (folder / "config.json").write_text(text, encoding="utf-8")
-    after = _layer_values(folder, rules)
-    for key in rules.per_layer:
-        # A pattern that is derived from counts need not survive every choice of layers.
-        if before[key] is not None and after[key] != [before[key][i] for i in plan.kept]:
-            raise ModelError(
-                f"{path}: the kept layers' {key} cannot be expressed without that key. "
-                f"Add {key} to the configuration, one entry per layer."
-            )
 
 
-def _layer_values(folder: Path, rules: FamilyRules) -> dict[str, Any]:
-    """The layer count and the per-layer lists as transformers derives them."""
-    with quiet():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return {key: getattr(config, key, None) for key in (rules.count, *rules.per_layer)}
-
-
-def _write_index(
-    index: Path, written: Mapping[str, Mapping[str, StoredTensor | Tensor]], folder: Path
-) -> None:
+def _write_index(index: Path, written: Mapping[str, Mapping[str, Content]], folder: Path) -> None:
     content = shards.read_json_object(index)
     kept = {name: entry for entries in written.values() for name, entry in entries.items()}
     metadata = dict(content.get("metadata") or {})

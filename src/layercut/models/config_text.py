@@ -15,11 +15,11 @@ _SPACE = re.compile(r"\s*")
 
 
 def replace_values(text: str, changes: Mapping[str, Any]) -> str:
-    """``text`` with the top-level keys of ``changes`` set; unknown keys are added in front.
+    """``text`` with the keys of ``changes`` set; unknown keys are added in front.
 
     Args:
         text: a JSON object with at least one key.
-        changes: key → new value.
+        changes: key → new value; what is an object before and after is edited key by key.
     """
     spans = _value_spans(text)
     start = text.index("{") + 1
@@ -30,12 +30,19 @@ def replace_values(text: str, changes: Mapping[str, Any]) -> str:
     for key, value in changes.items():
         if key in spans:
             begin, end = spans[key]
-            edits.append((begin, end, _spell(value, indent if "\n" in text[begin:end] else "")))
+            edits.append((begin, end, _edited(text[begin:end], value, indent)))
         else:
             edits.append((start, start, f"{margin}{json.dumps(key)}: {_spell(value, indent)},"))
     for begin, end, new in sorted(edits, reverse=True):
         text = text[:begin] + new + text[end:]
     return text
+
+
+def _edited(old: str, value: Any, indent: str) -> str:
+    before = json.loads(old)
+    if isinstance(before, dict) and isinstance(value, dict) and before.keys() <= value.keys():
+        return replace_values(old, {k: v for k, v in value.items() if before.get(k, ...) != v})
+    return _spell(value, indent if "\n" in old else "")
 
 
 def _spell(value: Any, indent: str) -> str:

@@ -1,86 +1,173 @@
-"""What a layer drop must edit in a model's configuration, as data.
+"""What a layer drop must edit in a model's configuration and shared tensors, as data.
 
-A row names only what differs from "change the layer count". Families that are not listed are
-refused: a wrong layer pattern loads without an error and talks nonsense.
+A Llama-like family needs no row. The keys below mean the same in every family that has them; a row
+of `FAMILIES` names what is special to one. Safety does not rest on these tables:
+`layercut.models.config_edit` refuses every plan after which a kept layer would be another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from layercut.errors import ModelError, suggestion
+INDEX_LISTS = (
+    "moe_layers",
+    "mlp_only_layers",
+    "attn_layer_indices",
+    "full_attn_idxs",
+    "hybrid_layer_ids",
+    "cross_attention_layers",
+    "kv_source_layers",
+    "local_layer_ids",
+)
+"""Keys that list layer numbers; they may well have one entry per layer by chance."""
+PREFIX_COUNTS = (
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "max_window_layers",
+    "moe_layer_start_index",
+)
+"""Keys that mean "the first n layers"."""
+SUFFIX_COUNTS = ("num_kv_shared_layers",)
+"""Keys that mean "the last n layers"."""
+STEPS = {"decoder_sparse_step": "mlp_only_layers"}
+"""Every s-th layer is sparse unless listed; written as step 1 and a list of the dense ones."""
+RE_KEYED = ("per_layer_config",)
+"""Objects whose keys are layer numbers."""
+PER_LAYER_STRINGS = ("hybrid_override_pattern",)
+"""Strings with one letter per layer."""
+MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+"""Multi-token prediction layers behind the decoder; 0 where their tensors are not written."""
+MTP_PREFIX = "mtp."
+"""Tensors that transformers passes over whatever the number of layers; they are carried along."""
+NOT_PER_LAYER = re.compile(
+    r".*_token_ids?|architectures|ssm_multipliers|mlp_multipliers|time_step_limit|rope_.*"
+)
+"""Lists that have one entry per layer only by chance; every other list of that length is edited."""
+INDEX_ATTRIBUTE = re.compile(r"(.*_)?(idx|index|id|number)|num_hidden_layers|n_layers?")
+"""Attributes of a layer's modules that say where it stands or among how many, and so change."""
+INDEX_SCALED_ATTRIBUTES = frozenset({"scaling"})
+"""What a layer's number enters where `FamilyRules.index_scaled` applies."""
+
+ATTENTION_OUTPUTS = (
+    "self_attn.o_proj",
+    "self_attn.out_proj",
+    "self_attn.dense",
+    "self_attention.dense",
+    "attention.dense",
+    "attn.attention.out_proj",
+    "attn.c_proj",
+    "attn.out_proj",
+    "attn.Wo",
+    "temporal_block.o_proj",
+    "temporal_block.linear_out",
+    "linear_attn.out_proj",
+    "mixer.o_proj",
+)
+"""Where a layer's attention, or what stands in for it, writes to the residual stream."""
+DOWN_PROJECTIONS = (
+    "mlp.down_proj",
+    "mlp.c_proj",
+    "mlp.dense_4h_to_h",
+    "mlp.fc_out",
+    "mlp.fc2",
+    "mlp.Wo",
+    "mlp_block.down_proj",
+    "feed_forward.down_proj",
+    "feed_forward.w2",
+    "ffn.down_proj",
+    "mixer.down_proj",
+    "fc2",
+)
+"""Where a layer's MLP writes to the residual stream."""
+EXPERT_BLOCKS = ("mlp", "block_sparse_moe", "feed_forward")
+"""Modules whose output is a sum over routed, and perhaps shared, experts."""
+EXPERT_DOWN_PROJECTIONS = re.compile(
+    r"experts\.down_proj(_bias)?|shared_experts?\.down_proj\.(weight|bias)"
+)
+"""Parameters of such a module that write to its output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Layers that cannot be dropped, and why.
+
+    Attributes:
+        where: the first layer, the last one, or those whose keys and values later layers reuse.
+        why: ends the sentence "layer 3 cannot be dropped: …".
+    """
+
+    where: Literal["first", "last", "kv-producers"]
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
 class FamilyRules:
-    """How one ``model_type`` stores its layers.
+    """What is special about one ``model_type``.
 
     Attributes:
-        layers: module path of the layer list, which is also the prefix of its tensor names.
-        norm: module path of the final norm.
-        attention_output: path of the attention's output projection inside a layer.
-        down_projection: path of the MLP's output projection inside a layer.
-        count: configuration key with the number of layers.
-        per_layer: keys with one entry per layer; the kept entries stay.
-        prefix_counts: keys that mean "the first n layers"; they become the kept ones among those.
+        refused: why no layer of it can be dropped exactly.
+        unscorable: why its layers cannot be scored; they can still be named.
+        pinned: layers that must stay.
+        patterns: keys that spell the layer pattern as runs (``[[[types], times], …]``) or as a
+            cycle that repeats over the layers.
+        sliced: tensors outside of the layers that hold one equal block per layer → dimension.
+        index_scaled: a flag of the configuration and the projection whose first part, the queries,
+            must take a factor when it is set: the layer divides by its number.
     """
 
-    layers: str = "model.layers"
-    norm: str = "model.norm"
-    attention_output: str = "self_attn.o_proj"
-    down_projection: str = "mlp.down_proj"
-    count: str = "num_hidden_layers"
-    per_layer: tuple[str, ...] = ()
-    prefix_counts: tuple[str, ...] = ()
+    refused: str = ""
+    unscorable: str = ""
+    pinned: tuple[Pin, ...] = ()
+    patterns: Mapping[str, Literal["runs", "cycle"]] = field(default_factory=dict)
+    sliced: Mapping[str, int] = field(default_factory=dict)
+    index_scaled: tuple[str, str] | None = None
 
+
+KV_PRODUCERS = Pin("kv-producers", "later layers reuse its keys and values (key-value sharing)")
+PER_LAYER_EMBEDDINGS = {
+    "embed_tokens_per_layer.weight": 1,
+    "per_layer_model_projection.weight": 0,
+}
+NO_PAIR = "a layer has no attention and MLP pair that the scores are defined on"
+SHARED_KV = "later layers reuse earlier ones' keys and values, so that no layer runs alone"
+SHARED_BLOCKS = "one shared transformer block serves several layers, and weights are tied by number"
+CROSS_ATTENTION = "its layers also read another stream than the text's own"
 
 FAMILIES: dict[str, FamilyRules] = {
-    "llama": FamilyRules(),
-    "mistral": FamilyRules(),
-    "qwen2": FamilyRules(per_layer=("layer_types",), prefix_counts=("max_window_layers",)),
-    "qwen3": FamilyRules(per_layer=("layer_types",), prefix_counts=("max_window_layers",)),
+    "gemma3n_text": FamilyRules(
+        unscorable=SHARED_KV, pinned=(KV_PRODUCERS,), sliced=PER_LAYER_EMBEDDINGS
+    ),
+    "gemma4_text": FamilyRules(
+        unscorable=SHARED_KV,
+        pinned=(
+            KV_PRODUCERS,
+            Pin("last", "transformers makes the last layer full_attention, whatever it was"),
+        ),
+        sliced=PER_LAYER_EMBEDDINGS,
+    ),
+    "gpt2": FamilyRules(index_scaled=("scale_attn_by_inverse_layer_idx", "attn.c_attn")),
+    "gpt_neo": FamilyRules(patterns={"attention_types": "runs"}),
+    "minimax": FamilyRules(
+        pinned=(Pin("first", "with a linear-attention layer in front, cached decoding goes wrong"),)
+    ),
+    "modernbert-decoder": FamilyRules(
+        pinned=(Pin("first", "layer 0 alone has no norm before its attention"),)
+    ),
+    "recurrent_gemma": FamilyRules(patterns={"block_types": "cycle"}),
+    "mamba": FamilyRules(unscorable=NO_PAIR),
+    "mamba2": FamilyRules(unscorable=NO_PAIR),
+    "falcon_mamba": FamilyRules(unscorable=NO_PAIR),
+    "zamba": FamilyRules(refused=SHARED_BLOCKS),
+    "zamba2": FamilyRules(refused=SHARED_BLOCKS),
+    "mllama": FamilyRules(refused=CROSS_ATTENTION),
+    "mllama_text_model": FamilyRules(refused=CROSS_ATTENTION),
+    "blt": FamilyRules(refused=CROSS_ATTENTION),
 }
 
 
 def rules_for(model_type: str) -> FamilyRules:
-    """The family's row.
-
-    Raises:
-        ModelError: the family is not supported.
-    """
-    if model_type not in FAMILIES:
-        hint = suggestion(model_type, FAMILIES)
-        raise ModelError(
-            f"model type '{model_type}' is not supported{hint}: layercut prunes "
-            f"{', '.join(sorted(FAMILIES))}. Choose a model of one of these families."
-        )
-    return FAMILIES[model_type]
-
-
-def edit_config(
-    config: dict[str, Any], rules: FamilyRules, kept: Sequence[int], n_layers: int
-) -> dict[str, Any]:
-    """A copy of ``config`` (the parsed config.json) for the kept layers only.
-
-    Only keys that are present are edited, so that the file keeps its own spelling.
-
-    Raises:
-        ModelError: a per-layer key does not have one entry per layer.
-    """
-    edited = dict(config)
-    for key in rules.per_layer:
-        if edited.get(key) is None:
-            continue
-        if len(edited[key]) != n_layers:
-            raise ModelError(
-                f"config.json: {key} has {len(edited[key])} entries for {n_layers} layers. "
-                "Repair the configuration before pruning."
-            )
-        edited[key] = [edited[key][i] for i in kept]
-    for key in rules.prefix_counts:
-        if isinstance(edited.get(key), int):
-            edited[key] = sum(i < edited[key] for i in kept)
-    edited[rules.count] = len(kept)
-    return edited
+    """The family's row; an empty one for a family that has nothing special."""
+    return FAMILIES.get(model_type, FamilyRules())

@@ -24,13 +24,12 @@ from transformers import AutoTokenizer
 from layercut.errors import ModelError, NetworkError, NumericsError, RecipeError, suggestion
 from layercut.models import embedded, shards
 from layercut.models.preflight import (
-    INVALID,
     TOKENIZER_FILES,
     check_folder,
     load_strictly,
-    quiet,
     tokenizer_files,
 )
+from layercut.models.quiet import INVALID, quiet
 from layercut.models.shards import StoredTensor
 from layercut.models.view import DecoderView
 
@@ -63,7 +62,7 @@ def load(
         raise RecipeError(f"dtype '{dtype}' is none of {', '.join(DTYPE_NAMES)}{hint}")
     place = _device(device)
     folder = _local_folder(model, revision)
-    rules, stored = check_folder(folder)
+    layout, stored = check_folder(folder)
     tokenizer = _tokenizer(folder)
     fingerprint = _fingerprint(folder)
     weights = load_strictly(folder, _dtype(dtype, stored, place), place)
@@ -74,7 +73,7 @@ def load(
         tokenizer,
         name=model,
         path=folder,
-        rules=rules,
+        layout=layout,
         fingerprint=fingerprint,
         mixed_precision=mixed,
     )
@@ -89,7 +88,7 @@ def reload(view: DecoderView) -> DecoderView:
         view.tokenizer,
         name=view.name,
         path=view.path,
-        rules=view.rules,
+        layout=view.layout,
         fingerprint=view.fingerprint,
         mixed_precision=view.mixed_precision,
     )

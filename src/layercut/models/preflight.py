@@ -6,23 +6,23 @@ here the names and shapes in the files' headers must be exactly those of the con
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as hf_logging
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layercut.errors import ModelError
 from layercut.models import shards
-from layercut.models.families import FamilyRules, rules_for
+from layercut.models.config_edit import at, read_config, section_path
+from layercut.models.families import MTP_COUNTS, rules_for
+from layercut.models.layout import Layout, find_layout, stored_layers
+from layercut.models.quiet import INVALID, quiet
+from layercut.models.same_layers import meta_model
 from layercut.models.shards import StoredTensor
 
 TOKENIZER_FILES = (
@@ -46,36 +46,24 @@ REFUSED_KEYS = {
     "transformers_weights": "redirects its weights to another file (transformers_weights). "
     "Remove that key and name the file model.safetensors.",
 }
-# What transformers raises for a configuration with impossible values.
-INVALID = (
-    StrictDataclassError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    OSError,
-)
 MAX_NAMED = 3
 """Tensors that an error message lists."""
 
 
-def check_folder(folder: Path) -> tuple[FamilyRules, dict[str, StoredTensor]]:
+def check_folder(folder: Path) -> tuple[Layout, dict[str, StoredTensor]]:
     """Refuse what cannot be loaded and pruned exactly; reads configuration and headers only.
 
     Args:
         folder: a local checkpoint.
 
     Returns:
-        The family's row, and every stored tensor by name.
+        Where its layers are, and every stored tensor by name.
 
     Raises:
         ModelError: the configuration, the weights' headers or the tokenizer files do not do.
     """
-    config = shards.read_json_object(folder / "config.json")
-    rules = check_config(config, folder / "config.json")
+    raw = shards.read_json_object(folder / "config.json")
+    check_config(raw, folder / "config.json")
     for path in (*folder.glob("*.json"), *tokenizer_files(folder)):
         shards.check_plain_file(path)
     if (folder / "adapter_config.json").exists():
@@ -89,12 +77,25 @@ def check_folder(folder: Path) -> tuple[FamilyRules, dict[str, StoredTensor]]:
             "Copy the tokenizer files of the model into it."
         )
     stored = stored_tensors(folder)
-    _compare(expected_shapes(folder), stored, rules)
-    return rules, stored
+    config = read_config(raw)
+    model = meta_model(config)
+    layout = find_layout(config, model, stored)
+    _check_weights(config, model, stored, layout)
+    return layout, stored
 
 
-def check_config(config: Mapping[str, Any], path: Path) -> FamilyRules:
-    """The family's row, if this parsed config.json is one that can be pruned.
+def layout_of(folder: Path) -> Layout:
+    """Where a checkpoint keeps its layers, from its configuration and headers.
+
+    Raises:
+        ModelError: the configuration or a header is damaged.
+    """
+    config = read_config(shards.read_json_object(folder / "config.json"))
+    return find_layout(config, meta_model(config), stored_tensors(folder))
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a parsed config.json of a model that cannot be pruned.
 
     Raises:
         ModelError: remote code, quantisation, an encoder-decoder, or an unsupported family.
@@ -115,7 +116,16 @@ def check_config(config: Mapping[str, Any], path: Path) -> FamilyRules:
             f"{path}: transformers {transformers.__version__} does not know the model type "
             f"'{model_type}'. Upgrade transformers, or choose another model."
         )
-    return rules_for(model_type)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{path}: '{model_type}' is not a causal language model in transformers; layercut "
+            "prunes causal language models only. Choose a decoder-only model."
+        )
+    if refused := rules_for(model_type).refused:
+        raise ModelError(
+            f"{path}: no layer of '{model_type}' can be dropped exactly: {refused}. "
+            "Choose another model."
+        )
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -148,28 +158,6 @@ def matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted(path for path in found if path.suffix not in {".py", ".bin", ".safetensors"})
 
 
-def expected_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Name → (shape, may be absent) of every tensor the configured model has.
-
-    Raises:
-        ModelError: transformers cannot build a model from the configuration.
-    """
-    try:
-        with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-            model = AutoModelForCausalLM.from_config(config)
-    except INVALID as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{folder / 'config.json'} does not describe a model: {reason}. "
-            "Restore the original configuration."
-        ) from error
-    tied = model.all_tied_weights_keys
-    return {name: (tuple(t.shape), name in tied) for name, t in model.state_dict().items()}
-
-
 def load_strictly(
     folder: Path, dtype: torch.dtype, device: torch.device, attention: str | None = None
 ) -> Any:
@@ -198,66 +186,75 @@ def load_strictly(
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder} cannot be loaded: {reason}.") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            names = _some(sorted(str(key) for key in info[kind]))
-            raise ModelError(f"{folder}: {kind.replace('_', ' ')} after loading: {names}.")
+        names = sorted(str(key) for key in info[kind] if not _is_mtp(str(key), model.config))
+        if names:
+            raise ModelError(f"{folder}: {kind.replace('_', ' ')} after loading: {_some(names)}.")
     return model.to(device)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars, advice and warnings from the terminal."""
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    before = logging.root.manager.disable
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def _compare(
-    expected: Mapping[str, tuple[tuple[int, ...], bool]],
-    stored: Mapping[str, StoredTensor],
-    rules: FamilyRules,
+def _check_weights(
+    config: Any, model: Any, stored: Mapping[str, StoredTensor], layout: Layout
 ) -> None:
-    wanted, found = _n_layers(expected, rules), _n_layers(stored, rules)
-    if wanted != found:
+    """Let transformers match the headers with the model: what it would fill or ignore is refused.
+
+    Raises:
+        ModelError: layers or tensors are missing or surplus, or have another shape.
+    """
+    found = stored_layers(layout, stored)
+    if found != set(range(layout.n_layers)):
         raise ModelError(
-            f"config.json says {rules.count} = {wanted}, the weights hold {found} layers. "
-            "Use the configuration that belongs to these weights."
+            f"config.json says num_hidden_layers = {layout.n_layers}, the weights hold "
+            f"{len(found)} layers. Use the configuration that belongs to these weights."
         )
-    missing = [name for name, (_, tied) in expected.items() if not tied and name not in stored]
-    if missing:
+    headers = {
+        name: torch.empty(tensor.shape, dtype=shards.DTYPES[tensor.dtype], device="meta")
+        for name, tensor in stored.items()
+    }
+    try:
+        with quiet():
+            _, info = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict=headers,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except INVALID as error:
+        raise ModelError(
+            "the weights' names and shapes do not fit config.json: transformers cannot put them "
+            "together (experts of a layer may be missing). Download the checkpoint again."
+        ) from error
+    if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"the weights lack {_some(missing)}. Download the checkpoint again, or use the one "
             "of the causal language model."
         )
     # Old checkpoints store the rotary table of every layer; it is computed today.
-    surplus = [n for n in stored if n not in expected and not n.endswith("rotary_emb.inv_freq")]
+    surplus = sorted(
+        name
+        for name in info["unexpected_keys"]
+        if not name.endswith("rotary_emb.inv_freq") and not _is_mtp(name, config)
+    )
     if surplus:
         raise ModelError(
             f"the weights hold {_some(surplus)}, which the configured model does not have. "
             "Use the configuration that belongs to these weights."
         )
-    for name, tensor in stored.items():
-        if name in expected and tensor.shape != expected[name][0]:
-            raise ModelError(
-                f"{tensor.path.name}: {name} has shape {list(tensor.shape)}, config.json makes it "
-                f"{list(expected[name][0])}. Use the configuration that belongs to these weights."
-            )
+    for name, shape, wanted in info["mismatched_keys"]:
+        file = f"{stored[name].path.name}: " if name in stored else ""
+        raise ModelError(
+            f"{file}{name} has shape {list(shape)}, config.json makes it {list(wanted)}. "
+            "Use the configuration that belongs to these weights."
+        )
 
 
-def _n_layers(names: Mapping[str, Any], rules: FamilyRules) -> int:
-    pattern = re.compile(rf"{re.escape(rules.layers)}\.(\d+)\.")
-    return len({found.group(1) for name in names if (found := pattern.match(name))})
+def _is_mtp(name: str, config: Any) -> bool:
+    """Whether a tensor belongs to the multi-token prediction layers behind the decoder's."""
+    text = at(config, section_path(config))
+    count = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
+    found = re.search(r"\.(\d+)\.", name)
+    return found is not None and 0 <= int(found.group(1)) - text.num_hidden_layers < count
 
 
 def _some(names: list[str]) -> str:

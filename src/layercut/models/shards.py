@@ -13,12 +13,15 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import torch
 from torch import Tensor
 
 from layercut.errors import ModelError
+
+if TYPE_CHECKING:
+    from layercut.models.blocks import StoredBlocks
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -62,6 +65,10 @@ class Shard:
     path: Path
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str] | None
+
+
+Content: TypeAlias = "StoredTensor | StoredBlocks | Tensor"
+"""What `write_shard` can put into a file."""
 
 
 def check_plain_file(path: Path) -> None:
@@ -165,9 +172,17 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, ordered, metadata)
 
 
+def read_tensor(stored: StoredTensor) -> Tensor:
+    """The content of a stored tensor."""
+    with stored.path.open("rb") as file:
+        file.seek(stored.begin)
+        data = bytearray(file.read(stored.nbytes))
+    return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
+
+
 def write_shard(
     path: Path,
-    entries: Sequence[tuple[str, StoredTensor | Tensor]],
+    entries: Sequence[tuple[str, Content]],
     metadata: dict[str, str] | None,
 ) -> None:
     """Write a safetensors file; stored tensors are copied byte for byte.
@@ -185,7 +200,7 @@ def write_shard(
     for name, content in entries:
         n_bytes = content.nbytes
         header[name] = {
-            "dtype": content.dtype if isinstance(content, StoredTensor) else _NAMES[content.dtype],
+            "dtype": _NAMES[content.dtype] if isinstance(content, Tensor) else content.dtype,
             "shape": list(content.shape),
             "data_offsets": [position, position + n_bytes],
         }
@@ -195,11 +210,13 @@ def write_shard(
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, content in entries:
-            if isinstance(content, StoredTensor):
-                _copy_bytes(content, file)
-            else:
+            if isinstance(content, Tensor):
                 flat = content.detach().cpu().contiguous().reshape(-1)
                 file.write(flat.view(torch.uint8).numpy().data)
+            elif isinstance(content, StoredTensor):
+                copy_bytes(content.path, content.begin, content.nbytes, file)
+            else:
+                content.write_to(file)
         file.flush()
         os.fsync(file.fileno())
 
@@ -236,14 +253,14 @@ def _entry(path: Path, entry: dict[str, Any], start: int) -> StoredTensor:
     return StoredTensor(path, entry["dtype"], shape, start + begin, start + end)
 
 
-def _copy_bytes(tensor: StoredTensor, target: BinaryIO) -> None:
-    remaining = tensor.nbytes
-    with tensor.path.open("rb") as source:
-        source.seek(tensor.begin)
+def copy_bytes(path: Path, begin: int, remaining: int, target: BinaryIO) -> None:
+    """Append a part of a file to another one, a block at a time."""
+    with path.open("rb") as source:
+        source.seek(begin)
         while remaining:
             block = source.read(min(COPY_BYTES, remaining))
             if not block:
-                raise _damaged(tensor.path, "it became shorter while it was read")
+                raise _damaged(path, "it became shorter while it was read")
             target.write(block)
             remaining -= len(block)
 

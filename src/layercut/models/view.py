@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
-from layercut.models.families import FamilyRules
+from layercut.models.forward import DecoderOutput, identity, settled
+from layercut.models.layout import Layout
 
 LOSS_CHUNK = 256
 """Tokens whose logits exist at once: 256 × 49,152 float32 logits are 48 MiB."""
@@ -24,11 +26,12 @@ class LayerInputs:
 
     Attributes:
         hidden: embeddings = the residual stream entering layer 0, shape (batch, seq, d).
-        kwargs: the further arguments of every layer (mask, rotary tables, positions).
+        rest: the further arguments of every layer (mask, rotary tables, positions): those given
+            by position and those by name.
     """
 
     hidden: Tensor
-    kwargs: tuple[dict[str, Any], ...]
+    rest: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
 
 
 class DecoderView:
@@ -39,7 +42,7 @@ class DecoderView:
         tokenizer: its tokenizer.
         name: what the user called it.
         path: the local checkpoint folder it was loaded from.
-        rules: its family's row.
+        layout: where its layers are.
         fingerprint: hash of the checkpoint's files.
         mixed_precision: run float32 weights through bfloat16 matrix products.
     """
@@ -51,24 +54,29 @@ class DecoderView:
         *,
         name: str,
         path: Path,
-        rules: FamilyRules,
+        layout: Layout,
         fingerprint: str,
         mixed_precision: bool,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = settled(model)
         self.tokenizer = tokenizer
         self.name = name
         self.path = path
-        self.rules = rules
+        self.layout = layout
         self.fingerprint = fingerprint
         self.mixed_precision = mixed_precision
         self.skipped: frozenset[int] = frozenset()
+        self._n_outputs: int | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, from the embedding up."""
-        layers: nn.ModuleList = self.model.get_submodule(self.rules.layers)
-        return layers
+        return self.layout.layer_list(self.model)
+
+    @property
+    def decoder(self) -> Any:
+        """The module around the layers: token ids in, normed states out."""
+        return self.model.get_submodule(self.layout.layers.rpartition(".")[0])
 
     @property
     def n_layers(self) -> int:
@@ -91,26 +99,26 @@ class DecoderView:
         device: torch.device = next(iter(self.model.parameters())).device
         return device
 
-    def linear_weights(self, layer: int) -> dict[str, Tensor]:
-        """Weights of the linear sub-layers of one layer, by their name in the state dict."""
+    def linear_modules(self, layer: int) -> dict[str, nn.Linear | Conv1D]:
+        """One layer's linear maps by the name of their weight in the state dict."""
         return {
-            f"{self.rules.layers}.{layer}.{name}.weight": module.weight
+            f"{self.layout.layers}.{layer}.{name}.weight": module
             for name, module in self.layers[layer].named_modules()
-            if isinstance(module, nn.Linear)
+            if isinstance(module, nn.Linear | Conv1D)
         }
 
-    def down_projection(self, layer: int) -> tuple[str, nn.Linear]:
-        """State-dict prefix and module of the MLP's output projection."""
-        return self._linear(layer, self.rules.down_projection)
+    def expert_weights(self, layer: int) -> dict[str, Tensor]:
+        """Weights that hold all experts' linear maps at once, (experts, …, …), by name."""
+        return {
+            f"{self.layout.layers}.{layer}.{name}": parameter
+            for name, parameter in self.layers[layer].named_parameters()
+            if parameter.dim() == 3 and "conv" not in name
+        }
 
-    def attention_output(self, layer: int) -> tuple[str, nn.Linear]:
-        """State-dict prefix and module of the attention's output projection."""
-        return self._linear(layer, self.rules.attention_output)
-
-    def _linear(self, layer: int, path: str) -> tuple[str, nn.Linear]:
-        module = self.layers[layer].get_submodule(path)
-        assert isinstance(module, nn.Linear), path
-        return f"{self.rules.layers}.{layer}.{path}", module
+    def linear_weights(self, layer: int) -> dict[str, Tensor]:
+        """Weights of all of one layer's linear maps by their name in the state dict."""
+        modules = self.linear_modules(layer)
+        return {n: m.weight for n, m in modules.items()} | self.expert_weights(layer)
 
     @contextmanager
     def skipping(self, layers: Iterable[int]) -> Iterator[None]:
@@ -119,8 +127,9 @@ class DecoderView:
         before = self.skipped
         # Libraries such as accelerate wrap `forward` per instance: put theirs back, not none.
         wrapped = {i: f for i in new if (f := self.layers[i].__dict__.get("forward"))}
+        n_outputs = self._layer_outputs() if new else 0
         for layer in new:
-            self.layers[layer].forward = _identity
+            self.layers[layer].forward = identity(n_outputs)
         self.skipped = before | new
         try:
             yield
@@ -130,6 +139,21 @@ class DecoderView:
             for layer, forward in wrapped.items():
                 self.layers[layer].forward = forward
             self.skipped = before
+
+    @torch.no_grad()
+    def _layer_outputs(self) -> int:
+        """Length of the tuple that a layer returns; 0 where it returns the residual stream."""
+        if self._n_outputs is None:
+            seen: list[Any] = []
+            last = self.layers[-1]
+            hook = last.register_forward_hook(lambda _, __, output: seen.append(output))
+            try:
+                ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+                self.decoder(input_ids=ids, use_cache=False)
+            finally:
+                hook.remove()
+            self._n_outputs = len(seen[0]) if isinstance(seen[0], tuple) else 0
+        return self._n_outputs
 
     @contextmanager
     def patched(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -157,26 +181,28 @@ class DecoderView:
         Args:
             input_ids: (batch, seq), int64.
         """
-        seen: list[tuple[Tensor, dict[str, Any]]] = []
+        seen: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
-        def catch(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest = dict(kwargs)
             hidden = args[0] if args else rest.pop("hidden_states")
-            seen.append((hidden, rest))
+            seen.append((hidden, args[1:], rest))
 
+        self._layer_outputs()  # which may run the model: before anything is caught
         hooks = [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in self.layers]
         try:
             with self.skipping(range(self.n_layers)), self.precision():
-                self.model.base_model(input_ids=input_ids.to(self.device), use_cache=False)
+                self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return LayerInputs(hidden=seen[0][0], kwargs=tuple(kwargs for _, kwargs in seen))
+        return LayerInputs(seen[0][0], tuple((args, kwargs) for _, args, kwargs in seen))
 
     def run_layer(self, layer: int, hidden: Tensor, inputs: LayerInputs) -> Tensor:
         """Map the residual stream entering ``layer`` to the one leaving it, (batch, seq, d)."""
+        args, kwargs = inputs.rest[layer]
         with self.precision():
-            output = self.layers[layer](hidden, **inputs.kwargs[layer])
+            output = self.layers[layer](hidden, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
     @torch.no_grad()
@@ -184,7 +210,7 @@ class DecoderView:
         """Cross-entropy of every predicted token, (batch, seq − 1), float32, in nats."""
         input_ids = input_ids.to(self.device)
         with self.precision():
-            output = self.model.base_model(input_ids=input_ids, use_cache=False)
+            output = self.decoder(input_ids=input_ids, use_cache=False)
         hidden = output.last_hidden_state[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten()
         chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
@@ -201,8 +227,8 @@ class DecoderView:
             input_ids: (batch, seq); token t + 1 is the target of position t.
         """
         leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad(), self.precision():
-            normed = self.model.get_submodule(self.rules.norm)(leaf)
+        with torch.enable_grad():
+            normed = self._after_layers(leaf, input_ids)
         flat = normed.detach()[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten().to(flat.device)
         total, gradients = 0.0, []
@@ -219,30 +245,35 @@ class DecoderView:
         (gradient,) = torch.autograd.grad(normed, leaf, upstream)
         return gradient, total
 
-    def _chunk_losses(self, normed: Tensor, targets: Tensor) -> Tensor:
-        with self.precision():
-            logits = self.model.get_output_embeddings()(normed)
-        return functional.cross_entropy(logits.float(), targets, reduction="none")
+    def _after_layers(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """What the decoder makes of h_L: the final norm's output, (batch, seq, d)."""
 
+        def replace(_: nn.Module, __: Any, output: Any) -> Any:
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
+        with self.skipping(range(self.n_layers)), self.precision():
+            hook = self.layers[-1].register_forward_hook(replace)
+            try:
+                output = self.decoder(input_ids=input_ids.to(self.device), use_cache=False)
+            finally:
+                hook.remove()
+        normed: Tensor = output.last_hidden_state
+        return normed
 
+    def head(self, normed: Tensor) -> Tensor:
+        """Logits of normed states, (n, d) → (n, vocabulary), scaled and capped as the model does.
 
-def capture(
-    module: nn.Module, keep: Callable[[Tensor, Tensor], None]
-) -> AbstractContextManager[None]:
-    """Call ``keep(input, output)`` at every forward pass of ``module`` inside the block."""
-
-    @contextmanager
-    def block() -> Iterator[None]:
-        def hook(_: nn.Module, args: Sequence[Tensor], output: Tensor) -> None:
-            keep(args[0], output)
-
-        handle = module.register_forward_hook(hook)
+        The model's own forward pass runs, with these states in the place of its decoder's.
+        """
+        ids = torch.zeros(1, len(normed), dtype=torch.int64, device=self.device)
+        decoder = self.decoder
+        decoder.forward = lambda *_, **__: DecoderOutput(last_hidden_state=normed[None])
         try:
-            yield
+            with self.precision():
+                logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         finally:
-            handle.remove()
+            del decoder.forward
+        return logits[0]
 
-    return block()
+    def _chunk_losses(self, normed: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(self.head(normed).float(), targets, reduction="none")

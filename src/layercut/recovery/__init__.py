@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from layercut import methods
 from layercut.errors import NumericsError, PlanError
-from layercut.models.checkpoint import round_patch
+from layercut.models.droppable import check_dropped
+from layercut.models.patch import round_patch
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def fit(
     Raises:
         RecipeError: unknown method or option.
         PlanError: the method needs a kept layer before every cut, and layer 0 is dropped.
+        ModelError: the model cannot be pruned so, or not repaired exactly by this method.
         NumericsError: a fitted tensor is not finite.
     """
     module = methods.load_method("recovery", method)
@@ -48,8 +50,11 @@ def fit(
             f"{method} needs a kept layer before every cut, but layer 0 is dropped. Protect layer "
             "0, or choose another recovery."
         )
+    methods.check_model("recovery", method, view)
+    check_dropped(view, plan.dropped)
+    parsed.check(view, batches, len(plan.dropped))
     patch: WeightPatch = module.fit(view, plan, evidence, batches, parsed)
-    patch = round_patch(view.path, replace(patch, method=method))
+    patch = round_patch(view.path, view.layout, replace(patch, method=method))
     for name, tensor in patch.tensors.items():
         if not bool(tensor.isfinite().all()):
             raise NumericsError(

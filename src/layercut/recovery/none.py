@@ -6,6 +6,8 @@ from layercut.methods import MethodOptions
 from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
+READS_MODEL = False
+
 
 class Options(MethodOptions):
     """No options."""

@@ -6,7 +6,7 @@ Formula  k = argmax over kept layers of ‖mean_t(h^pruned_{k,out} − target_k)
            = I + (Σ_t r_t m_tᵀ)(Σ_t m_t m_tᵀ + λ̂ I)⁻¹,  r = target − u − m,  λ̂ = λ·tr(Σ m mᵀ)/d
          u (d): residual stream before the MLP's output is added; m (d): that output, with its
          bias, both in the pruned model; target (d): dense input of the next kept layer
-         W_down ← P·W_down, bias ← P·bias
+         W_down ← P·W_down, bias ← P·bias; the same for every expert where the MLP is a mixture
 Meaning  one matrix at one layer; the ridge pulls towards the identity, i.e. "change nothing"
 Cost     one dense and one pruned forward pass without the head; d² float64 sums; one Cholesky
 Limits   exact only where the MLP's output is added to the stream without a norm in between
@@ -19,13 +19,15 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from layercut import progress
 from layercut.activations import ResidualStream, Spool
 from layercut.errors import DataError, NumericsError
 from layercut.methods import MethodOptions
-from layercut.models.view import DecoderView, capture
+from layercut.models.forward import capture
+from layercut.models.mlp_output import check_exact, fold, mlp_output
+from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 PENALTY_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -36,6 +38,10 @@ class Options(MethodOptions):
 
     penalty: Annotated[float, Field(gt=0)] | Literal["held-out"] = 0.1
     solver: Literal["closed-form", "gradient-descent"] = "closed-form"
+
+    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
+        """Refuse a model whose MLPs do not add their output to the stream as it is."""
+        check_exact(view, range(view.n_layers))
 
 
 @dataclass(slots=True)
@@ -69,10 +75,9 @@ def fit(
         penalty = _held_out_penalty(shift, batches)
     solve = solve_closed_form if options.solver == "closed-form" else solve_gradient_descent
     projection = solve(shift.residual, shift.output, penalty)
-    prefix, module = view.down_projection(shift.layer)
     before, after = errors(shift.residual, shift.output, projection)
     return WeightPatch(
-        tensors=fold(projection, prefix, module),
+        tensors=fold(view, mlp_output(view, shift.layer), projection),
         method="projection",
         notes={
             "layer": shift.layer,
@@ -91,7 +96,7 @@ def largest_mean_shift(view: DecoderView, plan: PruningPlan, batches: Calibratio
     best = Shift(-1, -1.0, *(Spool(n_tokens, view.hidden_size) for _ in range(2)))
     output = Spool(n_tokens, view.hidden_size)
     for layer in progress.track(plan.kept, total=len(plan.kept)):
-        with output.filling() as write, capture(view.down_projection(layer)[1], write):
+        with output.filling() as write, capture(mlp_output(view, layer).module, write):
             pruned.advance(layer)
         while dense.layer < plan.target_of(layer):
             dense.advance(dense.layer)
@@ -194,25 +199,6 @@ def errors(residual: Spool, output: Spool, projection: Tensor) -> tuple[float, f
         before += float(r.square().sum(dtype=torch.float64))
         after += float((r - m @ change.T).square().sum(dtype=torch.float64))
     return before / len(residual), after / len(residual)
-
-
-def fold(projection: Tensor, prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """P·W and P·bias, by state-dict name; W·Pᵀ for layouts that store (in, out), as Conv1D does.
-
-    Args:
-        projection: P, (out, out).
-        prefix: the module's name in the state dict.
-        module: the down-projection.
-    """
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    p = projection.to(weight.device)
-    transposed = not isinstance(module, nn.Linear)
-    folded = weight.double() @ p.T if transposed else p @ weight.double()
-    patch = {f"{prefix}.weight": folded}
-    if isinstance(bias, Tensor):
-        patch[f"{prefix}.bias"] = p @ bias.double()
-    return patch
 
 
 def _held_out_penalty(shift: Shift, batches: CalibrationBatches) -> float:

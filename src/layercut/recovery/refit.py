@@ -22,14 +22,23 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from layercut import progress
 from layercut.activations import ResidualStream, Spool
 from layercut.errors import DataError
 from layercut.evaluation.perplexity import mean_loss
 from layercut.methods import MethodOptions
-from layercut.models.view import DecoderView, capture
+from layercut.models.forward import capture
+from layercut.models.mlp_output import (
+    LinearMap,
+    as_stored,
+    attention_output,
+    check_exact,
+    down_projection,
+    in_features,
+)
+from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 NEEDS_PRECEDING = True
@@ -44,6 +53,10 @@ class Options(MethodOptions):
     modules: Literal["down", "both"] = "both"
     held_out_every: int = Field(default=8, ge=2)
 
+    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
+        """Refuse a model whose MLPs are not one down-projection each, added to the stream."""
+        check_refit(view)
+
 
 def fit(
     view: DecoderView,
@@ -56,6 +69,17 @@ def fit(
     held_out = held_out_rows(batches, options.held_out_every)
     tensors = walk(view, plan, ResidualStream(view, batches), held_out, options)
     return _best_step(view, plan, tensors, batches, options)
+
+
+def check_refit(view: DecoderView) -> None:
+    """Refuse a model that a refit cannot correct exactly, before any long work.
+
+    Raises:
+        ModelError: a layer has no single down-projection, or its output is not added as it is.
+    """
+    for layer in range(view.n_layers):
+        down_projection(view, layer)
+    check_exact(view, range(view.n_layers))
 
 
 def walk(
@@ -116,19 +140,21 @@ def _refit_layer(
 ) -> dict[str, Tensor]:
     """Refit one layer's weights and move ``pruned`` past it."""
     changed: dict[str, Tensor] = {}
-    if options.modules == "both":
-        prefix, module = view.attention_output(layer)
+    attention = attention_output(view, layer) if options.modules == "both" else None
+    if attention is not None:
+        prefix, module = attention
         ahead = pruned.fork()
         inputs = advance_capturing(ahead, layer, module)
         change = solve(inputs, ahead.states, dense.states, held_out)
         if change is not None:
-            changed[f"{prefix}.weight"] = module.weight + change.to(module.weight)
-    prefix, module = view.down_projection(layer)
+            step = as_stored(module, change)
+            changed[f"{prefix}.weight"] = module.weight + step.to(module.weight)
+    prefix, module = down_projection(view, layer)
     with view.patched(changed):
         inputs = advance_capturing(pruned, layer, module)
     change = solve(inputs, pruned.states, dense.states, held_out)
     if change is not None:
-        changed[f"{prefix}.weight"] = module.weight + change.to(module.weight)
+        changed[f"{prefix}.weight"] = module.weight + as_stored(module, change).to(module.weight)
         # The layer's output is linear in its down-projection: no second forward pass is needed.
         step = change.float().T
         for rows, a in zip(pruned.states.slices(), inputs.slices(), strict=True):
@@ -136,9 +162,9 @@ def _refit_layer(
     return changed
 
 
-def advance_capturing(stream: ResidualStream, layer: int, module: nn.Linear) -> Spool:
+def advance_capturing(stream: ResidualStream, layer: int, module: LinearMap) -> Spool:
     """Move ``stream`` past ``layer`` and return what ``module`` read, (n_tokens, in)."""
-    inputs = Spool(len(stream.states), module.in_features)
+    inputs = Spool(len(stream.states), in_features(module))
     with inputs.filling() as write, capture(module, lambda given, _: write(given, given)):
         stream.advance(layer)
     return inputs

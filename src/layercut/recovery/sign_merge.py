@@ -28,6 +28,7 @@ from layercut import progress
 from layercut.early_run import EarlyRunOptions, record
 from layercut.errors import ModelError, PlanError
 from layercut.gradient_log import GradientLog
+from layercut.models.mlp_output import as_stored
 from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
@@ -107,10 +108,12 @@ def merge(view: DecoderView, into: Mapping[int, int], log: GradientLog, keep: fl
     tensors: dict[str, Tensor] = {}
     n_kept = n_added = 0
     for layer, receiver in progress.track(into.items(), total=len(into)):
+        modules = view.linear_modules(layer)
         for name, target in _targets(view, layer, receiver).items():
             weight = view.model.get_parameter(name)
             original = view.model.get_parameter(target)
-            kept = top_entries(log.elementwise(name), keep).to(weight.device)
+            importance = as_stored(modules[name], log.elementwise(name))
+            kept = top_entries(importance, keep).to(weight.device)
             added = kept & (weight.sign() == original.sign())
             total = tensors.get(target, original.float())
             tensors[target] = total + torch.where(added, weight.float(), 0.0)
@@ -169,7 +172,7 @@ def _gradients(
 
 def _targets(view: DecoderView, layer: int, kept: int) -> dict[str, str]:
     """Names of ``layer``'s linear weights → those of their namesakes in ``kept``."""
-    before, after = (f"{view.rules.layers}.{number}." for number in (layer, kept))
+    before, after = (f"{view.layout.layers}.{number}." for number in (layer, kept))
     return {name: after + name.removeprefix(before) for name in view.linear_weights(layer)}
 
 

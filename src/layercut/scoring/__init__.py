@@ -37,10 +37,12 @@ def score(
 
     Raises:
         RecipeError: unknown method or option.
+        ModelError: the model's layers cannot be scored.
         NumericsError: a score is NaN or infinite.
     """
     module = methods.load_method("scoring", method)
     parsed = methods.parse_options("scoring", method, options)
+    methods.check_model("scoring", method, view)
     start = time.perf_counter()
     scores: LayerScores = module.score(view, batches, parsed)
     seconds = time.perf_counter() - start

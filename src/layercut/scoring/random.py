@@ -13,6 +13,8 @@ from layercut.methods import MethodOptions
 from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, LayerScores
 
+READS_MODEL = False
+
 
 class Options(MethodOptions):
     """The draw's seed."""

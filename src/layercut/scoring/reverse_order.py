@@ -12,6 +12,8 @@ from layercut.methods import MethodOptions
 from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, LayerScores
 
+READS_MODEL = False
+
 
 class Options(MethodOptions):
     """Whether the last layer, which feeds the final norm, stays."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from layercut import methods
 from layercut.errors import PlanError, RecipeError
+from layercut.models.droppable import check_dropped, fixed_layers
 from layercut.types import CalibrationBatches, Evidence, PruningPlan
 
 if TYPE_CHECKING:
@@ -81,8 +82,11 @@ def select(
     Raises:
         RecipeError: unknown strategy or score, or two that do not go together.
         PlanError: the request cannot be met by this model.
+        ModelError: the family pins a layer that is named, or cannot express the kept ones.
     """
     check_scoring(strategy, scoring)
+    if drop is None:
+        protect = sorted({*protect, *fixed_layers(view)})
     n_drop = check_request(
         view.n_layers,
         drop_layers=drop_layers,
@@ -91,6 +95,7 @@ def select(
         protect=protect,
     )
     if drop is not None:
+        check_dropped(view, drop)
         plan = PruningPlan(
             model=view.name, n_layers=view.n_layers, dropped=tuple(sorted(drop)), method="given"
         )
@@ -101,7 +106,9 @@ def select(
         scoring_options=dict(scoring_options or {}),
         rounds=rounds,
     )
-    return planner(view, batches, strategy=strategy, request=request)(n_drop)
+    plan, evidence = planner(view, batches, strategy=strategy, request=request)(n_drop)
+    check_dropped(view, plan.dropped)
+    return plan, evidence
 
 
 def check_scoring(strategy: str, scoring: str) -> None:

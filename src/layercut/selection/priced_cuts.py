@@ -42,6 +42,7 @@ REFIT = refit.Options(layers="cuts", modules="down", held_out_every=HELD_OUT_EVE
 
 def planner(view: DecoderView, batches: CalibrationBatches, request: Request) -> Planner:
     """Price every cut; each size then costs a shortest path and a search on held-out loss."""
+    refit.check_refit(view)
     start = time.perf_counter()
     protect = request.protect | {0}
     sample = thin(batches)

@@ -1,0 +1,58 @@
+"""Which layers of a model may go, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from layercut.errors import ModelError
+from layercut.models import shards
+from layercut.models.config_edit import at, edit_config, layer_values, read_config, section_path
+from layercut.models.layout import Layout
+from layercut.models.same_layers import pruned_config
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+
+def fixed_layers(view: DecoderView) -> dict[int, str]:
+    """Layers that selection must not choose → why.
+
+    They are those that the family pins, and those without which the configuration cannot be
+    expressed.
+
+    Raises:
+        ModelError: no layer is left.
+    """
+    layout = view.layout
+    fixed = dict(layout.pinned) | _inexpressible(view, layout)
+    if len(fixed) == layout.n_layers:
+        raise ModelError(
+            f"no layer of this {layout.model_type} model can be dropped on its own: {fixed[0]} "
+            "Name whole periods of its layer pattern with selection.drop."
+        )
+    return fixed
+
+
+def check_dropped(view: DecoderView, dropped: Collection[int]) -> None:
+    """Refuse a set of layers that this family cannot do without.
+
+    Raises:
+        ModelError: a layer is pinned, or the rest cannot be expressed in the configuration.
+    """
+    layout = view.layout
+    pruned_config(view.path, layout, [i for i in range(layout.n_layers) if i not in set(dropped)])
+
+
+def _inexpressible(view: DecoderView, layout: Layout) -> dict[int, str]:
+    raw = shards.read_json_object(view.path / "config.json")
+    config = read_config(raw)
+    if not layer_values(at(config, section_path(config))):
+        return {}
+    found = {}
+    for layer in range(layout.n_layers):
+        try:
+            edit_config(raw, layout.rules, [i for i in range(layout.n_layers) if i != layer])
+        except ModelError as error:
+            found[layer] = str(error)
+    return found
