@@ -15,8 +15,10 @@ from layercut.data.sources import read_texts
 from layercut.errors import PlanError, RecipeError
 from layercut.evaluation import check_tasks, compared, evaluate
 from layercut.evaluation.perplexity import check_vocabulary
-from layercut.models.checkpoint import staged_folder, verify_checkpoint, write_checkpoint
+from layercut.models.checkpoint import write_checkpoint
+from layercut.models.destination import staged_folder
 from layercut.models.open import open_model
+from layercut.models.verification import verify_checkpoint
 from layercut.models.view import DecoderView
 from layercut.recipe import Recipe, RecoverySection, ScoringSection, load_recipe
 from layercut.recovery import fit
@@ -76,10 +78,11 @@ def run(
             pruned = evaluate(view, **measured)
             result.stages["pruned"] = compared(pruned, result.stages["dense"])
         patch = tuning.pruned(view, plan, patch)
+        result.recovery = {**result.recovery, "tensors_changed": len(patch.tensors)}
         with staged_folder(output_dir, overwrite=overwrite) as folder:
             with result.timed("save", "write and verify the checkpoint"):
                 write_checkpoint(view.path, view.rules, plan, patch, folder)
-                verify_checkpoint(folder, view)
+                verify_checkpoint(folder, view, plan, patch)
             result.seconds["total"] = time.perf_counter() - start
             result.peak_rss_bytes = max(result.peak_rss_bytes, peak_rss_bytes())
             report = folder / "layercut"

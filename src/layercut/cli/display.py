@@ -134,7 +134,7 @@ def print_result(result: RunResult, output_dir: Path, *, quiet: bool = False) ->
     for warning in result.warnings:
         errors.print(Text("warning: ", style="yellow"), Text(warning), sep="", soft_wrap=True)
     if not quiet:
-        for line in sizes(result):
+        for line in (*sizes(result), *result.checks):
             text = line.translate(_ASCII) if console.options.ascii_only else line
             console.print(Text(text))
         report = output_dir / "layercut" / "report.html"

@@ -19,24 +19,17 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from layercut.errors import (
-    ModelError,
-    PlanError,
-    VerificationError,
-)
-from layercut.models import shards
+from layercut.errors import ModelError, PlanError
+from layercut.models import quantised, shards
 from layercut.models.config_text import replace_values
 from layercut.models.destination import check_disk_space, check_output_dir, staged_folder
 from layercut.models.families import FamilyRules, edit_config
-from layercut.models.preflight import (
-    TOKENIZER_FILES,
-    load_strictly,
-    matching_files,
-    quiet,
-    stored_tensors,
-)
+from layercut.models.preflight import TOKENIZER_FILES, matching_files, quiet, stored_tensors
+from layercut.models.shard_writer import write_shard
 from layercut.models.shards import StoredTensor
+from layercut.models.verification import verify_checkpoint
 from layercut.models.view import DecoderView
+from layercut.plan_file import plan_content
 from layercut.surgery import new_name
 from layercut.types import PruningPlan, WeightPatch
 
@@ -47,13 +40,10 @@ __all__ = [
     "save",
     "staged_folder",
     "tuned_patch",
-    "verify_checkpoint",
     "write_checkpoint",
 ]
 
 COPIED = ("generation_config.json", "LICENSE*", "NOTICE*", *TOKENIZER_FILES)
-CHECK_BATCHES, CHECK_SHAPE, PREFILL = 2, (2, 32), 24
-CACHED_TOLERANCE = 1e-5
 
 
 def save(
@@ -92,12 +82,14 @@ def save(
     check_disk_space(view.path, output_dir)
     with staged_folder(output_dir, overwrite=overwrite) as folder:
         write_checkpoint(view.path, view.rules, plan, patch, folder)
-        content = {"schema": 1, "model": plan.model, "fingerprint": plan.fingerprint}
+        content = plan_content(
+            plan, {"method": patch.method, "tensors_changed": len(patch.tensors)}
+        )
         (folder / "layercut").mkdir()
         (folder / "layercut" / "plan.json").write_text(
-            json.dumps(content | plan.to_json(), indent=2) + "\n", encoding="utf-8"
+            json.dumps(content, indent=2) + "\n", encoding="utf-8"
         )
-        verify_checkpoint(folder, view)
+        verify_checkpoint(folder, view, plan, patch)
     return output_dir
 
 
@@ -132,10 +124,15 @@ def write_checkpoint(
             if (name := new_name(old, rules, plan.new_index)) is not None
         }
         if entries:
-            shards.write_shard(folder / path.name, list(entries.items()), shard.metadata)
+            write_shard(folder / path.name, list(entries.items()), shard.metadata)
             written[path.name] = entries
     if (source / shards.INDEX_FILE).exists():
         _write_index(source / shards.INDEX_FILE, written, folder)
+    for path in matching_files(source, quantised.CONFIG_FILES):
+        content = shards.read_json_object(path)
+        new = quantised.renumbered(content, rules, plan.new_index, stored_tensors(source))
+        text = replace_values(path.read_text(encoding="utf-8"), _changes(content, new))
+        (folder / path.name).write_text(text, encoding="utf-8")
     for path in matching_files(source, COPIED):
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
@@ -191,60 +188,6 @@ def tuned_patch(
     return rounded
 
 
-@torch.no_grad()
-def verify_checkpoint(folder: Path, view: DecoderView) -> None:
-    """Reload a written checkpoint and compare its logits with those of the model in memory.
-
-    Args:
-        folder: the written checkpoint.
-        view: the pruned model, after ``apply``.
-
-    Raises:
-        VerificationError: keys, logits, or logits computed step by step with a cache differ.
-    """
-    remedy = "Nothing was saved; please report this."
-    attention = view.model.config._attn_implementation
-    try:
-        written = load_strictly(folder, view.model.dtype, view.device, attention).eval()
-    except ModelError as error:
-        raise VerificationError(f"the written checkpoint does not reload: {error}") from error
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = view.model.get_input_embeddings().weight.shape[0]
-    for _ in range(CHECK_BATCHES):
-        ids = torch.randint(vocabulary, CHECK_SHAPE, generator=generator).to(view.device)
-        expected = view.model(ids, use_cache=False).logits
-        logits = written(ids, use_cache=False).logits
-        if not torch.equal(logits, expected):
-            gap = float((logits - expected).abs().max())
-            raise VerificationError(
-                f"the written checkpoint's logits differ from the model's in memory by {gap:.2g}. "
-                f"{remedy}"
-            )
-    # Float32: in a narrower dtype, rounding alone would exceed the tolerance.
-    written = written.float()
-    whole = written(ids, use_cache=False).logits
-    gap = float((_cached_logits(written, ids) - whole).abs().max())
-    if not gap <= CACHED_TOLERANCE * max(1.0, float(whole.abs().max())):
-        raise VerificationError(
-            f"the written checkpoint's cached logits differ from its uncached ones by {gap:.2g}. "
-            f"{remedy}"
-        )
-
-
-def _cached_logits(model: Any, ids: Tensor) -> Tensor:
-    """Logits of a prefill and single steps after it, (batch, seq, vocabulary)."""
-    output = model(ids[:, :PREFILL], use_cache=True)
-    logits = [output.logits]
-    for position in range(PREFILL, ids.shape[1]):
-        output = model(
-            ids[:, position : position + 1],
-            past_key_values=output.past_key_values,
-            use_cache=True,
-        )
-        logits.append(output.logits)
-    return torch.cat(logits, dim=1)
-
-
 def _write_config(source: Path, rules: FamilyRules, plan: PruningPlan, folder: Path) -> None:
     path = source / "config.json"
     config = shards.read_json_object(path)
@@ -255,8 +198,10 @@ def _write_config(source: Path, rules: FamilyRules, plan: PruningPlan, folder: P
             "Load the model that the plan was made for."
         )
     edited = edit_config(config, rules, plan.kept, plan.n_layers)
-    changes = {key: value for key, value in edited.items() if config.get(key) != value}
-    text = replace_values(path.read_text(encoding="utf-8"), changes)
+    for key in quantised.CONFIG_KEYS & edited.keys():
+        names = stored_tensors(source)
+        edited[key] = quantised.renumbered(edited[key], rules, plan.new_index, names)
+    text = replace_values(path.read_text(encoding="utf-8"), _changes(config, edited))
     (folder / "config.json").write_text(text, encoding="utf-8")
     after = _layer_values(folder, rules)
     for key in rules.per_layer:
@@ -266,6 +211,10 @@ def _write_config(source: Path, rules: FamilyRules, plan: PruningPlan, folder: P
                 f"{path}: the kept layers' {key} cannot be expressed without that key. "
                 f"Add {key} to the configuration, one entry per layer."
             )
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in after.items() if before.get(key) != value}
 
 
 def _layer_values(folder: Path, rules: FamilyRules) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers.utils import logging as hf_logging
 from layercut.errors import ModelError
 from layercut.models import shards
 from layercut.models.families import FamilyRules, rules_for
+from layercut.models.quantised import check_names, is_quantised
 from layercut.models.shards import StoredTensor
 
 TOKENIZER_FILES = (
@@ -38,11 +39,14 @@ TOKENIZER_FILES = (
 )
 """Patterns of what a tokenizer may consist of; code (.py) and pickles are never among it."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+PRUNE_BY_PLAN = (
+    "Score the original, unquantised checkpoint, then prune this one by `layercut prune MODEL "
+    "--plan plan.json`."
+)
 REFUSED_KEYS = {
     "auto_map": "needs its own code (auto_map), which layercut does not run. "
     "Use a checkpoint of a built-in transformers model.",
-    "quantization_config": "is quantised (quantization_config). "
-    "Score and prune the original, unquantised checkpoint.",
+    "quantization_config": f"is quantised (quantization_config). {PRUNE_BY_PLAN}",
     "transformers_weights": "redirects its weights to another file (transformers_weights). "
     "Remove that key and name the file model.safetensors.",
 }
@@ -62,11 +66,14 @@ MAX_NAMED = 3
 """Tensors that an error message lists."""
 
 
-def check_folder(folder: Path) -> tuple[FamilyRules, dict[str, StoredTensor]]:
+def check_folder(
+    folder: Path, *, as_files: bool = False
+) -> tuple[FamilyRules, dict[str, StoredTensor]]:
     """Refuse what cannot be loaded and pruned exactly; reads configuration and headers only.
 
     Args:
         folder: a local checkpoint.
+        as_files: its tensors are only to be copied, so they may be quantised.
 
     Returns:
         The family's row, and every stored tensor by name.
@@ -75,7 +82,7 @@ def check_folder(folder: Path) -> tuple[FamilyRules, dict[str, StoredTensor]]:
         ModelError: the configuration, the weights' headers or the tokenizer files do not do.
     """
     config = shards.read_json_object(folder / "config.json")
-    rules = check_config(config, folder / "config.json")
+    rules = check_config(config, folder / "config.json", quantised=as_files)
     for path in (*folder.glob("*.json"), *tokenizer_files(folder)):
         shards.check_plain_file(path)
     if (folder / "adapter_config.json").exists():
@@ -89,18 +96,32 @@ def check_folder(folder: Path) -> tuple[FamilyRules, dict[str, StoredTensor]]:
             "Copy the tokenizer files of the model into it."
         )
     stored = stored_tensors(folder)
-    _compare(expected_shapes(folder), stored, rules)
+    if as_files and is_quantised(config, stored):
+        check_names(expected_shapes(folder), stored, rules)
+        return rules, stored
+    for name, tensor in stored.items():
+        if tensor.dtype not in shards.DTYPES:
+            raise ModelError(
+                f"{tensor.path} stores {name} as {tensor.dtype}, so the weights are quantised. "
+                f"{PRUNE_BY_PLAN}"
+            )
+    check_tensors(folder, stored, rules)
     return rules, stored
 
 
-def check_config(config: Mapping[str, Any], path: Path) -> FamilyRules:
+def check_config(config: Mapping[str, Any], path: Path, *, quantised: bool = False) -> FamilyRules:
     """The family's row, if this parsed config.json is one that can be pruned.
+
+    Args:
+        config: its content.
+        path: where it is.
+        quantised: weights may be quantised.
 
     Raises:
         ModelError: remote code, quantisation, an encoder-decoder, or an unsupported family.
     """
     for key, why in REFUSED_KEYS.items():
-        if config.get(key):
+        if config.get(key) and not (quantised and key == "quantization_config"):
             raise ModelError(f"the model of {path} {why}")
     model_type = config.get("model_type")
     if config.get("is_encoder_decoder"):
@@ -223,12 +244,14 @@ def quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _compare(
-    expected: Mapping[str, tuple[tuple[int, ...], bool]],
-    stored: Mapping[str, StoredTensor],
-    rules: FamilyRules,
-) -> None:
-    wanted, found = _n_layers(expected, rules), _n_layers(stored, rules)
+def check_tensors(folder: Path, stored: Mapping[str, StoredTensor], rules: FamilyRules) -> None:
+    """Refuse names and shapes that are not exactly those of the configured model.
+
+    Raises:
+        ModelError: layers or tensors are missing or surplus, or have another shape.
+    """
+    expected = expected_shapes(folder)
+    wanted, found = count_layers(expected, rules), count_layers(stored, rules)
     if wanted != found:
         raise ModelError(
             f"config.json says {rules.count} = {wanted}, the weights hold {found} layers. "
@@ -255,7 +278,8 @@ def _compare(
             )
 
 
-def _n_layers(names: Mapping[str, Any], rules: FamilyRules) -> int:
+def count_layers(names: Iterable[str], rules: FamilyRules) -> int:
+    """Layers that tensors of these names belong to."""
     pattern = re.compile(rf"{re.escape(rules.layers)}\.(\d+)\.")
     return len({found.group(1) for name in names if (found := pattern.match(name))})
 
