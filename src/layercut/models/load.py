@@ -68,7 +68,7 @@ def load(
     fingerprint = _fingerprint(folder)
     weights = load_strictly(folder, weights_dtype(dtype, stored, place), place)
     _check_finite(weights)
-    mixed = dtype == "auto" and weights.dtype == torch.float32 and _has_bfloat16(place)
+    mixed = dtype == "auto" and weights.dtype == torch.float32 and has_bfloat16(place)
     return DecoderView(
         weights,
         tokenizer,
@@ -184,7 +184,8 @@ def weights_dtype(
     return torch.float32 if most == torch.float16 and place.type == "cpu" else most
 
 
-def _has_bfloat16(place: torch.device) -> bool:
+def has_bfloat16(place: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are fast on this device."""
     if place.type == "cuda":
         return True
     return any(on for name, on in torch.cpu.get_capabilities().items() if name.endswith("bf16"))

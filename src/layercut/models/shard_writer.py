@@ -27,6 +27,9 @@ def write_shard(
 ) -> None:
     """Write a safetensors file; stored tensors are copied byte for byte.
 
+    The disk may still be behind: `staged_folder` waits for it once, after the last shard, so that
+    it works while the next one is copied.
+
     Args:
         path: a new file.
         entries: names and contents in the order of the file.
@@ -55,7 +58,6 @@ def write_shard(
                 _copy_bytes(content, file)
             else:
                 _write(file, raw_bytes(content))
-        os.fsync(file.fileno())
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
