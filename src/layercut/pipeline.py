@@ -20,6 +20,7 @@ from layercut.models.destination import staged_folder
 from layercut.models.open import open_model
 from layercut.models.verification import verify_checkpoint
 from layercut.models.view import DecoderView
+from layercut.pattern import pattern_to_keep
 from layercut.recipe import Recipe, RecoverySection, ScoringSection, load_recipe
 from layercut.recovery import fit
 from layercut.report.machine import peak_rss_bytes, provenance
@@ -148,6 +149,14 @@ def _prepare(
     else:
         check_request(view.n_layers, drop_layers=1, protect=amount["protect"])
         n_drop = most_droppable(view.n_layers, len(amount["protect"]))
+    if section.preserve_pattern:
+        pattern_to_keep(
+            view,
+            n_drop if section.max_perplexity_ratio is None else None,
+            drop=amount["drop"],
+            protect=amount["protect"],
+            rounds=section.rounds,
+        )
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
     check_tasks(view, recipe.evaluation.tasks)
@@ -164,6 +173,7 @@ def _prepare(
     for method_options in _parsed_options(recipe).values():
         method_options.check(view, batches, n_drop)
     request = {"strategy": section.strategy, "rounds": section.rounds, **amount}
+    request["preserve_pattern"] = section.preserve_pattern
     return view, batches, request | {"scoring": recipe.scoring.method}
 
 

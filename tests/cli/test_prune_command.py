@@ -66,7 +66,7 @@ def test_a_run_with_recovery_makes_a_plan_that_siblings_refuse(
         "model": str(tiny_llama),
         "calibration": {"data": str(tmp_path / "text.txt"), "n_sequences": 8, "seq_len": 32},
         "selection": {"drop_layers": 1},
-        "evaluation": {"text": {}},
+        "evaluation": {"text": {}, "seq_len": 32},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     sibling = quantised(tiny_llama, tmp_path / "sibling", "gptq")

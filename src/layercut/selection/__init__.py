@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from layercut import methods
 from layercut.errors import PlanError, RecipeError
+from layercut.pattern import Kinds, pattern_to_keep
 from layercut.types import CalibrationBatches, Evidence, PruningPlan
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ class Request:
         scoring: scoring method.
         scoring_options: its options.
         rounds: score once, or again after every dropped layer.
+        kinds: the pattern that kept layers must follow, if there is one to preserve.
     """
 
     protect: frozenset[int] = frozenset()
     scoring: str = "residual-sensitivity"
     scoring_options: Mapping[str, Any] = field(default_factory=dict)
     rounds: Rounds = "one-shot"
+    kinds: Kinds | None = None
 
 
 Planner = Callable[[int], tuple[PruningPlan, Evidence]]
@@ -63,6 +66,7 @@ def select(
     drop_fraction: float | None = None,
     drop: Sequence[int] | None = None,
     protect: Sequence[int] = (),
+    preserve_pattern: bool = False,
 ) -> tuple[PruningPlan, Evidence]:
     """Choose the layers to drop; the model is unchanged afterwards.
 
@@ -77,9 +81,11 @@ def select(
         drop_fraction: or which share of them, rounded to the nearest number.
         drop: or exactly which ones; nothing is scored then.
         protect: layers that must stay.
+        preserve_pattern: drop only layers after which every kept one is of the kind that engines
+            expect in its new place.
 
     Raises:
-        RecipeError: unknown strategy or score, or two that do not go together.
+        RecipeError: unknown strategy or score, or settings that do not go together.
         PlanError: the request cannot be met by this model.
     """
     check_scoring(strategy, scoring)
@@ -90,6 +96,9 @@ def select(
         drop=drop,
         protect=protect,
     )
+    kinds = None
+    if preserve_pattern:
+        kinds = pattern_to_keep(view, n_drop, drop=drop, protect=protect, rounds=rounds)
     if drop is not None:
         plan = PruningPlan(
             model=view.name, n_layers=view.n_layers, dropped=tuple(sorted(drop)), method="given"
@@ -100,6 +109,7 @@ def select(
         scoring=scoring,
         scoring_options=dict(scoring_options or {}),
         rounds=rounds,
+        kinds=kinds,
     )
     return planner(view, batches, strategy=strategy, request=request)(n_drop)
 
