@@ -202,7 +202,6 @@ def test_every_problem_is_listed_at_once_by_its_key() -> None:
         ("selection", {"drop": [-1]}, r"drop\.0: should be greater than or equal to 0"),
         ("selection", {"drop": [4, 2, 4]}, "drop: names layer 4 twice"),
         ("selection", {"protect": [1, 1]}, "protect: names layer 1 twice"),
-        ("selection", {"preserve_pattern": True}, "preserve_pattern: is not available"),
         (
             "selection",
             {"max_perplexity_ratio": 1},

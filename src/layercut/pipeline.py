@@ -15,10 +15,13 @@ from layercut.data.sources import read_texts
 from layercut.errors import PlanError, RecipeError
 from layercut.evaluation import check_tasks, compared, evaluate
 from layercut.evaluation.perplexity import check_vocabulary
-from layercut.models.checkpoint import staged_folder, verify_checkpoint, write_checkpoint
+from layercut.models.checkpoint import write_checkpoint
+from layercut.models.destination import staged_folder
 from layercut.models.droppable import check_dropped, fixed_layers
 from layercut.models.open import open_model
+from layercut.models.verification import verify_checkpoint
 from layercut.models.view import DecoderView
+from layercut.pattern import pattern_to_keep
 from layercut.recipe import Recipe, RecoverySection, ScoringSection, load_recipe
 from layercut.recovery import fit
 from layercut.report.machine import peak_rss_bytes, provenance
@@ -77,10 +80,11 @@ def run(
             pruned = evaluate(view, **measured)
             result.stages["pruned"] = compared(pruned, result.stages["dense"])
         patch = tuning.pruned(view, plan, patch)
+        result.recovery = {**result.recovery, "tensors_changed": len(patch.tensors)}
         with staged_folder(output_dir, overwrite=overwrite) as folder:
             with result.timed("save", "write and verify the checkpoint"):
                 write_checkpoint(view.path, view.layout, plan, patch, folder)
-                verify_checkpoint(folder, view)
+                verify_checkpoint(folder, view, plan, patch)
             result.seconds["total"] = time.perf_counter() - start
             result.peak_rss_bytes = max(result.peak_rss_bytes, peak_rss_bytes())
             report = folder / "layercut"
@@ -153,6 +157,14 @@ def _prepare(
         n_drop = most_droppable(view.n_layers, len(amount["protect"]))
     if section.drop is not None:
         check_dropped(view, section.drop)
+    if section.preserve_pattern:
+        pattern_to_keep(
+            view,
+            n_drop if section.max_perplexity_ratio is None else None,
+            drop=amount["drop"],
+            protect=amount["protect"],
+            rounds=section.rounds,
+        )
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
     check_tasks(view, recipe.evaluation.tasks)
@@ -169,6 +181,7 @@ def _prepare(
     for method_options in _parsed_options(recipe).values():
         method_options.check(view, batches, n_drop)
     request = {"strategy": section.strategy, "rounds": section.rounds, **amount}
+    request["preserve_pattern"] = section.preserve_pattern
     return view, batches, request | {"scoring": recipe.scoring.method}
 
 

@@ -23,6 +23,7 @@ from layercut.activations import ResidualStream, Spool
 from layercut.gradients import layer_gradients
 from layercut.models.mlp_output import down_projection
 from layercut.models.view import DecoderView
+from layercut.pattern import Kinds
 from layercut.recovery import refit
 from layercut.types import CalibrationBatches
 
@@ -106,12 +107,12 @@ def _residuals(
 
 
 def cheapest_plans(
-    prices: Prices, n_layers: int, protect: frozenset[int]
+    prices: Prices, n_layers: int, protect: frozenset[int], kinds: Kinds | None = None
 ) -> dict[int, tuple[float, Plan]]:
     """For every number of dropped layers, the lowest sum of prices and the plan that has it.
 
     A shortest path over positions: from a kept layer, either keep the next one or make a cut and
-    keep the layer after it.
+    keep the layer after it. With ``kinds``, a layer is kept only if its new place is of its kind.
     """
     # best[p][n]: layers before p are decided, n of them dropped, and layer p − 1 is kept.
     best: list[dict[int, tuple[float, Plan]]] = [{} for _ in range(n_layers + 2)]
@@ -128,6 +129,9 @@ def cheapest_plans(
                 after = min(start + length + 1, n_layers + 1)
                 entry = (cost + price, (*plan, *range(start, start + length)))
                 known = best[after].get(n_dropped + length)
+                kept, new = start + length, position - n_dropped
+                if kinds is not None and kept < n_layers and kinds[kept] != kinds[new]:
+                    continue
                 if start < n_layers and (known is None or entry < known):
                     best[after][n_dropped + length] = entry
     finished = {**best[n_layers]}

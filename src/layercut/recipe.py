@@ -140,8 +140,9 @@ class SelectionSection(Section):
         default="one-shot", description="one-shot, or each: score again after every dropped layer"
     )
     protect: Layers = Field(default=(), description="layers that stay whatever their score")
-    preserve_pattern: Annotated[bool, NotYet] = Field(
-        default=False, description="keep the pattern of unlike layers (not available yet)"
+    preserve_pattern: bool = Field(
+        default=False,
+        description="drop only such layers that engines which count layer types still run it right",
     )
 
     @model_validator(mode="before")

@@ -87,6 +87,7 @@ class RunResult:
         seconds: stage → wall-clock seconds.
         recovery: the notes of the weight patch.
         warnings: what the user should know, in full sentences.
+        checks: what the written checkpoint was compared by, where that is less than a reload.
     """
 
     model: str
@@ -98,6 +99,7 @@ class RunResult:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
 
     @contextmanager
     def timed(self, key: str, stage: str | None = None) -> Iterator[None]:
@@ -133,4 +135,5 @@ class RunResult:
             "seconds": dict(self.seconds),
             "peak_rss_bytes": self.peak_rss_bytes,
             "warnings": list(self.warnings),
+            **({"checks": list(self.checks)} if self.checks else {}),
         }

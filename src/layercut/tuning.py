@@ -16,14 +16,12 @@ from layercut.data.tasks import TaskRow, read_rows
 from layercut.errors import RecipeError
 from layercut.evaluation import check_tasks, compared, evaluate
 from layercut.finetune_settings import FinetuneSettings
-from layercut.models.checkpoint import (
-    staged_folder,
-    verify_checkpoint,
-    write_checkpoint,
-)
+from layercut.models.checkpoint import write_checkpoint
+from layercut.models.destination import staged_folder
 from layercut.models.load import reload
 from layercut.models.open import open_model
 from layercut.models.patch import tuned_patch
+from layercut.models.verification import verify_checkpoint
 from layercut.recipe import Recipe, load_recipe
 from layercut.report.machine import peak_rss_bytes, provenance, reset_peak_rss
 from layercut.report.write import write_model_card, write_report
@@ -135,7 +133,7 @@ class TuningStage:
             shutil.rmtree(base, ignore_errors=True)
             base.mkdir(parents=True)
             write_checkpoint(view.path, view.layout, plan, patch, base)
-            verify_checkpoint(base, view)
+            verify_checkpoint(base, view, plan, patch)
         base = self.home / "layercut" / "base"
         self.tune(view, self.settings, "pruned", teacher=self.teacher, adapter_base=base)
         return tuned_patch(view, plan, patch, trained_names(view, self.settings))
@@ -254,7 +252,7 @@ def tune_checkpoint(
         with staged_folder(output_dir, overwrite=overwrite) as folder:
             with result.timed("save", "write and verify the checkpoint"):
                 write_checkpoint(view.path, view.layout, whole, patch, folder)
-                verify_checkpoint(folder, view)
+                verify_checkpoint(folder, view, whole, patch)
             result.seconds["total"] = time.perf_counter() - start
             result.peak_rss_bytes = max(result.peak_rss_bytes, peak_rss_bytes())
             write_report(result, folder / "layercut", recipe_yaml=strict_yaml.dump(used))

@@ -18,12 +18,12 @@ from layercut.errors import OutputError, PlanError, VerificationError
 from layercut.models.checkpoint import (
     save,
     staged_folder,
-    verify_checkpoint,
     write_checkpoint,
 )
 from layercut.models.load import load
 from layercut.models.patch import round_patch
 from layercut.models.preflight import layout_of
+from layercut.models.verification import verify_checkpoint
 from layercut.surgery import apply
 from layercut.types import WeightPatch
 
@@ -81,23 +81,23 @@ def test_files_that_do_not_reload_fail_verification(tiny_llama: Path, tmp_path: 
     del state["model.layers.0.mlp.up_proj.weight"]
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match=r"does not reload: .*missing keys.*up_proj"):
-        verify_checkpoint(broken, load(str(tiny_llama)))
+        verify_checkpoint(broken, load(str(tiny_llama)), plan_of(), NOTHING)
 
 
 def test_a_wrong_cache_fails_verification(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layercut.models import checkpoint
+    from layercut.models import verification
 
     def two_layers_share_a_slot(*args: Any) -> Any:
         model = load_strictly(*args)
         model.model.layers[3].self_attn.layer_idx = 2
         return model
 
-    load_strictly = checkpoint.load_strictly
-    monkeypatch.setattr(checkpoint, "load_strictly", two_layers_share_a_slot)
+    load_strictly = verification.load_strictly
+    monkeypatch.setattr(verification, "load_strictly", two_layers_share_a_slot)
     with pytest.raises(VerificationError, match="cached logits differ from its uncached ones"):
-        verify_checkpoint(tiny_llama, load(str(tiny_llama)))
+        verify_checkpoint(tiny_llama, load(str(tiny_llama)), plan_of(), NOTHING)
 
 
 DISK_FULL = """
@@ -106,6 +106,7 @@ from pathlib import Path
 from layercut.errors import ResourceError
 from layercut.models.checkpoint import save
 from layercut.models.load import load
+from layercut.models.verification import verify_checkpoint
 from layercut.surgery import apply
 from layercut.types import PruningPlan, WeightPatch
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 from itertools import pairwise
@@ -11,7 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from layercut.errors import ModelError
-from layercut.models.shards import check_plain_file, read_shard, weight_files, write_shard
+from layercut.models import shard_writer
+from layercut.models.shard_writer import write_shard
+from layercut.models.shards import check_plain_file, read_shard, read_tensor, weight_files
 
 
 @pytest.fixture
@@ -72,7 +75,7 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (raw({"t": F32 | {"shape": [3]}}, b"12345678"), "bytes of t are not where"),
         (raw({"t": F32 | {"data_offsets": [4, 12]}}, b"x" * 12), "bytes of t are not where"),
         (raw({"t": F32, "u": F32}, b"12345678"), "bytes of u are not where"),
-        (raw({"t": F32 | {"dtype": "F8_E4M3"}}, b"12345678"), "F8_E4M3, so the weights are quant"),
+        (raw({"t": F32 | {"dtype": "Q4_0"}}, b"12345678"), "tensors as Q4_0, a type that"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git-lfs pointer.*pull"),
     ],
 )
@@ -88,6 +91,40 @@ def test_a_file_that_shrinks_while_it_is_copied_is_refused(shard: Path, tmp_path
     os.truncate(shard, shard.stat().st_size - 4)
     with pytest.raises(ModelError, match="became shorter"):
         write_shard(tmp_path / "new", list(source.tensors.items()), None)
+
+
+def test_every_type_of_the_format_is_copied(tmp_path: Path) -> None:
+    sizes = {"F4": 4, "F6_E2M3": 6, "F8_E4M3": 8, "I32": 32, "U8": 8, "I64": 64, "BOOL": 8}
+    header, data = {}, b""
+    for name, bits in sizes.items():
+        end = len(data) + bits  # 8 elements each
+        header[name] = {"dtype": name, "shape": [2, 4], "data_offsets": [len(data), end]}
+        data += bytes(range(bits))
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(raw(header, data))
+    write_shard(target, list(read_shard(source).tensors.items()), None)
+    assert target.read_bytes().endswith(data)
+    assert {n: t.dtype for n, t in read_shard(target).tensors.items()} == {n: n for n in sizes}
+
+
+def test_copies_work_where_the_kernel_cannot_copy(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def across_devices(*_: object) -> int:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "copy_file_range", across_devices, raising=False)
+    monkeypatch.setattr(shard_writer, "COPY_BYTES", 7)
+    source = read_shard(shard)
+    write_shard(tmp_path / "new", list(source.tensors.items()), source.metadata)
+    assert load_file(tmp_path / "new").keys() == load_file(shard).keys()
+    for name, tensor in load_file(shard).items():
+        assert torch.equal(load_file(tmp_path / "new")[name], tensor)
+
+
+def test_stored_tensors_are_decoded(shard: Path) -> None:
+    for name, stored in read_shard(shard).tensors.items():
+        assert torch.equal(read_tensor(stored), load_file(shard)[name])
 
 
 def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from layercut import __version__
-from layercut.cli import evaluate, finetune, recipe, run
+from layercut.cli import evaluate, export_check, finetune, inspect, prune, recipe, run
 from layercut.errors import LayercutError, ResourceError
 
 TERMINATED = 143
@@ -35,7 +35,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(name="run")(run.run)
+app.command(name="inspect")(inspect.inspect)
+app.command(name="prune")(prune.prune)
 app.command(name="finetune")(finetune.finetune)
+app.command(name="export-check")(export_check.export_check)
 app.command(name="eval")(evaluate.measure)
 app.command(name="recipe", epilog=recipe.fields_help())(recipe.recipe)
 

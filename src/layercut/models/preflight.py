@@ -21,6 +21,7 @@ from layercut.models import shards
 from layercut.models.config_edit import at, read_config, section_path
 from layercut.models.families import MTP_COUNTS, rules_for
 from layercut.models.layout import Layout, find_layout, stored_layers
+from layercut.models.quantised import check_names, is_quantised
 from layercut.models.quiet import INVALID, quiet
 from layercut.models.same_layers import meta_model
 from layercut.models.shards import StoredTensor
@@ -38,11 +39,14 @@ TOKENIZER_FILES = (
 )
 """Patterns of what a tokenizer may consist of; code (.py) and pickles are never among it."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+PRUNE_BY_PLAN = (
+    "Score the original, unquantised checkpoint, then prune this one by `layercut prune MODEL "
+    "--plan plan.json`."
+)
 REFUSED_KEYS = {
     "auto_map": "needs its own code (auto_map), which layercut does not run. "
     "Use a checkpoint of a built-in transformers model.",
-    "quantization_config": "is quantised (quantization_config). "
-    "Score and prune the original, unquantised checkpoint.",
+    "quantization_config": f"is quantised (quantization_config). {PRUNE_BY_PLAN}",
     "transformers_weights": "redirects its weights to another file (transformers_weights). "
     "Remove that key and name the file model.safetensors.",
 }
@@ -50,11 +54,12 @@ MAX_NAMED = 3
 """Tensors that an error message lists."""
 
 
-def check_folder(folder: Path) -> tuple[Layout, dict[str, StoredTensor]]:
+def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[str, StoredTensor]]:
     """Refuse what cannot be loaded and pruned exactly; reads configuration and headers only.
 
     Args:
         folder: a local checkpoint.
+        as_files: its tensors are only to be copied, so they may be quantised.
 
     Returns:
         Where its layers are, and every stored tensor by name.
@@ -63,7 +68,7 @@ def check_folder(folder: Path) -> tuple[Layout, dict[str, StoredTensor]]:
         ModelError: the configuration, the weights' headers or the tokenizer files do not do.
     """
     raw = shards.read_json_object(folder / "config.json")
-    check_config(raw, folder / "config.json")
+    check_config(raw, folder / "config.json", quantised=as_files)
     for path in (*folder.glob("*.json"), *tokenizer_files(folder)):
         shards.check_plain_file(path)
     if (folder / "adapter_config.json").exists():
@@ -80,6 +85,15 @@ def check_folder(folder: Path) -> tuple[Layout, dict[str, StoredTensor]]:
     config = read_config(raw)
     model = meta_model(config)
     layout = find_layout(config, model, stored)
+    if as_files and is_quantised(raw, stored):
+        check_names(expected_shapes(model), stored, layout)
+        return layout, stored
+    for name, tensor in stored.items():
+        if tensor.dtype not in shards.DTYPES:
+            raise ModelError(
+                f"{tensor.path} stores {name} as {tensor.dtype}, so the weights are quantised. "
+                f"{PRUNE_BY_PLAN}"
+            )
     _check_weights(config, model, stored, layout)
     return layout, stored
 
@@ -94,14 +108,35 @@ def layout_of(folder: Path) -> Layout:
     return find_layout(config, meta_model(config), stored_tensors(folder))
 
 
-def check_config(config: Mapping[str, Any], path: Path) -> None:
+def check_tensors(folder: Path, layout: Layout) -> None:
+    """Refuse names and shapes that are not exactly those of the configured model.
+
+    Raises:
+        ModelError: layers or tensors are missing or surplus, or have another shape.
+    """
+    config = read_config(shards.read_json_object(folder / "config.json"))
+    _check_weights(config, meta_model(config), stored_tensors(folder), layout)
+
+
+def expected_shapes(model: Any) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Name in the state dict → (shape, may be absent from the files)."""
+    tied = model.all_tied_weights_keys
+    return {name: (tuple(t.shape), name in tied) for name, t in model.state_dict().items()}
+
+
+def check_config(config: Mapping[str, Any], path: Path, *, quantised: bool = False) -> None:
     """Refuse a parsed config.json of a model that cannot be pruned.
+
+    Args:
+        config: its content.
+        path: where it is.
+        quantised: weights may be quantised.
 
     Raises:
         ModelError: remote code, quantisation, an encoder-decoder, or an unsupported family.
     """
     for key, why in REFUSED_KEYS.items():
-        if config.get(key):
+        if config.get(key) and not (quantised and key == "quantization_config"):
             raise ModelError(f"the model of {path} {why}")
     model_type = config.get("model_type")
     if config.get("is_encoder_decoder"):

@@ -1,4 +1,4 @@
-"""safetensors files as bytes: what is stored where, and copies that never decode a tensor.
+"""safetensors files as bytes: which there are, and what is stored where.
 
 A file is 8 bytes of header length (little endian), a JSON header padded with spaces to 8 bytes,
 then the tensors' bytes without holes. The header is checked whole before anything is read.
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
@@ -27,11 +26,21 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; a larger length is a damaged or hostile file."""
-COPY_BYTES = 1 << 24
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+COPY_BYTES = 1 << 24
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""What weights are computed in; other types are copied, never decoded."""
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E5M2FNUZ", "F8_E4M3FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Every type that the format knows, and the bits of one element."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +49,7 @@ class StoredTensor:
 
     Attributes:
         path: the file.
-        dtype: ``F32``, ``F16`` or ``BF16``.
+        dtype: as the format spells it: ``F32``, ``BF16``, ``I32`` …
         shape: as the header gives it.
         begin: first byte, counted from the start of the file.
         end: one past the last byte.
@@ -145,7 +154,7 @@ def read_shard(path: Path) -> Shard:
     """Read and check the header of a safetensors file; no tensor is read.
 
     Raises:
-        ModelError: the file is damaged, or holds a dtype of quantised weights.
+        ModelError: the file is damaged, or holds a type that the format does not know.
     """
     check_plain_file(path)
     size = path.stat().st_size
@@ -163,7 +172,7 @@ def read_shard(path: Path) -> Shard:
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     expected = 8 + length
     for name, tensor in ordered.items():
-        n_bytes = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        n_bytes = math.prod(tensor.shape) * BITS[tensor.dtype] // 8
         if tensor.begin != expected or tensor.nbytes != n_bytes:
             raise _damaged(path, f"the bytes of {name} are not where they should be")
         expected = tensor.end
@@ -173,52 +182,20 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """The content of a stored tensor."""
-    with stored.path.open("rb") as file:
-        file.seek(stored.begin)
-        data = bytearray(file.read(stored.nbytes))
-    return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
-
-
-def write_shard(
-    path: Path,
-    entries: Sequence[tuple[str, Content]],
-    metadata: dict[str, str] | None,
-) -> None:
-    """Write a safetensors file; stored tensors are copied byte for byte.
-
-    Args:
-        path: a new file.
-        entries: names and contents in the order of the file.
-        metadata: ``__metadata__`` of the header.
+    """A stored tensor of one of ``DTYPES``, decoded.
 
     Raises:
-        OSError: the disk is full, or the file cannot be written.
+        ModelError: the file became shorter since its header was read.
     """
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
-    position = 0
-    for name, content in entries:
-        n_bytes = content.nbytes
-        header[name] = {
-            "dtype": _NAMES[content.dtype] if isinstance(content, Tensor) else content.dtype,
-            "shape": list(content.shape),
-            "data_offsets": [position, position + n_bytes],
-        }
-        position += n_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, content in entries:
-            if isinstance(content, Tensor):
-                flat = content.detach().cpu().contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
-            elif isinstance(content, StoredTensor):
-                copy_bytes(content.path, content.begin, content.nbytes, file)
-            else:
-                content.write_to(file)
-        file.flush()
-        os.fsync(file.fileno())
+    content = bytearray(stored.nbytes)
+    with stored.path.open("rb") as file:
+        file.seek(stored.begin)
+        if file.readinto(content) != stored.nbytes:
+            raise shrunk(stored.path)
+    dtype = DTYPES[stored.dtype]
+    if not content:
+        return torch.empty(stored.shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype).view(stored.shape)
 
 
 def _indexed_files(index: Path) -> list[str]:
@@ -241,10 +218,10 @@ def _indexed_files(index: Path) -> list[str]:
 
 
 def _entry(path: Path, entry: dict[str, Any], start: int) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
+    if entry["dtype"] not in BITS:
         raise ModelError(
-            f"{path} stores tensors as {entry['dtype']}, so the weights are quantised. "
-            "Score and prune the original, unquantised checkpoint."
+            f"{path} stores tensors as {entry['dtype']}, a type that layercut does not know. "
+            "Use a checkpoint of another format."
         )
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
@@ -253,16 +230,25 @@ def _entry(path: Path, entry: dict[str, Any], start: int) -> StoredTensor:
     return StoredTensor(path, entry["dtype"], shape, start + begin, start + end)
 
 
-def copy_bytes(path: Path, begin: int, remaining: int, target: BinaryIO) -> None:
-    """Append a part of a file to another one, a block at a time."""
-    with path.open("rb") as source:
-        source.seek(begin)
-        while remaining:
-            block = source.read(min(COPY_BYTES, remaining))
+def read_blocks(path: Path, begin: int, n_bytes: int) -> Iterator[memoryview]:
+    """A part of a file, a block at a time.
+
+    Raises:
+        ModelError: the file became shorter since its header was read.
+    """
+    with path.open("rb") as file:
+        file.seek(begin)
+        while n_bytes:
+            block = file.read(min(COPY_BYTES, n_bytes))
             if not block:
-                raise _damaged(path, "it became shorter while it was read")
-            target.write(block)
-            remaining -= len(block)
+                raise shrunk(path)
+            yield memoryview(block)
+            n_bytes -= len(block)
+
+
+def shrunk(path: Path) -> ModelError:
+    """What to raise when a file ends before its header says."""
+    return _damaged(path, "it became shorter while it was read")
 
 
 def _open(path: Path) -> BinaryIO:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from layercut import __version__
@@ -42,6 +43,16 @@ def reset_peak_rss() -> None:
     """Let the peak be counted from now on; without effect where the system cannot."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process can still take: the system's, within its control group's limit."""
+    free = [int(psutil.virtual_memory().available)]
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        free.append(limit - int((group / "memory.current").read_text(encoding="ascii")))
+    return max(0, min(free))
 
 
 def _hardware() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from layercut.errors import NumericsError, OutputError, ResourceError
+from layercut.plan_file import plan_content
 from layercut.report import comparison, figures
 from layercut.results import RunResult
 from layercut.types import LayerScores
@@ -45,12 +46,8 @@ def write_report(
     """
     content: dict[str, Any] = {"result.json": result.to_json()}
     if result.plan is not None:
-        content["plan.json"] = {
-            "schema": 1,
-            "model": result.plan.model,
-            "fingerprint": result.plan.fingerprint,
-            **result.plan.to_json(),
-        }
+        recovery = {key: result.recovery.get(key) for key in ("method", "tensors_changed")}
+        content["plan.json"] = plan_content(result.plan, recovery)
     if scores:
         content["scores.json"] = scores[-1].to_json(result.model)
     # Everything is rendered before the first byte is written: no half of a report is left behind.

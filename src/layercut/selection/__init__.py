@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from layercut import methods
 from layercut.errors import PlanError, RecipeError
 from layercut.models.droppable import check_dropped, fixed_layers
+from layercut.pattern import Kinds, pattern_to_keep
 from layercut.types import CalibrationBatches, Evidence, PruningPlan
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ class Request:
         scoring: scoring method.
         scoring_options: its options.
         rounds: score once, or again after every dropped layer.
+        kinds: the pattern that kept layers must follow, if there is one to preserve.
     """
 
     protect: frozenset[int] = frozenset()
     scoring: str = "residual-sensitivity"
     scoring_options: Mapping[str, Any] = field(default_factory=dict)
     rounds: Rounds = "one-shot"
+    kinds: Kinds | None = None
 
 
 Planner = Callable[[int], tuple[PruningPlan, Evidence]]
@@ -64,6 +67,7 @@ def select(
     drop_fraction: float | None = None,
     drop: Sequence[int] | None = None,
     protect: Sequence[int] = (),
+    preserve_pattern: bool = False,
 ) -> tuple[PruningPlan, Evidence]:
     """Choose the layers to drop; the model is unchanged afterwards.
 
@@ -78,9 +82,11 @@ def select(
         drop_fraction: or which share of them, rounded to the nearest number.
         drop: or exactly which ones; nothing is scored then.
         protect: layers that must stay.
+        preserve_pattern: drop only layers after which every kept one is of the kind that engines
+            expect in its new place.
 
     Raises:
-        RecipeError: unknown strategy or score, or two that do not go together.
+        RecipeError: unknown strategy or score, or settings that do not go together.
         PlanError: the request cannot be met by this model.
         ModelError: the family pins a layer that is named, or cannot express the kept ones.
     """
@@ -94,6 +100,9 @@ def select(
         drop=drop,
         protect=protect,
     )
+    kinds = None
+    if preserve_pattern:
+        kinds = pattern_to_keep(view, n_drop, drop=drop, protect=protect, rounds=rounds)
     if drop is not None:
         check_dropped(view, drop)
         plan = PruningPlan(
@@ -105,6 +114,7 @@ def select(
         scoring=scoring,
         scoring_options=dict(scoring_options or {}),
         rounds=rounds,
+        kinds=kinds,
     )
     plan, evidence = planner(view, batches, strategy=strategy, request=request)(n_drop)
     check_dropped(view, plan.dropped)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from layercut import progress
 from layercut.models.view import DecoderView
+from layercut.pattern import lowest_that_fit
 from layercut.scoring import score
 from layercut.selection import Planner, Request
 from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
@@ -40,7 +41,7 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
                 gradient_log = gradient_log or new.gradient_log
                 memory.append(replace(new, gradient_log=None))
             scores = memory[len(rounds)]
-            chosen, margin = lowest(scores.values, n_each, protect=request.protect)
+            chosen, margin = _choose(scores.values, n_each, request)
             dropped += chosen
             rounds.append(Round(scores.values, tuple(chosen), margin))
         evidence = Evidence(tuple(memory[: len(rounds)]), gradient_log=gradient_log)
@@ -55,6 +56,16 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
         return made, evidence
 
     return plan
+
+
+def _choose(
+    values: Sequence[float | None], n: int, request: Request
+) -> tuple[list[int], float | None]:
+    if request.kinds is None:
+        return lowest(values, n, protect=request.protect)
+    # One-shot: every layer has a score.
+    scored = [value for value in values if value is not None]
+    return list(lowest_that_fit(scored, request.kinds, n, request.protect)), None
 
 
 def lowest(

@@ -18,6 +18,7 @@ from layercut.activations import ResidualStream
 from layercut.errors import PlanError
 from layercut.evaluation.perplexity import mean_loss
 from layercut.models.view import DecoderView
+from layercut.pattern import Kinds, keeps_kinds, no_such_plan
 from layercut.pricing import (
     HELD_OUT_EVERY,
     Plan,
@@ -50,20 +51,22 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
     slopes, values = sensitivities(view, sample, dense)
     prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT)
     n_priced = int(refit.held_out_rows(sample, HELD_OUT_EVERY).sum())
-    cheapest = cheapest_plans(prices, view.n_layers, protect)
+    cheapest = cheapest_plans(prices, view.n_layers, protect, request.kinds)
     curve = {n: cheapest[n][0] / n_priced for n in sorted(cheapest)}
     bare = LayerScores(tuple(values), n_targets=sample.n_targets)
     seconds = time.perf_counter() - start
     scores = finished(view, sample, bare, request.scoring, {}, seconds)
 
     def plan(n_drop: int) -> tuple[PruningPlan, Evidence]:
-        starts = starting_plans(prices, view.n_layers, protect, n_drop)
+        starts = starting_plans(prices, view.n_layers, protect, n_drop, request.kinds)
+        if not starts and request.kinds is not None:
+            raise no_such_plan(n_drop, view.n_layers)
         if not starts:
             raise PlanError(
                 f"no plan drops {n_drop} of {view.n_layers} layers around the protected ones. "
                 "Lower drop_layers or protect fewer."
             )
-        dropped, _ = search(view, sample, dense, starts, prices, protect)
+        dropped, _ = search(view, sample, dense, starts, prices, protect, request.kinds)
         made = PruningPlan(
             model=view.name,
             n_layers=view.n_layers,
@@ -89,7 +92,11 @@ def thin(batches: CalibrationBatches) -> CalibrationBatches:
 
 
 def starting_plans(
-    prices: Prices, n_layers: int, protect: frozenset[int], n_drop: int
+    prices: Prices,
+    n_layers: int,
+    protect: frozenset[int],
+    n_drop: int,
+    kinds: Kinds | None = None,
 ) -> list[Plan]:
     """The cheapest plan with cuts of any length, and those with no cut longer than 1, 2, 3, 4, 6.
 
@@ -99,7 +106,7 @@ def starting_plans(
     plans = []
     for longest in LENGTH_LIMITS:
         allowed = {cut: price for cut, price in prices.items() if cut[1] <= longest}
-        curve = cheapest_plans(allowed, n_layers, protect)
+        curve = cheapest_plans(allowed, n_layers, protect, kinds)
         if n_drop in curve:
             plans.append(curve[n_drop][1])
     return list(dict.fromkeys(plans))
@@ -112,6 +119,7 @@ def search(
     starts: list[Plan],
     prices: Prices,
     protect: frozenset[int],
+    kinds: Kinds | None = None,
 ) -> tuple[Plan, dict[Plan, float]]:
     """Try the starts, then follow neighbours of the best by held-out loss, until the budget ends.
 
@@ -121,7 +129,8 @@ def search(
     losses = {plan: plan_loss(view, batches, dense, plan) for plan in starts}
     best = min(starts, key=lambda plan: losses[plan])
     while len(losses) < PLANS_TRIED:
-        candidates = [p for p in neighbours(best, view.n_layers, protect) if p not in losses]
+        near = neighbours(best, view.n_layers, protect)
+        candidates = [p for p in near if p not in losses and keeps_kinds(kinds, p)]
         if not candidates:
             break
         candidate = min(candidates, key=lambda plan: plan_price(plan, prices))

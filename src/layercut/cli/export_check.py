@@ -1,0 +1,46 @@
+"""``layercut export-check``: which engines would mis-run a checkpoint, and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from layercut.cli.run import set_up_libraries
+from layercut.errors import OutputError, VerificationError
+
+
+def export_check(
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A checkpoint's folder; config.json is enough.")
+    ],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the findings to this file.")
+    ] = None,
+) -> None:
+    """Say which engines would mis-run the checkpoint OUT: vLLM, llama.cpp, Ollama, older readers.
+
+    Some engines derive a layer's type from its number, which pruning changes. The exit code is 6 if
+    any known engine would mis-run OUT, else 0.
+
+    Example: layercut export-check out
+    """
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
+    set_up_libraries(offline=True)
+    from layercut.cli.display import print_fields
+    from layercut.export_check import export_check as check
+
+    findings = check(folder)
+    if json_file is not None:
+        content = {"schema": 1, "findings": [asdict(finding) for finding in findings]}
+        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if not findings:
+        print_fields(str(folder), [("Portable", "no engine is known to mis-run this checkpoint")])
+        return
+    print_fields(str(folder), [(f.engine, f"{f.why}. {f.remedy}") for f in findings])
+    engines = ", ".join(dict.fromkeys(finding.engine for finding in findings))
+    raise VerificationError(f"{folder} would be mis-run by {engines}. See above for each reason.")

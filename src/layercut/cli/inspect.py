@@ -1,0 +1,90 @@
+"""``layercut inspect``: what a checkpoint is, and whether and where it can be pruned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from layercut.cli.run import set_up_libraries
+from layercut.errors import OutputError
+
+if TYPE_CHECKING:
+    from layercut.inspection import Inspection
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a Hub name, or embedded:smollm2-135m.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write what is shown to this file.")
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never ask the Hub; use its cache only.")
+    ] = False,
+) -> None:
+    """Describe MODEL: family, layers, sizes, what must stay, and what scoring would take.
+
+    Reads the configuration and the files' headers; no weight is loaded.
+
+    Example: layercut inspect embedded:smollm2-135m
+    """
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
+    set_up_libraries(offline=offline)
+    from layercut.cli.display import print_fields
+    from layercut.inspection import inspect as described
+
+    found = described(model, revision=revision)
+    print_fields(model, list(fields(found)))
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def fields(found: Inspection) -> Iterator[tuple[str, str]]:
+    """What is shown, as (label, value)."""
+    yield "Family", f"{found.model_type} ({found.architecture})"
+    yield "Layers", "unknown" if found.n_layers is None else str(found.n_layers)
+    for first, last, layer in _runs(found.layers):
+        numbers = f"{first}" if first == last else f"{first}-{last}"
+        kind = f", {layer.kind}" if layer.kind else ""
+        yield f"  {numbers}", f"{layer.n_parameters:,} parameters each{kind}"
+    yield "Parameters", f"{found.n_parameters:,}"
+    sizes = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in found.stored.items())
+    yield "Stored as", f"{sizes}; files: {found.n_files}"
+    if found.quantisation:
+        yield "Quantised", found.quantisation
+    yield "Output head", "tied to the embedding" if found.tied else "its own"
+    if found.context:
+        yield "Context", f"{found.context:,} tokens"
+    yield "Prunable", f"no: {found.refusal}" if found.refusal else "yes"
+    if found.refusal and found.by_plan:
+        yield "", "`layercut prune` can apply a plan to it."
+    for number, layer in enumerate(found.layers):
+        if layer.pinned:
+            yield "Must stay", f"layer {number}: {layer.pinned}"
+    if found.scoring:
+        yield "Scoring", _scoring(found.scoring)
+
+
+def _runs(layers: tuple[Any, ...]) -> Iterator[tuple[int, int, Any]]:
+    """Neighbouring layers that are alike: first, last, and one of them."""
+    numbered = enumerate(layers)
+    for _, group in groupby(numbered, key=lambda item: (item[1].kind, item[1].n_parameters)):
+        members = list(group)
+        yield members[0][0], members[-1][0], members[0][1]
+
+
+def _scoring(scoring: Any) -> str:
+    seconds = scoring["seconds"]
+    minutes = f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+    return (
+        f"about {scoring['memory_bytes'] / 1e9:,.1f} GB of memory and {minutes} on this CPU, "
+        f"by the default score on {scoring['n_tokens']:,.0f} tokens"
+    )
