@@ -50,7 +50,8 @@ __all__ = [
 
 COPIED = ("generation_config.json", "LICENSE*", "NOTICE*", *TOKENIZER_FILES)
 CHECK_BATCHES, CHECK_SHAPE, PREFILL = 2, (2, 32), 24
-CACHED_TOLERANCE = 1e-5
+CACHED_TOLERANCE = 1e-4
+"""Chunked linear attention (Qwen3-Next) and its single steps differ by 3e-5 in float32."""
 
 
 def save(

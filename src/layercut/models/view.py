@@ -92,7 +92,7 @@ class DecoderView:
     @property
     def hidden_size(self) -> int:
         """Width d of the residual stream."""
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
 
     @property
     def context(self) -> int:
