@@ -46,8 +46,10 @@ NOT_PER_LAYER = re.compile(
     r".*_token_ids?|architectures|ssm_multipliers|mlp_multipliers|time_step_limit|rope_.*"
 )
 """Lists that have one entry per layer only by chance; every other list of that length is edited."""
-INDEX_ATTRIBUTE = re.compile(r"(.*_)?(idx|index|id|number)|num_hidden_layers|n_layers?")
-"""Attributes of a layer's modules that say where it stands or among how many, and so change."""
+INDEX_ATTRIBUTE = re.compile(r"(.*_)?(idx|index|id|number)")
+"""Attributes of a layer's modules that may hold a layer's number, and then change with it."""
+COUNT_ATTRIBUTE = re.compile(r"num_hidden_layers|n_layers?")
+"""Attributes of a layer's modules that may hold the number of layers."""
 INDEX_SCALED_ATTRIBUTES = frozenset({"scaling"})
 """What a layer's number enters where `FamilyRules.index_scaled` applies."""
 

@@ -206,25 +206,7 @@ def _check_weights(
             f"config.json says num_hidden_layers = {layout.n_layers}, the weights hold "
             f"{len(found)} layers. Use the configuration that belongs to these weights."
         )
-    headers = {
-        name: torch.empty(tensor.shape, dtype=shards.DTYPES[tensor.dtype], device="meta")
-        for name, tensor in stored.items()
-    }
-    try:
-        with quiet():
-            _, info = type(model).from_pretrained(
-                None,
-                config=config,
-                state_dict=headers,
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except INVALID as error:
-        raise ModelError(
-            "the weights' names and shapes do not fit config.json: transformers cannot put them "
-            "together (experts of a layer may be missing). Download the checkpoint again."
-        ) from error
+    info = _loading_info(config, model, stored)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"the weights lack {_some(missing)}. Download the checkpoint again, or use the one "
@@ -247,6 +229,35 @@ def _check_weights(
             f"{file}{name} has shape {list(shape)}, config.json makes it {list(wanted)}. "
             "Use the configuration that belongs to these weights."
         )
+
+
+def _loading_info(config: Any, model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """What transformers would miss, ignore or not fit, from the headers alone.
+
+    Raises:
+        ModelError: it cannot put the stored pieces together.
+    """
+    headers = {
+        name: torch.empty(tensor.shape, dtype=shards.DTYPES[tensor.dtype], device="meta")
+        for name, tensor in stored.items()
+    }
+    try:
+        with quiet():
+            _, info = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict=headers,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except INVALID as error:
+        raise ModelError(
+            "the weights' names and shapes do not fit config.json: transformers cannot put them "
+            "together (experts of a layer may be missing). Download the checkpoint again."
+        ) from error
+    loaded: dict[str, Any] = info
+    return loaded
 
 
 def _is_mtp(name: str, config: Any) -> bool:
