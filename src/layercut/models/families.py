@@ -53,6 +53,9 @@ COUNT_ATTRIBUTE = re.compile(r"num_hidden_layers|n_layers?")
 INDEX_SCALED_ATTRIBUTES = frozenset({"scaling"})
 """What a layer's number enters where `FamilyRules.index_scaled` applies."""
 
+ALWAYS_CAUSAL = ("gpt_neox", "gpt_neox_japanese")
+"""Families that are causal although their configuration says ``is_decoder: false``."""
+
 ATTENTION_OUTPUTS = (
     "self_attn.o_proj",
     "self_attn.out_proj",
@@ -136,6 +139,8 @@ PER_LAYER_EMBEDDINGS = {
 NO_PAIR = "a layer has no attention and MLP pair that the scores are defined on"
 SHARED_KV = "later layers reuse earlier ones' keys and values, so that no layer runs alone"
 SHARED_BLOCKS = "one shared transformer block serves several layers, and weights are tied by number"
+RESCALED = "it halves the stream and its weights every few layers, counted by their numbers"
+LISTS = "its layers return lists, which no other layer can stand in for"
 CROSS_ATTENTION = "its layers also read another stream than the text's own"
 
 FAMILIES: dict[str, FamilyRules] = {
@@ -162,6 +167,8 @@ FAMILIES: dict[str, FamilyRules] = {
     "mamba": FamilyRules(unscorable=NO_PAIR),
     "mamba2": FamilyRules(unscorable=NO_PAIR),
     "falcon_mamba": FamilyRules(unscorable=NO_PAIR),
+    "openai-gpt": FamilyRules(refused=LISTS),
+    "rwkv": FamilyRules(refused=RESCALED),
     "zamba": FamilyRules(refused=SHARED_BLOCKS),
     "zamba2": FamilyRules(refused=SHARED_BLOCKS),
     "mllama": FamilyRules(refused=CROSS_ATTENTION),

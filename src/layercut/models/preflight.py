@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from layercut.errors import ModelError
 from layercut.models import shards
 from layercut.models.config_edit import at, read_config, section_path
-from layercut.models.families import MTP_COUNTS, rules_for
+from layercut.models.families import ALWAYS_CAUSAL, MTP_COUNTS, rules_for
 from layercut.models.layout import Layout, find_layout, stored_layers
 from layercut.models.quiet import INVALID, quiet
 from layercut.models.same_layers import meta_model
@@ -78,6 +78,12 @@ def check_folder(folder: Path) -> tuple[Layout, dict[str, StoredTensor]]:
         )
     stored = stored_tensors(folder)
     config = read_config(raw)
+    text = at(config, section_path(config))
+    if getattr(text, "is_decoder", None) is False and text.model_type not in ALWAYS_CAUSAL:
+        raise ModelError(
+            f"{folder / 'config.json'}: this '{text.model_type}' is an encoder (is_decoder is "
+            "false), whose tokens see later ones. Choose a decoder-only model."
+        )
     model = meta_model(config)
     layout = find_layout(config, model, stored)
     _check_weights(config, model, stored, layout)
