@@ -36,7 +36,7 @@ def check_rows(
             f"finetune.report_to: {settings.report_to} is not installed. "
             f'Run: pip install "layercut[{settings.report_to}]", or set it to none.'
         )
-    context = int(view.model.config.max_position_embeddings)
+    context = view.context
     if settings.max_length > context:
         raise RecipeError(
             f"finetune.max_length is {settings.max_length}, but the model's context is {context} "

@@ -168,7 +168,7 @@ def _prepare(
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
     check_tasks(view, recipe.evaluation.tasks)
-    context = int(view.model.config.max_position_embeddings)
+    context = view.context
     for key in ("calibration", "evaluation"):
         if (length := getattr(recipe, key).seq_len) > context:
             raise RecipeError(

@@ -78,8 +78,9 @@ def _check_ids(view: DecoderView) -> Tensor:
 @torch.no_grad()
 def _check_logits(view: DecoderView, model: nn.Module, expected: Tensor) -> None:
     logits = model(_check_ids(view), use_cache=False).logits
-    # Queries that were rescaled for a layer's new number are rounded once more.
-    rounding = 100 * torch.finfo(expected.dtype).eps if view.layout.index_scaled else 0.0
+    # Some experts' sums have no fixed order; queries that were rescaled are rounded once more.
+    eps = torch.finfo(expected.dtype).eps
+    rounding = min(100 * eps, 0.1) if view.layout.index_scaled else min(4 * eps, 1e-6)
     gap = float((logits - expected).abs().max())
     if not gap <= rounding * float(expected.abs().max()):
         raise VerificationError(

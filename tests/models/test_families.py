@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_configs import FAMILIES, N_TOKENS, VOCABULARY, Family
+from family_configs import FAMILIES, MOE, N_TOKENS, ROTARY, VOCABULARY, Family
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -138,3 +138,19 @@ def test_drops_that_the_family_cannot_express_are_refused(
 
 def test_all_51_configurations_are_there() -> None:
     assert len(FAMILIES) == 51
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "what"),
+    [
+        ("diffllama", {"num_key_value_heads": 2}, "lambda_init would change"),
+        ("beam", MOE | {"sliding_window": 4, "n_group": 1, "topk_group": 1}, "residual_add_idx"),
+    ],
+)
+def test_families_without_a_rule_whose_layers_compute_with_their_number_are_refused(
+    tmp_path: Path, model_type: str, settings: dict[str, Any], what: str
+) -> None:
+    source = save_family(tmp_path / "source", Family(model_type, ROTARY | settings))
+    layout = layout_of(source)
+    with pytest.raises(ModelError, match=what):
+        write_checkpoint(source, layout, plan_of(0, n_layers=8), NOTHING, tmp_path)

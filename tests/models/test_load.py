@@ -74,6 +74,7 @@ REFUSALS: dict[str, tuple[Damage, str]] = {
         config(model_type="zamba2"),
         "no layer of 'zamba2' can be dropped exactly: one shared",
     ),
+    "encoder": (config(model_type="bert"), "is an encoder .is_decoder is false."),
     "encoder-decoder": (config(model_type="t5", is_encoder_decoder=True), "causal language models"),
     "quantised": (config(quantization_config={"bits": 4}), "original, unquantised checkpoint"),
     "redirected": (config(transformers_weights="x.safetensors"), "transformers_weights"),

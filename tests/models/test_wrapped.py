@@ -1,4 +1,4 @@
-"""Decoders inside multimodal models, and layers for multi-token prediction behind the decoder."""
+"""Decoders inside multimodal models, prediction layers behind the decoder, other names on disk."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from family_configs import FAMILIES, ODD, ROTARY, WINDOW, Family
 from safetensors.torch import load_file, save_file
 from test_families import NOTHING, identity_logits, save_family, strictly, tokens
+from transformers import AutoModelForCausalLM
 
 from conftest import plan_of
 from layercut.errors import ModelError
-from layercut.models.checkpoint import write_checkpoint
+from layercut.models.checkpoint import verify_checkpoint, write_checkpoint
 from layercut.models.load import load
 from layercut.surgery import apply
+from layercut.types import WeightPatch
 
 VISION = {
     "hidden_size": 16,
@@ -115,3 +117,35 @@ def test_named_prediction_layers_are_carried_along(tmp_path: Path) -> None:
     write_checkpoint(source, view.layout, plan_of(0, n_layers=8), NOTHING, out)
     assert torch.equal(tensors(out)["mtp.norm.weight"], state["mtp.norm.weight"])
     strictly(out)
+
+
+def test_names_without_the_models_prefix_stay_as_they_are(tmp_path: Path) -> None:
+    # As the Hub's oldest GPT-2 checkpoints are stored.
+    source = save_family(tmp_path / "source", FAMILIES["gpt2 inverse"])
+    state = {n.removeprefix("transformer."): t for n, t in tensors(source).items()}
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    view = load(str(source), dtype="float32")
+    plan = plan_of(1, 4, n_layers=8)
+    name = "transformer.h.5.mlp.c_proj.weight"
+    patch = WeightPatch({name: torch.randn(64, 16)}, "test")
+    out = tmp_path / "out"
+    out.mkdir()
+    write_checkpoint(source, view.layout, plan, patch, out)
+    assert torch.equal(tensors(out)["h.3.mlp.c_proj.weight"], patch.tensors[name])
+    apply(view, plan, patch)
+    with torch.no_grad():
+        logits = view.model(tokens(), use_cache=False).logits
+        assert torch.equal(strictly(out)(tokens(), use_cache=False).logits, logits)
+
+
+def test_rescaled_queries_agree_in_narrow_dtypes(tmp_path: Path) -> None:
+    source = save_family(tmp_path / "source", FAMILIES["gpt2 inverse"])
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    for dtype in ("float32", "bfloat16"):
+        view = load(str(source), dtype=dtype)
+        plan = plan_of(0, 3, n_layers=8)
+        out = tmp_path / dtype
+        out.mkdir()
+        write_checkpoint(source, view.layout, plan, NOTHING, out)
+        apply(view, plan)
+        verify_checkpoint(out, view)

@@ -42,6 +42,10 @@ MODELS = {
     "falcon": ("falcon", SIZES),
     "phi": ("phi", SIZES),
     "opt": ("opt", SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 16, "layerdrop": 0.5}),
+    "opt post-norm": (
+        "opt",
+        SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
+    ),
     "mixtral": ("mixtral", SIZES | EXPERTS),
     "gpt_oss": ("gpt_oss", SIZES | EXPERTS | {"head_dim": 4}),
     "deepseek_v3": (
@@ -66,7 +70,11 @@ REFUSED = {
     ("mixtral", "sign-merge"): ADAPTERS,
     ("gpt_oss", "sign-merge"): ADAPTERS,
     ("deepseek_v3", "sign-merge"): ADAPTERS,
-    **{(m, r): BETWEEN for m in ("granite", "gemma2", "olmo2") for r in ("projection", "refit")},
+    **{
+        (m, r): BETWEEN
+        for m in ("granite", "gemma2", "olmo2", "opt post-norm")
+        for r in ("projection", "refit")
+    },
     **{("mamba", r): ALONE for r in ("projection", "refit", "sign-merge")},
 }
 OPTIONS: dict[str, dict[str, object]] = {

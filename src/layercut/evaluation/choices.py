@@ -110,7 +110,7 @@ def texts_of(view: DecoderView, rows: Sequence[TaskRow]) -> list[Text]:
     """
     if not rows:
         raise DataError("there are no rows to answer. Give a task with at least one.")
-    context = int(view.model.config.max_position_embeddings)
+    context = view.context
     return [text for i, row in enumerate(rows) for text in _texts(view, i, row, context)]
 
 

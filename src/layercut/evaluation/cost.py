@@ -19,7 +19,7 @@ REPEATS = 5
 @torch.no_grad()
 def prefill_tokens_per_second(view: DecoderView) -> float:
     """Tokens of one 512-token prompt processed per second; best of five after a warm-up."""
-    ids = _prompt(view, min(PROMPT_TOKENS, int(view.model.config.max_position_embeddings)))
+    ids = _prompt(view, min(PROMPT_TOKENS, view.context))
 
     def prefill() -> None:
         with view.precision():

@@ -46,10 +46,15 @@ NOT_PER_LAYER = re.compile(
     r".*_token_ids?|architectures|ssm_multipliers|mlp_multipliers|time_step_limit|rope_.*"
 )
 """Lists that have one entry per layer only by chance; every other list of that length is edited."""
-INDEX_ATTRIBUTE = re.compile(r"(.*_)?(idx|index|id|number)|num_hidden_layers|n_layers?")
-"""Attributes of a layer's modules that say where it stands or among how many, and so change."""
+INDEX_ATTRIBUTE = re.compile(r"(.*_)?(idx|index|id|number)")
+"""Attributes of a layer's modules that may hold a layer's number, and then change with it."""
+COUNT_ATTRIBUTE = re.compile(r"num_hidden_layers|n_layers?")
+"""Attributes of a layer's modules that may hold the number of layers."""
 INDEX_SCALED_ATTRIBUTES = frozenset({"scaling"})
 """What a layer's number enters where `FamilyRules.index_scaled` applies."""
+
+ALWAYS_CAUSAL = ("gpt_neox", "gpt_neox_japanese")
+"""Families that are causal although their configuration says ``is_decoder: false``."""
 
 ATTENTION_OUTPUTS = (
     "self_attn.o_proj",
@@ -134,6 +139,8 @@ PER_LAYER_EMBEDDINGS = {
 NO_PAIR = "a layer has no attention and MLP pair that the scores are defined on"
 SHARED_KV = "later layers reuse earlier ones' keys and values, so that no layer runs alone"
 SHARED_BLOCKS = "one shared transformer block serves several layers, and weights are tied by number"
+RESCALED = "it halves the stream and its weights every few layers, counted by their numbers"
+LISTS = "its layers return lists, which no other layer can stand in for"
 CROSS_ATTENTION = "its layers also read another stream than the text's own"
 
 FAMILIES: dict[str, FamilyRules] = {
@@ -160,6 +167,8 @@ FAMILIES: dict[str, FamilyRules] = {
     "mamba": FamilyRules(unscorable=NO_PAIR),
     "mamba2": FamilyRules(unscorable=NO_PAIR),
     "falcon_mamba": FamilyRules(unscorable=NO_PAIR),
+    "openai-gpt": FamilyRules(refused=LISTS),
+    "rwkv": FamilyRules(refused=RESCALED),
     "zamba": FamilyRules(refused=SHARED_BLOCKS),
     "zamba2": FamilyRules(refused=SHARED_BLOCKS),
     "mllama": FamilyRules(refused=CROSS_ATTENTION),

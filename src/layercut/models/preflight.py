@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from layercut.errors import ModelError
 from layercut.models import shards
 from layercut.models.config_edit import at, read_config, section_path
-from layercut.models.families import MTP_COUNTS, rules_for
+from layercut.models.families import ALWAYS_CAUSAL, MTP_COUNTS, rules_for
 from layercut.models.layout import Layout, find_layout, stored_layers
 from layercut.models.quantised import check_names, is_quantised
 from layercut.models.quiet import INVALID, quiet
@@ -83,6 +83,12 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
         )
     stored = stored_tensors(folder)
     config = read_config(raw)
+    text = at(config, section_path(config))
+    if getattr(text, "is_decoder", None) is False and text.model_type not in ALWAYS_CAUSAL:
+        raise ModelError(
+            f"{folder / 'config.json'}: this '{text.model_type}' is an encoder (is_decoder is "
+            "false), whose tokens see later ones. Choose a decoder-only model."
+        )
     model = meta_model(config)
     layout = find_layout(config, model, stored)
     if as_files and is_quantised(raw, stored):
@@ -241,25 +247,7 @@ def _check_weights(
             f"config.json says num_hidden_layers = {layout.n_layers}, the weights hold "
             f"{len(found)} layers. Use the configuration that belongs to these weights."
         )
-    headers = {
-        name: torch.empty(tensor.shape, dtype=shards.DTYPES[tensor.dtype], device="meta")
-        for name, tensor in stored.items()
-    }
-    try:
-        with quiet():
-            _, info = type(model).from_pretrained(
-                None,
-                config=config,
-                state_dict=headers,
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except INVALID as error:
-        raise ModelError(
-            "the weights' names and shapes do not fit config.json: transformers cannot put them "
-            "together (experts of a layer may be missing). Download the checkpoint again."
-        ) from error
+    info = _loading_info(config, model, stored)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"the weights lack {_some(missing)}. Download the checkpoint again, or use the one "
@@ -282,6 +270,35 @@ def _check_weights(
             f"{file}{name} has shape {list(shape)}, config.json makes it {list(wanted)}. "
             "Use the configuration that belongs to these weights."
         )
+
+
+def _loading_info(config: Any, model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """What transformers would miss, ignore or not fit, from the headers alone.
+
+    Raises:
+        ModelError: it cannot put the stored pieces together.
+    """
+    headers = {
+        name: torch.empty(tensor.shape, dtype=shards.DTYPES[tensor.dtype], device="meta")
+        for name, tensor in stored.items()
+    }
+    try:
+        with quiet():
+            _, info = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict=headers,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except INVALID as error:
+        raise ModelError(
+            "the weights' names and shapes do not fit config.json: transformers cannot put them "
+            "together (experts of a layer may be missing). Download the checkpoint again."
+        ) from error
+    loaded: dict[str, Any] = info
+    return loaded
 
 
 def _is_mtp(name: str, config: Any) -> bool:

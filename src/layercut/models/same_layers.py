@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from layercut.errors import ModelError
 from layercut.models import shards
 from layercut.models.config_edit import Json, edit_config, read_config
-from layercut.models.families import INDEX_ATTRIBUTE, INDEX_SCALED_ATTRIBUTES
+from layercut.models.families import COUNT_ATTRIBUTE, INDEX_ATTRIBUTE, INDEX_SCALED_ATTRIBUTES
 from layercut.models.layout import Layout
 from layercut.models.quiet import INVALID, quiet
 
@@ -78,26 +78,31 @@ def check_same_layers(
             f"the pruned configuration builds {len(new)} layers instead of {len(kept)}: it cannot "
             "be expressed in this family's configuration. Choose other layers."
         )
+    new_index = {k: i for i, k in enumerate(kept)}
     for i, (before, after) in enumerate(zip((old[k] for k in kept), new, strict=True)):
-        was = _of_kept(_signature(before, exempt), kept, len(old))
-        becomes = _signature(after, exempt)
-        if was == becomes:
-            continue
-        name = next(k for k in {**was, **becomes} if was.get(k) != becomes.get(k))
-        raise ModelError(
-            f"layer {kept[i]} cannot be expressed as layer {i} of the pruned model: its {name} "
-            f"would change from {was.get(name)} to {becomes.get(name)}. Choose other layers."
-        )
+        was, becomes = _signature(before, exempt), _signature(after, exempt)
+        for name in {**was, **becomes}:
+            value, found = was.get(name), becomes.get(name)
+            if value == found or _is_place(name, value, found, new_index, len(old)):
+                continue
+            if isinstance(value, list) and len(value) == len(old):
+                value = [value[k] for k in kept]  # an entry for each of the model's layers
+            if value != found:
+                raise ModelError(
+                    f"layer {kept[i]} cannot be expressed as layer {i} of the pruned model: its "
+                    f"{name} would change from {value} to {found}. Choose other layers."
+                )
 
 
-def _of_kept(values: dict[str, Any], kept: Sequence[int], n_layers: int) -> dict[str, Any]:
-    """Some modules hold a list with an entry for each of the model's layers."""
-    return {
-        name: [value[i] for i in kept]
-        if isinstance(value, list) and len(value) == n_layers
-        else value
-        for name, value in values.items()
-    }
+def _is_place(
+    name: str, value: Any, found: Any, new_index: Mapping[int, int], n_layers: int
+) -> bool:
+    """Whether an attribute only says where a layer stands, or among how many, and changed so."""
+    attribute = name.rpartition(".")[2]
+    if COUNT_ATTRIBUTE.fullmatch(attribute):
+        return (value, found) == (n_layers, len(new_index))
+    is_index = INDEX_ATTRIBUTE.fullmatch(attribute) is not None
+    return is_index and value in new_index and new_index[value] == found
 
 
 def _signature(layer: nn.Module, exempt: frozenset[str]) -> dict[str, Any]:
@@ -112,7 +117,6 @@ def _signature(layer: nn.Module, exempt: frozenset[str]) -> dict[str, Any]:
             values[f"{prefix}{name}"] = tensor.shape
         for name, value in vars(module).items():
             plain = isinstance(value, bool | int | float | str | tuple | list | None)
-            hidden = name.startswith("_") or name in exempt or INDEX_ATTRIBUTE.fullmatch(name)
-            if plain and not hidden:
+            if plain and not name.startswith("_") and name not in exempt:
                 values[f"{prefix}{name}"] = value
     return values

@@ -27,7 +27,8 @@ from layercut.report.machine import available_memory_bytes
 from layercut.types import PruningPlan, WeightPatch
 
 CHECK_SHAPE, PREFILL = (4, 32), 24
-CACHED_TOLERANCE = 1e-5
+CACHED_TOLERANCE = 1e-4
+"""Chunked linear attention (Qwen3-Next) and its single steps differ by 3e-5 in float32."""
 REMEDY = "Nothing was saved; please report this."
 
 

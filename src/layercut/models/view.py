@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -91,7 +92,14 @@ class DecoderView:
     @property
     def hidden_size(self) -> int:
         """Width d of the residual stream."""
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        return int(self.model.config.get_text_config(decoder=True).hidden_size)
+
+    @property
+    def context(self) -> int:
+        """Longest sequence that the configuration allows; recurrent and ALiBi models set none."""
+        text = self.model.config.get_text_config(decoder=True)
+        limits = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+        return next((int(limit) for limit in limits if limit), sys.maxsize)
 
     @property
     def device(self) -> torch.device:
