@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from layercut.export_check import export_check
 from layercut.models import embedded
 from layercut.prune import prune
 
@@ -32,6 +33,7 @@ def test_mlx_lm_continues_texts_as_transformers_does(tmp_path: Path) -> None:
 
     out = tmp_path / "out"
     prune(embedded.NAME, out, drop=[10, 14, 21])
+    assert export_check(out) == ()
     reference = AutoModelForCausalLM.from_pretrained(out).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
     engine, _ = load(str(out))

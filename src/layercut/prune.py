@@ -20,7 +20,7 @@ from layercut.models.load import local_folder
 from layercut.models.preflight import check_folder, count_layers
 from layercut.models.quantised import is_quantised
 from layercut.models.verification import verify_files, verify_streamed
-from layercut.plan_file import read_plan
+from layercut.plan_file import lineage_of, read_plan
 from layercut.report.machine import peak_rss_bytes, provenance
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
@@ -69,7 +69,7 @@ def prune(
             rules, stored = check_folder(source, as_files=True)
             chosen = _plan(model, count_layers(stored, rules), given, drop or ())
             check_disk_space(source, output_dir)
-        result.plan = chosen
+        result.plan, result.lineage = chosen, lineage_of(source)
         result.recovery = {"method": "none", "tensors_changed": 0}
         result.recipe = {
             "model": model,

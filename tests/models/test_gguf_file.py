@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,7 @@ def test_a_file_becomes_an_ordinary_checkpoint_once(tmp_path: Path) -> None:
     view = load(str(path), dtype="float32")
     assert (view.n_layers, view.name) == (LAYERS, str(path))
     assert view.model.config.rope_parameters["rope_theta"] == 5000.0
+    assert json.loads((view.path / "config.json").read_text())["rope_theta"] == 5000.0
     state = view.model.state_dict()
     original = {
         n: gguf.quants.dequantize(gguf.quants.quantize(t, Q8), Q8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import platformdirs
 
 from layercut import progress
 from layercut.errors import OutputError
+from layercut.models.config_text import replace_values
 from layercut.models.destination import staged_folder
 
 Convert = Callable[[Path], None]
@@ -45,8 +47,21 @@ def cached(name: str, stage: str, prepare: Callable[[], Convert]) -> Path:
     try:
         with staged_folder(folder, overwrite=False) as partial:
             convert(partial)
+            _spell_rope_theta(partial / "config.json")
     except OutputError:
         # Another process may have put the same conversion in place first.
         if not (folder / "config.json").exists():
             raise
     return folder
+
+
+def _spell_rope_theta(path: Path) -> None:
+    """Add the key by which readers other than transformers 5 know the rotary base.
+
+    Without it mlx-lm and transformers 4 fall back to 10,000, without a word.
+    """
+    text = path.read_text(encoding="utf-8")
+    config = json.loads(text)
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in config:
+        path.write_text(replace_values(text, {"rope_theta": theta}), encoding="utf-8")

