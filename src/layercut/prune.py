@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from layercut import strict_yaml
 from layercut.errors import ModelError, PlanError
@@ -26,6 +27,8 @@ from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
 from layercut.selection import check_request
 from layercut.types import PruningPlan, WeightPatch
+
+NOTHING = WeightPatch({}, "none")
 
 
 def prune(
@@ -70,27 +73,30 @@ def prune(
             chosen = _plan(model, count_layers(stored, rules), given, drop or ())
             check_disk_space(source, output_dir)
         result.plan, result.lineage = chosen, lineage_of(source)
-        result.recovery = {"method": "none", "tensors_changed": 0}
-        result.recipe = {
-            "model": model,
-            "revision": revision,
-            "selection": {"drop": list(chosen.dropped)},
-            "recovery": {"method": "none"},
-        }
+        result.recovery = {"method": NOTHING.method, "tensors_changed": 0}
+        result.recipe = _recipe(model, revision, chosen)
+        quantised = is_quantised(shards.read_json_object(source / "config.json"), stored)
         with staged_folder(output_dir, overwrite=overwrite) as folder:
             with result.timed("save", "write the checkpoint"):
-                write_checkpoint(source, rules, chosen, WeightPatch({}, "none"), folder)
-            config = shards.read_json_object(source / "config.json")
+                write_checkpoint(source, rules, chosen, NOTHING, folder)
             with result.timed("verify", "compare it with the source"):
-                result.checks = _verify(
-                    source, folder, rules, chosen, quantised=is_quantised(config, stored)
-                )
+                result.checks = _verify(source, folder, rules, chosen, quantised=quantised)
             result.seconds["total"] = time.perf_counter() - start
             result.peak_rss_bytes = peak_rss_bytes()
             recipe_yaml = strict_yaml.dump(dict(result.recipe))
             write_report(result, folder / "layercut", recipe_yaml=recipe_yaml)
             write_model_card(result, folder / "README.md", source=source)
     return result
+
+
+def _recipe(model: str, revision: str | None, plan: PruningPlan) -> dict[str, Any]:
+    """The recipe by which `layercut run` would make the same checkpoint."""
+    return {
+        "model": model,
+        "revision": revision,
+        "selection": {"drop": list(plan.dropped)},
+        "recovery": {"method": NOTHING.method},
+    }
 
 
 def _plan(model: str, n_layers: int, given: PruningPlan | None, drop: Sequence[int]) -> PruningPlan:
@@ -115,7 +121,7 @@ def _verify(
     source: Path, folder: Path, rules: FamilyRules, plan: PruningPlan, *, quantised: bool
 ) -> list[str]:
     """Compare as much as can be; returns what was, in full sentences."""
-    n_tensors = verify_files(source, folder, rules, plan, WeightPatch({}, "none"))
+    n_tensors = verify_files(source, folder, rules, plan, NOTHING)
     check_folder(folder, as_files=True)
     checks = [f"{n_tensors:,} tensors have the names, shapes and sha256 that they should."]
     if quantised:
