@@ -296,4 +296,4 @@ def test_past_the_memory_limit_a_run_is_verified_by_files_and_streams(
         save(view, plan, patch, tmp_path / "other")
     other = WeightPatch({**patch.tensors, "model.norm.weight": torch.zeros(16)}, "test")
     with pytest.raises(VerificationError, match=r"sha256 of model\.norm\.weight"):
-        verification.verify_files(tiny_llama, tmp_path / "out", view.rules, plan, other)
+        verification.verify_files(tiny_llama, tmp_path / "out", view.layout, plan, other)

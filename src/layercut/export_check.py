@@ -144,7 +144,7 @@ RULES = (
         WHOLE_PERIODS,
     ),
     Rule(
-        OLD_READERS,
+        f"{OLD_READERS} and mlx-lm",
         ANY,
         "rope",
         "rope_parameters are not read, and the rotary base falls back to 10,000",

@@ -22,6 +22,7 @@ from layercut.models.open import open_model
 from layercut.models.verification import verify_checkpoint
 from layercut.models.view import DecoderView
 from layercut.pattern import pattern_to_keep
+from layercut.plan_file import lineage_of
 from layercut.recipe import Recipe, RecoverySection, ScoringSection, load_recipe
 from layercut.recovery import fit
 from layercut.report.machine import peak_rss_bytes, provenance
@@ -73,7 +74,7 @@ def run(
             result.stages["dense"] = evaluate(view, **measured)
         view = tuning.dense(view)
         plan, evidence, patch = _prune(result, recipe, view, batches, request, options)
-        result.plan = plan
+        result.plan, result.lineage = plan, lineage_of(view.path)
         result.recovery = {"method": patch.method, **patch.notes}
         apply(view, plan, patch)
         with result.timed("evaluate", "evaluate the pruned model"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,35 @@ MAX_BYTES = 50_000_000
 REMEDY = "Name the plan.json that `layercut run` wrote."
 
 
-def plan_content(plan: PruningPlan, recovery: Mapping[str, Any]) -> dict[str, Any]:
+def plan_content(
+    plan: PruningPlan, recovery: Mapping[str, Any], lineage: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """Content of ``plan.json``.
 
     Args:
         plan: which layers go.
+        lineage: the plans that made the input model, the first one first.
         recovery: ``method``, and ``tensors_changed``: how many kept ones changed, be it by that
             method or by a fine-tuning.
     """
     content = {"schema": 1, "model": plan.model, "fingerprint": plan.fingerprint}
-    return content | plan.to_json() | {"recovery": dict(recovery)}
+    return content | plan.to_json() | {"recovery": dict(recovery), "lineage": list(lineage)}
+
+
+def lineage_of(folder: Path) -> list[dict[str, Any]]:
+    """The plans by which a checkpoint was pruned before; none for one that layercut did not write.
+
+    Args:
+        folder: the checkpoint.
+    """
+    path = folder / "layercut" / "plan.json"
+    try:
+        content = _read(path)
+    except PlanError:
+        return []
+    earlier = content.get("lineage")
+    last = {key: content.get(key) for key in ("model", "n_layers", "dropped")}
+    return [*(earlier if isinstance(earlier, list) else ()), last]
 
 
 def read_plan(path: Path) -> PruningPlan:

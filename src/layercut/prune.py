@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from layercut import strict_yaml
 from layercut.errors import ModelError, PlanError
@@ -20,12 +21,14 @@ from layercut.models.load import local_folder
 from layercut.models.preflight import check_folder
 from layercut.models.quantised import is_quantised
 from layercut.models.verification import verify_files, verify_streamed
-from layercut.plan_file import read_plan
+from layercut.plan_file import lineage_of, read_plan
 from layercut.report.machine import peak_rss_bytes, provenance
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
 from layercut.selection import check_request
 from layercut.types import PruningPlan, WeightPatch
+
+NOTHING = WeightPatch({}, "none")
 
 
 def prune(
@@ -69,28 +72,31 @@ def prune(
             layout, stored = check_folder(source, as_files=True)
             chosen = _plan(model, layout.n_layers, given, drop or ())
             check_disk_space(source, output_dir)
-        result.plan = chosen
-        result.recovery = {"method": "none", "tensors_changed": 0}
-        result.recipe = {
-            "model": model,
-            "revision": revision,
-            "selection": {"drop": list(chosen.dropped)},
-            "recovery": {"method": "none"},
-        }
+        result.plan, result.lineage = chosen, lineage_of(source)
+        result.recovery = {"method": NOTHING.method, "tensors_changed": 0}
+        result.recipe = _recipe(model, revision, chosen)
+        quantised = is_quantised(shards.read_json_object(source / "config.json"), stored)
         with staged_folder(output_dir, overwrite=overwrite) as folder:
             with result.timed("save", "write the checkpoint"):
-                write_checkpoint(source, layout, chosen, WeightPatch({}, "none"), folder)
-            config = shards.read_json_object(source / "config.json")
+                write_checkpoint(source, layout, chosen, NOTHING, folder)
             with result.timed("verify", "compare it with the source"):
-                result.checks = _verify(
-                    source, folder, layout, chosen, quantised=is_quantised(config, stored)
-                )
+                result.checks = _verify(source, folder, layout, chosen, quantised=quantised)
             result.seconds["total"] = time.perf_counter() - start
             result.peak_rss_bytes = peak_rss_bytes()
             recipe_yaml = strict_yaml.dump(dict(result.recipe))
             write_report(result, folder / "layercut", recipe_yaml=recipe_yaml)
             write_model_card(result, folder / "README.md", source=source)
     return result
+
+
+def _recipe(model: str, revision: str | None, plan: PruningPlan) -> dict[str, Any]:
+    """The recipe by which `layercut run` would make the same checkpoint."""
+    return {
+        "model": model,
+        "revision": revision,
+        "selection": {"drop": list(plan.dropped)},
+        "recovery": {"method": NOTHING.method},
+    }
 
 
 def _plan(model: str, n_layers: int, given: PruningPlan | None, drop: Sequence[int]) -> PruningPlan:
@@ -115,7 +121,7 @@ def _verify(
     source: Path, folder: Path, layout: Layout, plan: PruningPlan, *, quantised: bool
 ) -> list[str]:
     """Compare as much as can be; returns what was, in full sentences."""
-    n_tensors = verify_files(source, folder, layout, plan, WeightPatch({}, "none"))
+    n_tensors = verify_files(source, folder, layout, plan, NOTHING)
     check_folder(folder, as_files=True)
     checks = [f"{n_tensors:,} tensors have the names, shapes and sha256 that they should."]
     if quantised:

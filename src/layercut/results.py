@@ -87,6 +87,7 @@ class RunResult:
         seconds: stage → wall-clock seconds.
         recovery: the notes of the weight patch.
         warnings: what the user should know, in full sentences.
+        lineage: the plans that made the input model, if layercut pruned it before.
         checks: what the written checkpoint was compared by, where that is less than a reload.
     """
 
@@ -100,6 +101,7 @@ class RunResult:
     peak_rss_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
+    lineage: list[dict[str, Any]] = field(default_factory=list)
 
     @contextmanager
     def timed(self, key: str, stage: str | None = None) -> Iterator[None]:
@@ -136,4 +138,5 @@ class RunResult:
             "peak_rss_bytes": self.peak_rss_bytes,
             "warnings": list(self.warnings),
             **({"checks": list(self.checks)} if self.checks else {}),
+            **({"lineage": list(self.lineage)} if self.lineage else {}),
         }

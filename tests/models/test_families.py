@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import byte_tokenizer, plan_of
 from layercut.errors import ModelError
-from layercut.models.checkpoint import cached_logits, write_checkpoint
+from layercut.models.checkpoint import write_checkpoint
 from layercut.models.load import load
 from layercut.models.preflight import layout_of
+from layercut.models.verification import cached_logits
 from layercut.surgery import apply
 from layercut.types import WeightPatch
 

@@ -240,7 +240,7 @@ def test_names_of_neither_kind_are_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_is_not_a_model_folder(tiny_llama: Path) -> None:
-    with pytest.raises(ModelError, match=r"is not a folder\. Name the folder"):
+    with pytest.raises(ModelError, match=r"is neither a folder nor a \.gguf file"):
         load(str(tiny_llama / "config.json"))
 
 

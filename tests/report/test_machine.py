@@ -3,7 +3,12 @@ from pathlib import Path
 
 import torch
 
-from layercut.report.machine import peak_rss_bytes, provenance, reset_peak_rss
+from layercut.report.machine import (
+    available_memory_bytes,
+    peak_rss_bytes,
+    provenance,
+    reset_peak_rss,
+)
 
 
 def test_provenance_names_the_versions_that_run_and_keeps_the_command() -> None:
@@ -40,3 +45,8 @@ def test_peak_memory_can_be_counted_anew() -> None:
     reset_peak_rss()
     if Path("/proc/self/clear_refs").exists():
         assert peak_rss_bytes() < high - 2**27
+
+
+def test_available_memory_is_part_of_the_machines() -> None:
+    total = provenance("x").hardware["memory_bytes"]
+    assert 0 < available_memory_bytes() <= total

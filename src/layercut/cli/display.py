@@ -187,7 +187,8 @@ def _print_lines(console: Console, result: RunResult) -> None:
 
 
 def _titles(result: RunResult) -> tuple[str, ...]:
-    return ("", *columns(result), "Change")
+    shown = columns(result)
+    return ("", *shown, "Change") if shown else ("", "")
 
 
 def _cells(result: RunResult) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:

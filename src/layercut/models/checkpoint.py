@@ -27,7 +27,7 @@ from layercut.models.shard_writer import write_shard
 from layercut.models.shards import Content
 from layercut.models.verification import verify_checkpoint
 from layercut.models.view import DecoderView
-from layercut.plan_file import plan_content
+from layercut.plan_file import lineage_of, plan_content
 from layercut.types import PruningPlan, WeightPatch
 
 __all__ = [
@@ -77,9 +77,8 @@ def save(
     check_disk_space(view.path, output_dir)
     with staged_folder(output_dir, overwrite=overwrite) as folder:
         write_checkpoint(view.path, view.layout, plan, patch, folder)
-        content = plan_content(
-            plan, {"method": patch.method, "tensors_changed": len(patch.tensors)}
-        )
+        recovery = {"method": patch.method, "tensors_changed": len(patch.tensors)}
+        content = plan_content(plan, recovery, lineage_of(view.path))
         (folder / "layercut").mkdir()
         (folder / "layercut" / "plan.json").write_text(
             json.dumps(content, indent=2) + "\n", encoding="utf-8"

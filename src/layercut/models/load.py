@@ -22,7 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from transformers import AutoTokenizer
 
 from layercut.errors import ModelError, NetworkError, NumericsError, RecipeError, suggestion
-from layercut.models import embedded, shards
+from layercut.models import embedded, gguf_file, shards
 from layercut.models.preflight import (
     TOKENIZER_FILES,
     check_folder,
@@ -45,7 +45,8 @@ def load(
     """Load a causal language model for pruning.
 
     Args:
-        model: ``embedded:smollm2-135m``, a local checkpoint folder, or a Hub name.
+        model: ``embedded:smollm2-135m``, a local checkpoint folder, a ``.gguf`` file, or a Hub
+            name.
         revision: branch, tag or commit of a Hub model.
         dtype: ``auto`` keeps the stored one (float16 becomes float32 on a CPU) and lets matrix
             products of float32 weights run in bfloat16; ``float32`` is exact; ``bfloat16``.
@@ -109,7 +110,11 @@ def local_folder(model: str, revision: str | None) -> Path:
     if model and path.is_dir():
         return path.resolve()
     if model and path.exists():
-        raise ModelError(f"{model} is not a folder. Name the folder that holds config.json.")
+        if path.suffix.lower() == ".gguf":
+            return gguf_file.checkpoint_folder(path.resolve())
+        raise ModelError(
+            f"{model} is neither a folder nor a .gguf file. Name the folder that holds config.json."
+        )
     if not HUB_NAME.fullmatch(model) or ".." in model:
         raise ModelError(
             f"'{model}' is neither an existing folder nor a Hub name like owner/name. "

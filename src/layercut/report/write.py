@@ -47,7 +47,7 @@ def write_report(
     content: dict[str, Any] = {"result.json": result.to_json()}
     if result.plan is not None:
         recovery = {key: result.recovery.get(key) for key in ("method", "tensors_changed")}
-        content["plan.json"] = plan_content(result.plan, recovery)
+        content["plan.json"] = plan_content(result.plan, recovery, result.lineage)
     if scores:
         content["scores.json"] = scores[-1].to_json(result.model)
     # Everything is rendered before the first byte is written: no half of a report is left behind.
