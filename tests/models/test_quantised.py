@@ -4,9 +4,16 @@ import pytest
 
 from layercut.errors import ModelError
 from layercut.models.families import rules_for
+from layercut.models.layout import Layout
 from layercut.models.quantised import renumbered, split_name
 
-RULES = rules_for("llama")
+LAYOUT = Layout(
+    model_type="llama",
+    rules=rules_for("llama"),
+    n_layers=20,
+    layers="model.layers",
+    stored="model.layers",
+)
 # 20 layers, of which 3 and 12 go: 4 becomes 3, 13 becomes 11.
 NEW = {old: new for new, old in enumerate(i for i in range(20) if i not in (3, 12))}
 NAMES = [
@@ -51,17 +58,17 @@ def test_names_are_split_at_the_module(name: str, parts: tuple[str, str]) -> Non
     ],
 )
 def test_entries_follow_their_layers(entry: str, new: list[str]) -> None:
-    assert renumbered([entry], RULES, NEW, NAMES) == new
-    assert renumbered({"dynamic": {entry: {"bits": 8}}}, RULES, NEW, NAMES) == {
+    assert renumbered([entry], LAYOUT, NEW, NAMES) == new
+    assert renumbered({"dynamic": {entry: {"bits": 8}}}, LAYOUT, NEW, NAMES) == {
         "dynamic": {key: {"bits": 8} for key in new}
     }
 
 
 def test_other_values_stay() -> None:
     content = {"bits": 4, "desc_act": False, "meta": None, "sizes": [1, None], "version": ">=1 (x)"}
-    assert renumbered(content, RULES, NEW, NAMES) == content
+    assert renumbered(content, LAYOUT, NEW, NAMES) == content
 
 
 def test_patterns_that_cannot_be_followed_are_refused() -> None:
     with pytest.raises(ModelError, match=r"picks layers by .*1\[0-5\].*one entry per layer"):
-        renumbered([r"re:.*layers\.1[0-5]\..*"], RULES, NEW, NAMES)
+        renumbered([r"re:.*layers\.1[0-5]\..*"], LAYOUT, NEW, NAMES)
