@@ -93,6 +93,7 @@ def _check_logits(view: DecoderView, model: nn.Module, expected: Tensor) -> None
 def _rebuild(view: DecoderView, plan: PruningPlan, state: Mapping[str, Tensor]) -> nn.Module:
     old, layout = view.model, view.layout
     config = read_config(pruned_config(view.path, layout, plan.kept))
+    config._name_or_path = old.config._name_or_path  # PEFT looks the vocabulary up there
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=old.dtype, attn_implementation=old.config._attn_implementation
