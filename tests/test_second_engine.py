@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layercut.export_check import export_check
+from layercut.file_pruning import prune
 from layercut.models import embedded
-from layercut.prune import prune
 
 INSTALL = 'pip install --no-deps "mlx[cpu]" mlx-cpu mlx-lm'
 PROMPTS = ("The capital of France is", "In 1984, the", "def add(a, b):\n")

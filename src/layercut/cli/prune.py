@@ -52,7 +52,7 @@ def prune(
     layers = None if drop is None else parse_layers(drop)
     set_up_libraries(offline=offline)
     from layercut.cli.display import print_result, progress_display
-    from layercut.prune import prune as by_files
+    from layercut.file_pruning import prune as by_files
 
     command = shlex.join(["layercut", *context.obj])
     with progress_display(quiet=quiet):

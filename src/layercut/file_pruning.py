@@ -39,7 +39,7 @@ def prune(
     drop: Sequence[int] | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    command: str = "layercut.prune(…)",
+    command: str = "layercut.file_pruning.prune(…)",
 ) -> RunResult:
     """Drop layers of a checkpoint, one tensor at a time and without loading the model.
 

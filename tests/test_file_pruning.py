@@ -13,9 +13,9 @@ from torch import Tensor
 
 from conftest import save_tiny
 from layercut.errors import ModelError, OutputError, PlanError, VerificationError
+from layercut.file_pruning import prune
 from layercut.models import verification
 from layercut.models.load import load
-from layercut.prune import prune
 from quantised_siblings import CONFIGS, edit_config, quantised
 
 Tensors = dict[str, Tensor]
@@ -247,7 +247,7 @@ def test_either_a_plan_or_layers(tiny_llama: Path, tmp_path: Path) -> None:
 def test_a_wrong_copy_is_never_kept(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    from layercut import prune as module
+    from layercut import file_pruning as module
 
     write = module.write_checkpoint
 
