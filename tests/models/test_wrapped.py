@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import plan_of
 from layercut.errors import ModelError
-from layercut.models.checkpoint import verify_checkpoint, write_checkpoint
+from layercut.models.checkpoint import write_checkpoint
 from layercut.models.load import load
+from layercut.models.verification import verify_checkpoint
 from layercut.surgery import apply
 from layercut.types import WeightPatch
 
@@ -148,4 +149,4 @@ def test_rescaled_queries_agree_in_narrow_dtypes(tmp_path: Path) -> None:
         out.mkdir()
         write_checkpoint(source, view.layout, plan, NOTHING, out)
         apply(view, plan)
-        verify_checkpoint(out, view)
+        verify_checkpoint(out, view, plan, NOTHING)

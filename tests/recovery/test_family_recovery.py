@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import byte_tokenizer, plan_of
 from layercut.errors import ModelError
-from layercut.models.checkpoint import verify_checkpoint, write_checkpoint
+from layercut.models.checkpoint import write_checkpoint
 from layercut.models.load import load
+from layercut.models.verification import verify_checkpoint
 from layercut.recovery import fit
 from layercut.surgery import apply
 from layercut.types import CalibrationBatches
@@ -120,7 +121,7 @@ def test_recovery_is_equal_on_disk_or_refused(
     assert patch.tensors or method == "refit"
     write_checkpoint(folder, view.layout, plan, patch, tmp_path)
     apply(view, plan, patch)
-    verify_checkpoint(tmp_path, view)
+    verify_checkpoint(tmp_path, view, plan, patch)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if (name, "projection") not in REFUSED])
