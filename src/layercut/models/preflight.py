@@ -6,7 +6,6 @@ here the names and shapes in the files' headers must be exactly those of the con
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from layercut.errors import ModelError
 from layercut.models import shards
 from layercut.models.config_edit import at, read_config, section_path
-from layercut.models.families import ALWAYS_CAUSAL, MTP_COUNTS, rules_for
-from layercut.models.layout import Layout, find_layout, stored_layers
+from layercut.models.families import ALWAYS_CAUSAL, rules_for
+from layercut.models.layout import Layout, find_layout
 from layercut.models.quantised import check_names, is_quantised
 from layercut.models.quiet import INVALID, quiet
 from layercut.models.same_layers import meta_model
 from layercut.models.shards import StoredTensor
+from layercut.models.stored_names import check_weights, is_mtp, some
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -50,8 +50,6 @@ REFUSED_KEYS = {
     "transformers_weights": "redirects its weights to another file (transformers_weights). "
     "Remove that key and name the file model.safetensors.",
 }
-MAX_NAMED = 3
-"""Tensors that an error message lists."""
 
 
 def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[str, StoredTensor]]:
@@ -100,7 +98,7 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
                 f"{tensor.path} stores {name} as {tensor.dtype}, so the weights are quantised. "
                 f"{PRUNE_BY_PLAN}"
             )
-    _check_weights(config, model, stored, layout)
+    check_weights(config, model, stored, layout)
     return layout, stored
 
 
@@ -121,7 +119,7 @@ def check_tensors(folder: Path, layout: Layout) -> None:
         ModelError: layers or tensors are missing or surplus, or have another shape.
     """
     config = read_config(shards.read_json_object(folder / "config.json"))
-    _check_weights(config, meta_model(config), stored_tensors(folder), layout)
+    check_weights(config, meta_model(config), stored_tensors(folder), layout)
 
 
 def expected_shapes(model: Any) -> dict[str, tuple[tuple[int, ...], bool]]:
@@ -227,88 +225,7 @@ def load_strictly(
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder} cannot be loaded: {reason}.") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(key) for key in info[kind] if not _is_mtp(str(key), model.config))
+        names = sorted(str(key) for key in info[kind] if not is_mtp(str(key), model.config))
         if names:
-            raise ModelError(f"{folder}: {kind.replace('_', ' ')} after loading: {_some(names)}.")
+            raise ModelError(f"{folder}: {kind.replace('_', ' ')} after loading: {some(names)}.")
     return model.to(device)
-
-
-def _check_weights(
-    config: Any, model: Any, stored: Mapping[str, StoredTensor], layout: Layout
-) -> None:
-    """Let transformers match the headers with the model: what it would fill or ignore is refused.
-
-    Raises:
-        ModelError: layers or tensors are missing or surplus, or have another shape.
-    """
-    found = stored_layers(layout, stored)
-    if found != set(range(layout.n_layers)):
-        raise ModelError(
-            f"config.json says num_hidden_layers = {layout.n_layers}, the weights hold "
-            f"{len(found)} layers. Use the configuration that belongs to these weights."
-        )
-    info = _loading_info(config, model, stored)
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"the weights lack {_some(missing)}. Download the checkpoint again, or use the one "
-            "of the causal language model."
-        )
-    # Old checkpoints store the rotary table of every layer; it is computed today.
-    surplus = sorted(
-        name
-        for name in info["unexpected_keys"]
-        if not name.endswith("rotary_emb.inv_freq") and not _is_mtp(name, config)
-    )
-    if surplus:
-        raise ModelError(
-            f"the weights hold {_some(surplus)}, which the configured model does not have. "
-            "Use the configuration that belongs to these weights."
-        )
-    for name, shape, wanted in info["mismatched_keys"]:
-        file = f"{stored[name].path.name}: " if name in stored else ""
-        raise ModelError(
-            f"{file}{name} has shape {list(shape)}, config.json makes it {list(wanted)}. "
-            "Use the configuration that belongs to these weights."
-        )
-
-
-def _loading_info(config: Any, model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """What transformers would miss, ignore or not fit, from the headers alone.
-
-    Raises:
-        ModelError: it cannot put the stored pieces together.
-    """
-    headers = {
-        name: torch.empty(tensor.shape, dtype=shards.DTYPES[tensor.dtype], device="meta")
-        for name, tensor in stored.items()
-    }
-    try:
-        with quiet():
-            _, info = type(model).from_pretrained(
-                None,
-                config=config,
-                state_dict=headers,
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except INVALID as error:
-        raise ModelError(
-            "the weights' names and shapes do not fit config.json: transformers cannot put them "
-            "together (experts of a layer may be missing). Download the checkpoint again."
-        ) from error
-    loaded: dict[str, Any] = info
-    return loaded
-
-
-def _is_mtp(name: str, config: Any) -> bool:
-    """Whether a tensor belongs to the multi-token prediction layers behind the decoder's."""
-    text = at(config, section_path(config))
-    count = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
-    found = re.search(r"\.(\d+)\.", name)
-    return found is not None and 0 <= int(found.group(1)) - text.num_hidden_layers < count
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
