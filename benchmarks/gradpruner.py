@@ -1,7 +1,7 @@
 """Pruning inside fine-tuning: accuracy of pruned and tuned models against the tuned dense one.
 
 Run  python benchmarks/gradpruner.py [--rows dense ours igia+merge …] [--sizes 6 9 12] [--seeds 0 1]
-         [--train-rows 6016] [--train SOURCE --test SOURCE] [--learning-rate 1e-4] [--distill 0.5]
+         [--train-rows 6016] [--train SOURCE --test SOURCE] [--learning-rate 1e-4]
 Every row of the table is one model, tuned on the same training rows in the same steps. Finished
 rows are kept in benchmarks/results/gradpruner.json; the same call goes on behind them. `--rows`
 takes any of METHODS; merge-10 … merge-50 sweep the share that GradPruner merges. Calibration
@@ -37,10 +37,15 @@ from task_files import write_rows
 
 MODEL = "embedded:smollm2-135m"
 DENSE = "dense"
-ALONE = {"distill": None}
+SHORT_ROWS = "eager"
+"""On a CPU, plain attention products over rows of some 32 tokens take a quarter off a step."""
 MAIN = (DENSE, "ours", "igia+merge", "reverse-order", "random", "block-influence")
+DISTILL = {"weight": 0.9, "temperature": 1.0, "over": "choices"}
 METHODS: dict[str, dict[str, Any]] = {
-    "ours": {"scoring": "reverse-order", "recovery": "refit"},
+    "ours": {"scoring": "reverse-order", "recovery": "refit", "distill": DISTILL},
+    "ours-labels": {"scoring": "reverse-order", "recovery": "refit"},
+    "reverse+distill": {"scoring": "reverse-order", "recovery": "none", "distill": DISTILL},
+    "igia+merge+distill": {"scoring": "igia", "recovery": "sign-merge", "distill": DISTILL},
     "cuts+refit": {
         "strategy": "priced-cuts",
         "scoring": "residual-sensitivity",
@@ -80,14 +85,14 @@ def main() -> None:
     batches = calibration(train, view.tokenizer, arguments.sequences)
     for seed in arguments.seeds:
         for size, method in jobs(arguments):
-            distilled = size and settings.distill
-            label = f"{method}+distill-{arguments.distill}" if distilled else method
-            key = f"{digest}/{label}/{size}/{seed}"
+            key = f"{digest}/{method}/{size}/{seed}"
             if key in stored()["rows"]:
                 continue
-            own = settings.model_copy(update={"seed": seed} | ({} if distilled else ALONE))
+            how = METHODS.get(method, {}).get("distill")
+            distill = DistillSettings(**how) if how else None
+            own = settings.model_copy(update={"seed": seed, "distill": distill})
             weights = RESULTS.with_name(f"gradpruner-{digest}-{seed}.safetensors")
-            teacher = tuned_dense(view, train, own, weights) if distilled else None
+            teacher = tuned_dense(view, train, own, weights) if distill else None
             row = measure(view, batches, train, test, own, method, size, arguments.steps, teacher)
             if not size:
                 keep_tuned(view, own, weights)
@@ -112,7 +117,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--distill", type=float, default=None, help="weight of the term")
     parser.add_argument("--steps", type=int, default=10, help="early steps behind IGIA")
     parser.add_argument("--sequences", type=int, default=64, help="calibration windows of 256")
     return parser.parse_args()
@@ -137,7 +141,6 @@ def tuning_settings(arguments: argparse.Namespace, n_train: int) -> FinetuneSett
         batch_size=batch_size,
         accumulation=min(arguments.accumulation, n_train // batch_size),
         max_length=arguments.max_length,
-        distill=DistillSettings(weight=arguments.distill) if arguments.distill else None,
     )
 
 
@@ -171,8 +174,7 @@ def measure(
     start = time.perf_counter()
     plan = prune(view, batches, train, settings, method, size, steps) if size else None
     pruned_seconds = time.perf_counter() - start
-    # On a CPU, plain attention products over rows of some 32 tokens take a quarter off a step.
-    view.model.set_attn_implementation("eager")
+    view.model.set_attn_implementation(SHORT_ROWS)
     before = accuracy(answer(view, test).correct)
     reset_peak_rss()
     tuning = tune(view, train, settings, teacher=teacher)
@@ -241,12 +243,13 @@ def tuned_dense(
 ) -> DecoderView:
     """The tuned dense model of this seed, the teacher; its weights are kept in ``path``."""
     teacher = reload(view)
+    teacher.model.set_attn_implementation(SHORT_ROWS)
     if path.exists():
         state = teacher.model.state_dict()
         for name, tensor in load_file(path).items():
             state[name].copy_(tensor)
         return teacher
-    own = settings.model_copy(update=ALONE)
+    own = settings.model_copy(update={"distill": None})
     tune(teacher, train, own)
     keep_tuned(teacher, own, path)
     return teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,53 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(view: DecoderView,
         loss = float(trainer.compute_loss(trainer.model, first_batch(trainer)))
     detach(view, trainer)
     assert loss == pytest.approx(0, abs=1e-5)
+
+
+def test_distilling_over_choices_sees_their_tokens_alone(view: DecoderView, tmp_path: Path):
+    teacher = reload(view)
+    with torch.no_grad():
+        teacher.model.lm_head.weight.mul_(1.5)
+    distill = DistillSettings(weight=1, temperature=1, over="choices")
+    chosen = settings(distill=distill)
+    rows = [replace(row, prompt=f"{i}?", choices=("a", "b")) for i, row in enumerate(ROWS)]
+    trainer = build_trainer(view, rows, chosen, output_dir=tmp_path, teacher=teacher)
+    batch = first_batch(trainer)
+    with torch.no_grad():
+        loss = float(trainer.compute_loss(trainer.model, dict(batch)))
+        labelled = batch["labels"][:, 1:] != -100
+        ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        tokens = [view.tokenizer(choice)["input_ids"][-1] for choice in ("a", "b")]
+        student, guide = (
+            model(**ids).logits[:, :-1][labelled][:, tokens].log_softmax(dim=-1)
+            for model in (view.model, teacher.model)
+        )
+    detach(view, trainer)
+    # KL(guide ‖ student) of two-way distributions, averaged over the labels.
+    by_hand = (guide.exp() * (guide - student)).sum(dim=-1).mean()
+    assert loss == pytest.approx(float(by_hand), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([TaskRow("x", ("a",))] * 8, DataError, "needs rows that share their choices"),
+        (
+            [TaskRow("x", ("a", "b"), i % 2) for i in range(8)] + [TaskRow("y", ("a", "c"), 0)],
+            DataError,
+            "needs rows that share their choices",
+        ),
+        (
+            [TaskRow("x", ("a", " no such word"), i % 2) for i in range(8)],
+            RecipeError,
+            "choices of one token, but 'no such word' has",
+        ),
+    ],
+)
+def test_distilling_over_choices_needs_shared_choices_of_one_token(
+    view: DecoderView, rows: list[TaskRow], error: type[LayercutError], message: str
+):
+    with pytest.raises(error, match=message):
+        check_rows(view, rows, settings(distill=DistillSettings(over="choices")))
 
 
 def test_a_step_is_a_random_draw_cut_into_rows_of_like_length():

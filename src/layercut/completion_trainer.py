@@ -31,10 +31,12 @@ class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
     Attributes:
         distill: the weight and temperature of the distillation term, if there is one.
         teacher: the model to distil from.
+        choices: tokens that the distributions are restricted to, (n,); ``None``: all.
     """
 
     distill: DistillSettings | None = None
     teacher: DecoderView | None = None
+    choices: Tensor | None = None
 
     def compute_loss(
         self,
@@ -65,7 +67,10 @@ class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
         if self.distill is not None and self.teacher is not None:
             with torch.no_grad(), self.teacher.precision():
                 guide = self.teacher.model(**inputs, use_cache=False, logits_to_keep=positions)
-            term = divergence(logits, guide.logits[kept].float(), self.distill.temperature)
+            pair = logits, guide.logits[kept].float()
+            if self.choices is not None:
+                pair = pair[0][:, self.choices], pair[1][:, self.choices]
+            term = divergence(*pair, self.distill.temperature)
             loss = (1 - self.distill.weight) * loss + self.distill.weight * term
         if num_items_in_batch is None:
             loss = loss / kept.sum()

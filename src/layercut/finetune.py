@@ -26,7 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from layercut.completion_trainer import CompletionTrainer, Watch
 from layercut.data.tasks import TaskRow
 from layercut.errors import RecipeError
-from layercut.finetune_checks import check_rows, pad_token
+from layercut.finetune_checks import check_rows, choice_tokens, pad_token
 from layercut.finetune_settings import FinetuneSettings
 from layercut.models.view import DecoderView
 from layercut.resume import (
@@ -187,6 +187,8 @@ def build_trainer(
         )
     trainer.remove_callback(PrinterCallback)
     trainer.distill, trainer.teacher = settings.distill, teacher
+    if settings.distill is not None and settings.distill.over == "choices":
+        trainer.choices = torch.tensor(choice_tokens(rows, view.tokenizer), device=view.device)
     return trainer
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from layercut.data.encoding import training_example
+from layercut.data.encoding import encode_choices, training_example
 from layercut.data.tasks import TaskRow, check_classes
 from layercut.errors import DataError, ModelError, RecipeError
 from layercut.finetune_settings import FinetuneSettings
@@ -49,7 +49,33 @@ def check_rows(
             "Use more rows, or lower finetune.batch_size or finetune.accumulation."
         )
     check_classes(rows)
+    if settings.distill is not None and settings.distill.over == "choices":
+        choice_tokens(rows, view.tokenizer)
     return [training_example(row, view.tokenizer, settings.max_length) for row in rows]
+
+
+def choice_tokens(rows: Sequence[TaskRow], tokenizer: Any) -> list[int]:
+    """The token of each of the choices that all rows share.
+
+    Raises:
+        DataError: the rows have no choices, or each its own.
+        RecipeError: a choice has several tokens.
+    """
+    choices = rows[0].choices
+    other = next((row for row in rows if row.choices != choices or row.ending), None)
+    if len(choices) < 2 or other is not None:
+        raise DataError(
+            f"{(other or rows[0]).where}: finetune.distill.over: choices needs rows that share "
+            "their choices. Set it to vocabulary."
+        )
+    targets = [encoded.targets for encoded in encode_choices(rows[0], tokenizer)]
+    for choice, tokens in zip(choices, targets, strict=True):
+        if len(tokens) > 1:
+            raise RecipeError(
+                f"finetune.distill.over: choices needs choices of one token, but "
+                f"'{choice.strip()}' has {len(tokens)}. Set it to vocabulary."
+            )
+    return [tokens[0] for tokens in targets]
 
 
 def pad_token(view: DecoderView) -> int:

@@ -21,13 +21,18 @@ class LoraSettings(Section):
 
 
 class DistillSettings(Section):
-    """A further loss term: the dense model's distribution over the completion's tokens."""
+    """A further loss term: the dense model's distribution where the labels are."""
 
     weight: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="share of the loss; the labels keep the rest"
     )
     temperature: Positive = Field(
         default=2.0, description="softens both distributions; the term is scaled by its square"
+    )
+    over: Literal["vocabulary", "choices"] = Field(
+        default="vocabulary",
+        description="what the distributions are over: all tokens, or the choices that all rows "
+        "share, of one token each",
     )
 
 
