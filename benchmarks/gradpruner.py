@@ -31,6 +31,7 @@ from layercut.finetune_settings import DistillSettings, FinetuneSettings
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
 from layercut.report.machine import peak_rss_bytes, reset_peak_rss
+from layercut.selection import Planner, Request, planner
 from layercut.types import CalibrationBatches, PruningPlan
 from row_store import RESULTS, print_table, save, stored
 from task_files import write_rows
@@ -40,7 +41,11 @@ DENSE = "dense"
 SHORT_ROWS = "eager"
 """On a CPU, plain attention products over rows of some 32 tokens take a quarter off a step."""
 MAIN = (DENSE, "ours", "igia+merge", "reverse-order", "random", "block-influence")
-DISTILL = {"weight": 0.9, "temperature": 1.0, "over": "choices"}
+PLANNERS: dict[tuple[Any, ...], Planner] = {}
+"""One early run of a seed serves every size and share of the same process; its seconds are booked
+with the first row that needs it."""
+
+DISTILL = {"over": "choices"}
 METHODS: dict[str, dict[str, Any]] = {
     "ours": {"scoring": "reverse-order", "recovery": "refit", "distill": DISTILL},
     "ours-labels": {"scoring": "reverse-order", "recovery": "refit"},
@@ -93,7 +98,13 @@ def main() -> None:
             own = settings.model_copy(update={"seed": seed, "distill": distill})
             weights = RESULTS.with_name(f"gradpruner-{digest}-{seed}.safetensors")
             teacher = tuned_dense(view, train, own, weights) if distill else None
-            row = measure(view, batches, train, test, own, method, size, arguments.steps, teacher)
+            plan = None
+            start = time.perf_counter()
+            if size:
+                plan = prune(view, batches, train, own, method, size, arguments.steps)
+            seconds = time.perf_counter() - start
+            row = measure(view, plan, train, test, own, teacher, not arguments.no_zero_shot)
+            row["prune_seconds"] = seconds
             if not size:
                 keep_tuned(view, own, weights)
             view = reload(view)
@@ -118,6 +129,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=10, help="early steps behind IGIA")
+    parser.add_argument("--no-zero-shot", action="store_true", help="answer after tuning only")
     parser.add_argument("--sequences", type=int, default=64, help="calibration windows of 256")
     return parser.parse_args()
 
@@ -161,31 +173,25 @@ def jobs(arguments: argparse.Namespace) -> list[tuple[int, str]]:
 
 def measure(
     view: DecoderView,
-    batches: CalibrationBatches,
+    plan: PruningPlan | None,
     train: Sequence[TaskRow],
     test: Sequence[TaskRow],
     settings: FinetuneSettings,
-    method: str,
-    size: int,
-    steps: int,
     teacher: DecoderView | None,
+    zero_shot: bool,
 ) -> dict[str, Any]:
-    """Prune, tune and answer; ``view`` is changed."""
-    start = time.perf_counter()
-    plan = prune(view, batches, train, settings, method, size, steps) if size else None
-    pruned_seconds = time.perf_counter() - start
+    """Tune and answer; ``view`` is changed."""
     view.model.set_attn_implementation(SHORT_ROWS)
-    before = accuracy(answer(view, test).correct)
+    before = accuracy(answer(view, test).correct).value if zero_shot else None
     reset_peak_rss()
     tuning = tune(view, train, settings, teacher=teacher)
     after = accuracy(answer(view, test).correct)
     return {
         "dropped": plan.dropped if plan else (),
-        "zero_shot": before.value,
+        "zero_shot": before,
         "accuracy": after.value,
         "stderr": after.stderr,
         "outcomes": "".join(str(int(right)) for right in after.outcomes),
-        "prune_seconds": pruned_seconds,
         "train_seconds": tuning.train_seconds,
         "steps": tuning.n_steps,
         "loss": tuning.loss,
@@ -205,22 +211,21 @@ def prune(
     steps: int,
 ) -> PruningPlan:
     how = METHODS[method]
-    scoring_options: dict[str, Any] = {"seed": settings.seed} if method == "random" else {}
-    needs_preceding = how["recovery"] in ("refit", "sign-merge")
+    scoring_options: dict[str, Any] = {"seed": settings.seed} if how["scoring"] == "random" else {}
+    protect = {0} if how["recovery"] in ("refit", "sign-merge") else set()
+    strategy = how.get("strategy", "lowest")
+    shared = (strategy, how["scoring"], settings.seed, bool(protect))
     with tempfile.TemporaryDirectory(prefix="layercut-rows-") as folder:
         if how["scoring"] == "igia":
             data = write_rows(train, Path(folder) / "train.jsonl")
             n_run = n_steps(settings, len(train))
             scoring_options = early_run(settings, data, n_run, steps)
-        plan, evidence = layercut.select(
-            view,
-            batches,
-            strategy=how.get("strategy", "lowest"),
-            scoring=how["scoring"],
-            scoring_options=scoring_options,
-            drop_layers=size,
-            protect=[0] if needs_preceding else [],
-        )
+        if shared not in PLANNERS:
+            request = Request(
+                protect=frozenset(protect), scoring=how["scoring"], scoring_options=scoring_options
+            )
+            PLANNERS[shared] = planner(view, batches, strategy=strategy, request=request)
+        plan, evidence = PLANNERS[shared](size)
     options = how.get("recovery_options", {})
     patch = layercut.fit(view, plan, evidence, batches, method=how["recovery"], **options)
     layercut.apply(view, plan, patch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -67,4 +68,6 @@ def bits(row: dict[str, Any]) -> tuple[bool, ...]:
 
 
 def mean_of(seeds: dict[str, Any], name: str) -> float:
-    return statistics.fmean(row[name] for row in seeds.values())
+    """NaN where a row has not measured it."""
+    values = [row[name] for row in seeds.values()]
+    return math.nan if None in values else statistics.fmean(values)
