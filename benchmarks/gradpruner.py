@@ -224,7 +224,9 @@ def prune(
             request = Request(
                 protect=frozenset(protect), scoring=how["scoring"], scoring_options=scoring_options
             )
-            PLANNERS[shared] = planner(view, batches, strategy=strategy, request=request)
+            own = reload(view)  # the planner goes on using it; `view` is about to be pruned
+            own.model.set_attn_implementation(SHORT_ROWS)
+            PLANNERS[shared] = planner(own, batches, strategy=strategy, request=request)
         plan, evidence = PLANNERS[shared](size)
     options = how.get("recovery_options", {})
     patch = layercut.fit(view, plan, evidence, batches, method=how["recovery"], **options)
