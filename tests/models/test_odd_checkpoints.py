@@ -103,6 +103,18 @@ def test_the_number_of_layers_is_edited_in_every_spelling(tmp_path: Path) -> Non
     assert [config[key] for key in spellings] == [4, 4, 4, 12]
 
 
+def test_lists_that_are_as_long_as_the_model_by_chance_stay(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source")
+    chance = {"suppress_tokens": [3, 4, 5, 6, 7, 8], "bad_words_ids": [[i] for i in range(6)]}
+    edit_config(
+        source, **chance, eos_token_id=[0, 1, 2, 3, 4, 5], unknown_scales=[0, 1, 2, 3, 4, 5]
+    )
+    config = json.loads((prune_both_ways(source, tmp_path) / "config.json").read_text())
+    assert {key: config[key] for key in chance} == chance
+    assert config["eos_token_id"] == [0, 1, 2, 3, 4, 5]
+    assert config["unknown_scales"] == [0, 2, 3, 5]
+
+
 def test_line_ends_of_a_configuration_stay(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source")
     text = (source / "config.json").read_bytes()

@@ -60,7 +60,8 @@ LEFTOVER_TABLES = re.compile(
 )
 """Masks and rotary tables that old checkpoints store in every layer; they are computed today."""
 NOT_PER_LAYER = re.compile(
-    r".*_token_ids?|architectures|ssm_multipliers|mlp_multipliers|time_step_limit|rope_.*"
+    r".*_ids?|.*_tokens|.*_labels|architectures|ssm_multipliers|mlp_multipliers|time_step_limit|"
+    r"rope_.*"
 )
 """Lists that have one entry per layer only by chance; every other list of that length is edited."""
 INDEX_ATTRIBUTE = re.compile(r"(.*_)?(idx|index|id|number)")
