@@ -118,6 +118,25 @@ def test_rotary_bases_that_older_readers_miss(tmp_path: Path) -> None:
     assert engines(write(tmp_path, of("llama"), rope_parameters=theta, rope_theta=5e5)) == []
 
 
+@pytest.mark.parametrize(
+    ("inside", "beside"),
+    [
+        (
+            {"rope_type": "linear", "factor": 2.0},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        ),
+        ({"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_scalings_and_partial_rotations_that_older_readers_miss(
+    tmp_path: Path, inside: dict, beside: dict
+) -> None:
+    config = of("llama")
+    found = engines(write(tmp_path, config, rope_parameters=ROPE | inside, rope_theta=1e4))
+    assert found == ["transformers v4 and mlx-lm"]
+    assert engines(write(tmp_path, config, rope_parameters=ROPE | inside, **beside)) == []
+
+
 def test_configurations_that_cannot_be_judged_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json cannot be read"):
         export_check(tmp_path)

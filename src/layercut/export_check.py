@@ -23,6 +23,12 @@ from layercut.pattern import derived_kinds, given_kinds
 LLAMA_CPP = "llama.cpp and Ollama"
 OLD_READERS = "transformers v4"
 DEFAULT_THETA = 10_000.0
+ROPE_KEYS = (
+    ("rope_theta", "rope_theta", DEFAULT_THETA),
+    ("rope_type", "rope_scaling", "default"),
+    ("partial_rotary_factor", "partial_rotary_factor", 1.0),
+)
+"""Key inside rope_parameters, where older readers look for it, what they take without it."""
 GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 """The number of layers by which llama.cpp and Ollama know a 27B model, and choose its scale."""
 GEMMA3N_FIRST_SHARED = 20
@@ -147,8 +153,10 @@ RULES = (
         f"{OLD_READERS} and mlx-lm",
         ANY,
         "rope",
-        "rope_parameters are not read, and the rotary base falls back to 10,000",
-        "Add rope_theta to config.json, with the value inside rope_parameters.",
+        "rope_parameters are not read: the rotary base falls back to 10,000, and a scaling or a "
+        "partial rotation to none",
+        "Add rope_theta, rope_scaling and partial_rotary_factor to config.json as they are inside "
+        "rope_parameters.",
     ),
     Rule(
         "vLLM, llama.cpp and Ollama",
@@ -210,11 +218,14 @@ def _count_scale(state: ExportState) -> bool:
 
 
 def _rope(state: ExportState) -> bool:
-    parameters = state.raw.get("rope_parameters")
-    if not isinstance(parameters, Mapping) or "rope_theta" in state.raw:
+    parameters, raw = state.raw.get("rope_parameters"), state.raw
+    if not isinstance(parameters, Mapping):
         return False
     inner = [part for part in parameters.values() if isinstance(part, Mapping)] or [parameters]
-    return any(part.get("rope_theta", DEFAULT_THETA) != DEFAULT_THETA for part in inner)
+    return any(
+        old_key not in raw and any(part.get(key, default) != default for part in inner)
+        for key, old_key, default in ROPE_KEYS
+    )
 
 
 CONDITIONS: Mapping[str, Callable[[ExportState], bool]] = {

@@ -47,7 +47,7 @@ def check_model(room: Room, name: str, view: DecoderView) -> None:
     Raises:
         ModelError: the family's layers cannot be run or compared alone.
     """
-    why = view.layout.rules.unscorable
+    why = view.layout.unscorable
     if why and getattr(load_method(room, name), "READS_MODEL", True):
         raise ModelError(
             f"{room} '{name}' cannot work on '{view.layout.model_type}': {why}. Name the layers "

@@ -8,6 +8,7 @@ when it is loaded. Its parameters are the old model's own tensors; nothing is co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from layercut.models.forward import settled
 from layercut.models.layout import Layout
 from layercut.models.patch import rescaled
 from layercut.models.same_layers import pruned_config
+from layercut.models.verification import rescaled_rounding
 from layercut.models.view import DecoderView
 from layercut.types import PruningPlan, WeightPatch
 
@@ -80,7 +82,8 @@ def _check_logits(view: DecoderView, model: nn.Module, expected: Tensor) -> None
     logits = model(_check_ids(view), use_cache=False).logits
     # Some experts' sums have no fixed order; queries that were rescaled are rounded once more.
     eps = torch.finfo(expected.dtype).eps
-    rounding = min(100 * eps, 0.1) if view.layout.index_scaled else min(4 * eps, 1e-6)
+    scaled = view.layout.index_scaled
+    rounding = rescaled_rounding(expected) if scaled else min(4 * eps, 1e-6)
     gap = float((logits - expected).abs().max())
     if not gap <= rounding * float(expected.abs().max()):
         raise VerificationError(
@@ -104,7 +107,10 @@ def _rebuild(view: DecoderView, plan: PruningPlan, state: Mapping[str, Tensor]) 
         if (name := layout.new_name(old_name, plan.new_index)) is not None
     }
     model.load_state_dict(renamed, strict=True, assign=True)
-    model.tie_weights()  # type: ignore[operator]
+    # A head that is stored beside the embedding is its own, whatever the configuration says.
+    tied: Any = model.all_tied_weights_keys
+    if all(renamed[name].data_ptr() == renamed[other].data_ptr() for name, other in tied.items()):
+        model.tie_weights()  # type: ignore[operator]
     _carry_buffers(old, model, layout, plan.new_index)
     model.generation_config = old.generation_config
     return model
@@ -131,5 +137,6 @@ def _carry_buffers(
             continue
         path, _, attribute = name.rpartition(".")
         module = new.get_submodule(path)
-        if getattr(module, attribute).is_meta:
+        # A rotary table of a kind of layers that are all gone has no place any more.
+        if hasattr(module, attribute) and getattr(module, attribute).is_meta:
             setattr(module, attribute, buffer)

@@ -97,7 +97,8 @@ def index(name: str) -> Damage:
 
 
 def stale_index(folder: Path) -> None:
-    content = {"weight_map": {"model.norm.weight": "model.safetensors"}}
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"")
+    content = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
@@ -132,6 +133,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "17 absolute": (index("/etc/passwd"), "security: "),
     "18 missing shard": (index("model-00001-of-00002.safetensors"), "which is missing from"),
     "19 stale": (stale_index, "one of them is stale"),
+    "82 licence pipe": (lambda f: os.mkfifo(f / "LICENSE"), "LICENSE is a named pipe"),
     "82 config pipe": (instead("config.json", os.mkfifo), "config.json is a named pipe"),
     "82 weights folder": (instead("model.safetensors", Path.mkdir), "is a folder where a file"),
     "82 weights socket": (instead("model.safetensors", bind), "is a socket where a file"),

@@ -161,13 +161,20 @@ def test_side_files_are_copied_and_code_pickles_and_cards_are_not(tmp_path: Path
     (source / "chat_template.jinja").write_bytes(b"{{ x }}\r\n")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("{{ y }}")
-    (source / "LICENSE").write_text("free")
+    (source / "LICENSES").mkdir()
+    (source / "tokenizer").mkdir()
+    legal = ("LICENCE", "License.md", "COPYING", "USE_POLICY.md", "Notice.txt", "LICENSES/MIT.txt")
+    processing = ("chat_template.json", "preprocessor_config.json", "processor_config.json")
+    for name in ("LICENSE", *legal, *processing):
+        (source / name).write_text("{}")
     (source / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": false}')
     for name in ("README.md", "tokenizer_x.py", "vocab.bin", "training_args.bin", "other.txt"):
         (source / name).write_text("x")
     out = write(source, tmp_path / "out", 2)
     copied = {
         "LICENSE",
+        *legal,
+        *processing,
         "additional_chat_templates/tools.jinja",
         "chat_template.jinja",
         "generation_config.json",

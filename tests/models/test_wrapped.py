@@ -69,6 +69,22 @@ def test_a_multimodal_models_decoder_is_pruned_and_the_rest_copied(tmp_path: Pat
         assert torch.equal(view.model(tokens(), use_cache=False).logits, logits)
 
 
+def test_a_quantisation_that_the_text_decoder_configures_follows_its_layers(
+    tmp_path: Path,
+) -> None:
+    source = save_family(tmp_path / "source", WRAPPER)
+    layout = load(str(source), dtype="float32").layout
+    config = json.loads((source / "config.json").read_text())
+    ignored = [f"{layout.stored}.{layer}.mlp" for layer in (1, 5)]
+    config["text_config"]["quantization_config"] = {"quant_method": "x", "ignore": ignored}
+    (source / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    out.mkdir()
+    write_checkpoint(source, layout, plan_of(1, n_layers=8), NOTHING, out)
+    text = json.loads((out / "config.json").read_text())["text_config"]
+    assert text["quantization_config"]["ignore"] == [f"{layout.stored}.4.mlp"]
+
+
 @pytest.fixture
 def with_mtp(tmp_path: Path) -> Path:
     """DeepSeek-V3 with one layer for multi-token prediction, stored as layer 8 of 8."""

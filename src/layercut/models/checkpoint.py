@@ -21,7 +21,7 @@ from layercut.models.config_text import replace_values
 from layercut.models.destination import check_disk_space, check_output_dir, staged_folder
 from layercut.models.layout import Layout
 from layercut.models.patch import stored_patch
-from layercut.models.preflight import TOKENIZER_FILES, matching_files, stored_tensors
+from layercut.models.preflight import COPIED, matching_files, stored_tensors
 from layercut.models.same_layers import pruned_config
 from layercut.models.shard_writer import write_shard
 from layercut.models.shards import Content
@@ -37,8 +37,6 @@ __all__ = [
     "staged_folder",
     "write_checkpoint",
 ]
-
-COPIED = ("generation_config.json", "LICENSE*", "NOTICE*", *TOKENIZER_FILES)
 
 
 def save(
@@ -122,8 +120,7 @@ def write_checkpoint(
     for path in matching_files(source, quantised.CONFIG_FILES):
         content = shards.read_json_object(path)
         new = quantised.renumbered(content, layout, plan.new_index, stored_tensors(source))
-        text = replace_values(path.read_text(encoding="utf-8"), _changes(content, new))
-        (folder / path.name).write_text(text, encoding="utf-8")
+        _write_edited(path, _changes(content, new), folder)
     for path in matching_files(source, COPIED):
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
@@ -139,11 +136,17 @@ def _write_config(source: Path, layout: Layout, plan: PruningPlan, folder: Path)
         )
     config = shards.read_json_object(path)
     edited = pruned_config(source, layout, plan.kept)
-    for key in quantised.CONFIG_KEYS & edited.keys():
-        names = stored_tensors(source)
-        edited[key] = quantised.renumbered(edited[key], layout, plan.new_index, names)
-    text = replace_values(path.read_text(encoding="utf-8"), _changes(config, edited))
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    for section in (edited, *(part for part in edited.values() if isinstance(part, dict))):
+        for key in quantised.CONFIG_KEYS & section.keys():
+            names = stored_tensors(source)
+            section[key] = quantised.renumbered(section[key], layout, plan.new_index, names)
+    _write_edited(path, _changes(config, edited), folder)
+
+
+def _write_edited(path: Path, changes: Mapping[str, Any], folder: Path) -> None:
+    """Copy a JSON file with some values changed, its line ends as they are."""
+    text = replace_values(path.read_bytes().decode(), changes)
+    (folder / path.name).write_bytes(text.encode())
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from layercut.errors import ModelError
 from layercut.models.families import (
     INDEX_LISTS,
+    LAYER_COUNTS,
     MTP_COUNTS,
     NOT_PER_LAYER,
     PER_LAYER_STRINGS,
@@ -25,6 +26,7 @@ from layercut.models.families import (
     RE_KEYED,
     STEPS,
     SUFFIX_COUNTS,
+    TYPE_LISTS,
     FamilyRules,
 )
 from layercut.models.quiet import INVALID, quiet
@@ -139,8 +141,9 @@ def _section(raw: Json, path: Sequence[str]) -> Json:
 def _is_per_layer(key: str, value: Any, n_layers: int) -> bool:
     if isinstance(value, str):
         return key in PER_LAYER_STRINGS and len(value) == n_layers
-    is_list = isinstance(value, list | tuple) and len(value) == n_layers
-    return is_list and not NOT_PER_LAYER.fullmatch(key)
+    if not isinstance(value, list | tuple) or NOT_PER_LAYER.fullmatch(key):
+        return False
+    return len(value) == n_layers or (len(value) > n_layers and key in TYPE_LISTS)
 
 
 def _edit_section(section: Json, text: Any, rules: FamilyRules, kept: Sequence[int]) -> None:
@@ -163,8 +166,8 @@ def _edit_section(section: Json, text: Any, rules: FamilyRules, kept: Sequence[i
         elif key in RE_KEYED:
             section[key] = {str(new_index[int(i)]): v for i, v in value.items() if int(i) in kept}
     section.update(_without_steps(text, kept))
-    for count in _count_keys(text):
-        if count in section:
+    for count in (*LAYER_COUNTS, _count_key(text)):
+        if section.get(count) == n_layers:
             section[count] = len(kept)
 
 
@@ -179,8 +182,8 @@ def _without_steps(text: Any, kept: Sequence[int]) -> Json:
     return values
 
 
-def _count_keys(text: Any) -> tuple[str, ...]:
-    return ("num_hidden_layers", text.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+def _count_key(text: Any) -> str:
+    return str(text.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
 
 
 def _pattern(value: Any, kind: str, kept: Sequence[int]) -> list[Any]:
@@ -200,7 +203,7 @@ def _wanted(text: Any, kept: Sequence[int]) -> Json:
         else [value[i] for i in kept]
         for key, value in layer_values(text).items()
     }
-    return wanted | _without_steps(text, kept) | {_count_keys(text)[-1]: len(kept)}
+    return wanted | _without_steps(text, kept) | {_count_key(text): len(kept)}
 
 
 def _differences(edited: Json, path: Sequence[str], wanted: Json) -> Json:

@@ -42,8 +42,26 @@ MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_laye
 """Multi-token prediction layers behind the decoder; 0 where their tensors are not written."""
 MTP_PREFIX = "mtp."
 """Tensors that transformers passes over whatever the number of layers; they are carried along."""
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""Keys by which engines look for the number of layers; a configuration may hold several."""
+LENDING = {
+    "indexer_types": (
+        "full",
+        "shared",
+        "later layers attend to the positions that it selects (a shared indexer)",
+    )
+}
+"""Per-layer key → the type that computes something, the type that reuses the last such layer's, and
+why the former must stay."""
+TYPE_LISTS = ("layer_types", "mlp_layer_types", "indexer_types")
+"""Per-layer lists that may go on with entries for prediction layers behind the decoder's."""
+LEFTOVER_TABLES = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias|causal_mask))"
+)
+"""Masks and rotary tables that old checkpoints store in every layer; they are computed today."""
 NOT_PER_LAYER = re.compile(
-    r".*_token_ids?|architectures|ssm_multipliers|mlp_multipliers|time_step_limit|rope_.*"
+    r".*_ids?|.*_tokens|.*_labels|architectures|ssm_multipliers|mlp_multipliers|time_step_limit|"
+    r"rope_.*"
 )
 """Lists that have one entry per layer only by chance; every other list of that length is edited."""
 INDEX_ATTRIBUTE = re.compile(r"(.*_)?(idx|index|id|number)")
@@ -138,9 +156,11 @@ PER_LAYER_EMBEDDINGS = {
 }
 NO_PAIR = "a layer has no attention and MLP pair that the scores are defined on"
 SHARED_KV = "later layers reuse earlier ones' keys and values, so that no layer runs alone"
+SHARED_RESULTS = "later layers reuse what earlier ones compute, so that no layer runs alone"
 SHARED_BLOCKS = "one shared transformer block serves several layers, and weights are tied by number"
 RESCALED = "it halves the stream and its weights every few layers, counted by their numbers"
 LISTS = "its layers return lists, which no other layer can stand in for"
+PROMPT = "it puts a learned prompt before the text, so that states and tokens do not correspond"
 CROSS_ATTENTION = "its layers also read another stream than the text's own"
 
 FAMILIES: dict[str, FamilyRules] = {
@@ -167,6 +187,7 @@ FAMILIES: dict[str, FamilyRules] = {
     "mamba": FamilyRules(unscorable=NO_PAIR),
     "mamba2": FamilyRules(unscorable=NO_PAIR),
     "falcon_mamba": FamilyRules(unscorable=NO_PAIR),
+    "cpmant": FamilyRules(refused=PROMPT),
     "openai-gpt": FamilyRules(refused=LISTS),
     "rwkv": FamilyRules(refused=RESCALED),
     "zamba": FamilyRules(refused=SHARED_BLOCKS),

@@ -10,6 +10,7 @@ from layercut.models.families import (
     EXPERT_BLOCKS,
     FAMILIES,
     INDEX_LISTS,
+    LAYER_COUNTS,
     MTP_COUNTS,
     MTP_PREFIX,
     NOT_PER_LAYER,
@@ -48,7 +49,8 @@ Llama needs no rule. What layercut does not know, it refuses; it is never guesse
 MIDDLE = """
 ## What is special to a family
 
-Every other family has nothing special.
+Every other family has nothing special, but for this: where `indexer_types` says that later layers
+reuse what a `full` layer selects, that layer must stay, and the layers are not scored.
 
 | model type | special |
 |---|---|
@@ -95,6 +97,7 @@ def _generic() -> list[tuple[str, tuple[str, ...], str]]:
         ("every s-th layer is sparse", tuple(STEPS), f"1, with {_code(tuple(STEPS.values()))}"),
         ("objects keyed by layer", RE_KEYED, "the kept ones, renumbered"),
         ("one letter per layer", PER_LAYER_STRINGS, "the kept ones' letters"),
+        ("the number of layers", LAYER_COUNTS, "that of the kept ones, in every spelling"),
         (
             "multi-token prediction",
             MTP_COUNTS,

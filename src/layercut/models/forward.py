@@ -10,6 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+PASSED_ON = "prev_topk_indices"
+"""What a layer with an indexer of its own returns, and later ones are given in their turn."""
+
 
 @dataclass
 class DecoderOutput(ModelOutput):  # type: ignore[misc]
@@ -36,8 +39,13 @@ def identity(n_outputs: int) -> Callable[..., Any]:
         n_outputs: length of the tuple that they return; 0 for a tensor.
     """
 
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states, *[None] * (n_outputs - 1)) if n_outputs else hidden_states
+    def forward(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Any:
+        if not n_outputs:
+            return hidden_states
+        rest: list[Any] = [None] * (n_outputs - 1)
+        if PASSED_ON in kwargs:
+            rest[0] = kwargs[PASSED_ON]
+        return hidden_states, *rest
 
     return forward
 

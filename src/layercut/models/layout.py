@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -12,7 +13,15 @@ from torch import nn
 
 from layercut.errors import ModelError
 from layercut.models.config_edit import at, section_path
-from layercut.models.families import MTP_COUNTS, MTP_PREFIX, FamilyRules, Pin, rules_for
+from layercut.models.families import (
+    LENDING,
+    MTP_COUNTS,
+    MTP_PREFIX,
+    SHARED_RESULTS,
+    FamilyRules,
+    Pin,
+    rules_for,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +38,7 @@ class Layout:
         n_mtp: layers for multi-token prediction that are stored behind the decoder's.
         carries_mtp: whether such layers are stored under a name of their own.
         index_scaled: whether queries must be rescaled when a layer's number changes.
+        unscorable: why no layer runs alone, or an empty string.
     """
 
     model_type: str
@@ -40,6 +50,7 @@ class Layout:
     n_mtp: int = 0
     carries_mtp: bool = False
     index_scaled: bool = False
+    unscorable: str = ""
 
     def layer_list(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of a model with this layout."""
@@ -65,6 +76,11 @@ class Layout:
     def new_stored_name(self, name: str, new_index: Mapping[int, int]) -> str | None:
         """A tensor's name in the pruned checkpoint; ``None`` if its layer is dropped."""
         return _renamed(name, self.stored, new_index)
+
+    def stored_number(self, name: str) -> int | None:
+        """The number of the layer that a tensor on disk belongs to, if it belongs to one."""
+        found = re.match(rf"{re.escape(self.stored)}\.(\d+)\.", name)
+        return int(found.group(1)) if found else None
 
     def slice_dimension(self, name: str) -> int | None:
         """The dimension along which a shared tensor holds one block per layer, if it does."""
@@ -97,10 +113,11 @@ def find_layout(config: Any, model: nn.Module, names: Collection[str]) -> Layout
         n_layers=text.num_hidden_layers,
         layers=layers,
         stored=stored,
-        pinned={i: pin.why for pin in rules.pinned for i in _pinned(pin, text)},
+        pinned=_lenders(text) | {i: pin.why for pin in rules.pinned for i in _pinned(pin, text)},
         n_mtp=n_mtp if behind == expected else 0,
         carries_mtp=any(name.startswith(MTP_PREFIX) for name in names),
         index_scaled=bool(getattr(text, flag, False)),
+        unscorable=rules.unscorable or (SHARED_RESULTS if _lenders(text) else ""),
     )
 
 
@@ -149,7 +166,27 @@ def _layer_path(model: Any, n_layers: int) -> str:
             f"{', '.join(found) or 'no list of modules has the right length'}. Choose a model "
             "with one stack of decoder layers."
         )
-    return str((beside or found)[0])
+    path = str((beside or found)[0])
+    if not decoder_path(model, path):
+        raise ModelError(
+            f"no part of {type(model).__name__} turns token ids into the states that its head "
+            "reads. Choose another model."
+        )
+    return path
+
+
+def decoder_path(model: nn.Module, layers: str) -> str:
+    """The module around a layer list that takes token ids; empty if only the whole model does.
+
+    Decoders that are made of BERT-like encoders keep their layers one level further down.
+    """
+    path = layers.rpartition(".")[0]
+    while path:
+        forward = type(model.get_submodule(path)).forward
+        if "input_ids" in inspect.signature(forward).parameters:
+            break
+        path = path.rpartition(".")[0]
+    return path
 
 
 def _stored_prefix(layers: str, names: Iterable[str]) -> str:
@@ -161,6 +198,19 @@ def _stored_prefix(layers: str, names: Iterable[str]) -> str:
     shared = {p: sum((parts & Counter(p.split("."))).values()) for p in prefixes}
     best = [p for p in prefixes if shared[p] == max(shared.values())]
     return best[0] if len(best) == 1 else layers
+
+
+def _lenders(text: Any) -> dict[int, str]:
+    """Layers whose results a later layer reuses → why they must stay."""
+    found = {}
+    for key, (lends, borrows, why) in LENDING.items():
+        last = None
+        for i, kind in enumerate(getattr(text, key, None) or ()):
+            if kind == lends:
+                last = i
+            elif kind == borrows and last is not None:
+                found[last] = why
+    return found
 
 
 def _pinned(pin: Pin, text: Any) -> list[int]:

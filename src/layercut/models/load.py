@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from layercut.errors import ModelError, NetworkError, NumericsError, RecipeError, suggestion
 from layercut.models import embedded, gguf_file, shards
 from layercut.models.preflight import (
-    TOKENIZER_FILES,
+    COPIED,
     check_folder,
     load_strictly,
     tokenizer_files,
@@ -35,7 +35,7 @@ from layercut.models.view import DecoderView
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "LICENSE*", "NOTICE*", *TOKENIZER_FILES]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", *COPIED]
 NO_LENGTH_LIMIT = 1 << 62
 
 
@@ -182,7 +182,8 @@ def weights_dtype(
         return torch.float32 if dtype == "float32" else torch.bfloat16
     sizes: Counter[str] = Counter()
     for tensor in stored.values():
-        sizes[tensor.dtype] += tensor.nbytes
+        if tensor.dtype in shards.DTYPES:
+            sizes[tensor.dtype] += tensor.nbytes
     most = shards.DTYPES[sizes.most_common(1)[0][0]]
     # CPUs have no fast float16, and squares of float16 gradients overflow at 256.
     return torch.float32 if most == torch.float16 and place.type == "cpu" else most

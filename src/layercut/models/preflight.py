@@ -20,11 +20,11 @@ from layercut.models import shards
 from layercut.models.config_edit import at, read_config, section_path
 from layercut.models.families import ALWAYS_CAUSAL, rules_for
 from layercut.models.layout import Layout, find_layout
-from layercut.models.quantised import check_names, is_quantised
+from layercut.models.quantised import check_names, is_packed, is_quantised
 from layercut.models.quiet import INVALID, quiet
 from layercut.models.same_layers import meta_model
 from layercut.models.shards import StoredTensor
-from layercut.models.stored_names import check_weights, is_mtp, some
+from layercut.models.stored_names import check_weights, is_ignored, some
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -38,6 +38,22 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 """Patterns of what a tokenizer may consist of; code (.py) and pickles are never among it."""
+LEGAL_FILES = (
+    "[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*",
+    "LICENSES/*",
+    "[Nn][Oo][Tt][Ii][Cc][Ee]*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+COPIED = (
+    "generation_config.json",
+    "chat_template.json",
+    "processor_config.json",
+    "*preprocessor_config.json",
+    *LEGAL_FILES,
+    *TOKENIZER_FILES,
+)
+"""What a pruned checkpoint takes from its source byte for byte, beside weights and config.json."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 PRUNE_BY_PLAN = (
     "Score the original, unquantised checkpoint, then prune this one by `layercut prune MODEL "
@@ -67,7 +83,7 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
     """
     raw = shards.read_json_object(folder / "config.json")
     check_config(raw, folder / "config.json", quantised=as_files)
-    for path in (*folder.glob("*.json"), *tokenizer_files(folder)):
+    for path in (*folder.glob("*.json"), *matching_files(folder, COPIED)):
         shards.check_plain_file(path)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
@@ -93,7 +109,7 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
         check_names(expected_shapes(model), stored, layout)
         return layout, stored
     for name, tensor in stored.items():
-        if tensor.dtype not in shards.DTYPES:
+        if is_packed(name, tensor):
             raise ModelError(
                 f"{tensor.path} stores {name} as {tensor.dtype}, so the weights are quantised. "
                 f"{PRUNE_BY_PLAN}"
@@ -192,9 +208,16 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Paths below ``folder`` that match one of ``patterns``, without code and pickles; sorted."""
+    """Paths below ``folder`` that match one of ``patterns``, without code and pickles; sorted.
+
+    A folder counts only if its name has a suffix, which makes it one where a file is meant.
+    """
     found = {path for pattern in patterns for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.suffix not in {".py", ".bin", ".safetensors"})
+    return sorted(
+        path
+        for path in found
+        if path.suffix not in {".py", ".bin", ".safetensors"} and (path.suffix or not path.is_dir())
+    )
 
 
 def load_strictly(
@@ -225,7 +248,7 @@ def load_strictly(
         reason = " ".join(str(error).split())
         raise ModelError(f"{folder} cannot be loaded: {reason}.") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(key) for key in info[kind] if not is_mtp(str(key), model.config))
+        names = sorted(str(key) for key in info[kind] if not is_ignored(str(key), model.config))
         if names:
             raise ModelError(f"{folder}: {kind.replace('_', ' ')} after loading: {some(names)}.")
     return model.to(device)

@@ -14,10 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from layercut.errors import ModelError
+from layercut.models.families import LEFTOVER_TABLES
 from layercut.models.layout import Layout, stored_layers
-from layercut.models.shards import DTYPES, StoredTensor
+from layercut.models.shards import DTYPES, TABLES, StoredTensor
 
-CONFIG_KEYS = frozenset({"quantization_config", "compression_config"})
+CONFIG_KEYS = frozenset({"quantization_config", "compression_config", "quantization"})
+"""The last one is mlx-lm's, with an entry for each module that differs from the others."""
 CONFIG_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Older spellings of the same configuration, in files beside config.json."""
 PLAIN = frozenset({"weight", "bias"})
@@ -33,8 +35,13 @@ Parts = dict[str, frozenset[str]]
 def is_quantised(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> bool:
     """Whether weights are stored as something else than floating-point numbers."""
     return any(config.get(key) for key in CONFIG_KEYS) or any(
-        tensor.dtype not in DTYPES for tensor in stored.values()
+        is_packed(name, tensor) for name, tensor in stored.items()
     )
+
+
+def is_packed(name: str, tensor: StoredTensor) -> bool:
+    """Whether a tensor is stored in a type that holds no floating-point numbers, nor a table."""
+    return tensor.dtype not in DTYPES | TABLES and not LEFTOVER_TABLES.fullmatch(name)
 
 
 def check_names(
@@ -55,8 +62,9 @@ def check_names(
     Raises:
         ModelError: layers or tensors are missing or surplus.
     """
-    wanted, found = _by_layer(expected, layout.layers), _by_layer(stored, layout.stored)
-    if stored_layers(layout, stored) != set(range(len(wanted))):
+    names = [n for n in stored if n in expected or not LEFTOVER_TABLES.fullmatch(n)]
+    wanted, found = _by_layer(expected, layout.layers), _by_layer(names, layout.stored)
+    if stored_layers(layout, names) != set(range(len(wanted))):
         raise ModelError(
             f"config.json says num_hidden_layers = {len(wanted)}, the weights hold "
             f"{len(found)} layers. Use the configuration that belongs to these weights."
@@ -68,7 +76,7 @@ def check_names(
         _check_peers({layer: found[layer] for layer in sorted(layers)})
         _check_modules(wanted[layers[0]], found[layers[0]], f"layer {layers[0]}")
     untied = [name for name, (_, tied) in expected.items() if not tied]
-    _check_modules(_outside(untied, layout.layers), _outside(stored, layout.stored), "the model")
+    _check_modules(_outside(untied, layout.layers), _outside(names, layout.stored), "the model")
     for name, tensor in stored.items():
         if tensor.dtype in DTYPES and name in expected and tensor.shape != expected[name][0]:
             raise ModelError(
@@ -109,7 +117,7 @@ def _by_layer(names: Iterable[str], prefix: str) -> dict[int, Parts]:
     pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.+)")
     layers: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
-        if (found := pattern.fullmatch(name)) and not name.endswith("rotary_emb.inv_freq"):
+        if found := pattern.fullmatch(name):
             module, part = split_name(found.group(2))
             layers[int(found.group(1))][module].add(part)
     return {i: {m: frozenset(p) for m, p in parts.items()} for i, parts in layers.items()}

@@ -29,8 +29,15 @@ MAX_HEADER_BYTES = 100_000_000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 COPY_BYTES = 1 << 24
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What weights are computed in; other types are copied, never decoded."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""What weights are computed in; other types are copied."""
+TABLES = {"BOOL": torch.bool, "I64": torch.int64}
+"""What masks and tables are stored in; no quantisation packs weights into these."""
 BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -111,13 +118,15 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             that are missing or outside of the folder.
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.exists() and index.exists():
-        raise ModelError(
-            f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}, and one of them is stale. "
-            "Delete the one that does not belong to this checkpoint."
-        )
     if index.exists():
-        return tuple(folder / name for name in _indexed_files(index))
+        names = _indexed_files(index)
+        # Some programs write an index for a single file, too.
+        if single.exists() and names != [SINGLE_FILE]:
+            raise ModelError(
+                f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}, and one of them is stale. "
+                "Delete the one that does not belong to this checkpoint."
+            )
+        return tuple(_existing(index, name) for name in names)
     if single.exists():
         return (single,)
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -182,7 +191,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """A stored tensor of one of ``DTYPES``, decoded.
+    """A stored tensor of one of ``DTYPES`` or ``TABLES``, decoded.
 
     Raises:
         ModelError: the file became shorter since its header was read.
@@ -192,7 +201,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
         file.seek(stored.begin)
         if file.readinto(content) != stored.nbytes:
             raise shrunk(stored.path)
-    dtype = DTYPES[stored.dtype]
+    dtype = (DTYPES | TABLES)[stored.dtype]
     if not content:
         return torch.empty(stored.shape, dtype=dtype)
     return torch.frombuffer(content, dtype=dtype).view(stored.shape)
@@ -209,12 +218,17 @@ def _indexed_files(index: Path) -> list[str]:
                 f"security: {index} names the file {name!r}, which is not a plain name inside the "
                 "checkpoint's folder. Do not use this checkpoint."
             )
-        if not (index.parent / name).exists():
-            raise ModelError(
-                f"{index.name} names {name}, which is missing from {index.parent}. "
-                "Download the checkpoint again."
-            )
     return names
+
+
+def _existing(index: Path, name: str) -> Path:
+    path = index.parent / name
+    if not path.exists():
+        raise ModelError(
+            f"{index.name} names {name}, which is missing from {index.parent}. "
+            "Download the checkpoint again."
+        )
+    return path
 
 
 def _entry(path: Path, entry: dict[str, Any], start: int) -> StoredTensor:

@@ -11,7 +11,7 @@ import torch
 from layercut.errors import ModelError
 from layercut.models import shards
 from layercut.models.config_edit import at, section_path
-from layercut.models.families import MTP_COUNTS
+from layercut.models.families import LEFTOVER_TABLES, MTP_COUNTS
 from layercut.models.layout import Layout, stored_layers
 from layercut.models.quiet import INVALID, quiet
 from layercut.models.shards import StoredTensor
@@ -40,13 +40,7 @@ def check_weights(
             f"the weights lack {some(missing)}. Download the checkpoint again, or use the one "
             "of the causal language model."
         )
-    # Old checkpoints store the rotary table of every layer; it is computed today.
-    surplus = sorted(
-        name
-        for name in info["unexpected_keys"]
-        if not name.endswith("rotary_emb.inv_freq") and not is_mtp(name, config)
-    )
-    if surplus:
+    if surplus := sorted(n for n in info["unexpected_keys"] if not is_ignored(n, config)):
         raise ModelError(
             f"the weights hold {some(surplus)}, which the configured model does not have. "
             "Use the configuration that belongs to these weights."
@@ -65,8 +59,9 @@ def _loading_info(config: Any, model: Any, stored: Mapping[str, StoredTensor]) -
     Raises:
         ModelError: it cannot put the stored pieces together.
     """
-    headers = {
-        name: torch.empty(tensor.shape, dtype=shards.DTYPES[tensor.dtype], device="meta")
+    dtypes = shards.DTYPES | shards.TABLES
+    headers = {  # what is in none of these types is a left-over mask, whatever is made of it
+        name: torch.empty(tensor.shape, dtype=dtypes.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in stored.items()
     }
     try:
@@ -88,8 +83,14 @@ def _loading_info(config: Any, model: Any, stored: Mapping[str, StoredTensor]) -
     return loaded
 
 
-def is_mtp(name: str, config: Any) -> bool:
-    """Whether a tensor belongs to the multi-token prediction layers behind the decoder's."""
+def is_ignored(name: str, config: Any) -> bool:
+    """Whether the configured model rightly makes nothing of a tensor.
+
+    It is a table that is computed today, or belongs to the multi-token prediction layers behind
+    the decoder's.
+    """
+    if LEFTOVER_TABLES.fullmatch(name):
+        return True
     text = at(config, section_path(config))
     count = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
     found = re.search(r"\.(\d+)\.", name)

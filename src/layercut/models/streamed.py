@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
 
 from layercut.errors import ModelError
 from layercut.models.layout import Layout
 from layercut.models.load import weights_dtype
 from layercut.models.preflight import stored_tensors
 from layercut.models.quiet import quiet
-from layercut.models.shards import StoredTensor, read_tensor
+from layercut.models.shards import DTYPES, TABLES, StoredTensor, read_tensor
 from layercut.models.view import DecoderView
 
 
@@ -36,7 +40,7 @@ def open_streamed(
         attention: attention implementation; transformers' choice if ``None``.
 
     Raises:
-        ModelError: the files do not hold the layers' tensors under the model's own names.
+        ModelError: the files lack a tensor.
     """
     stored = stored_tensors(folder)
     dtype = dtype or weights_dtype("auto", stored, torch.device("cpu"))
@@ -46,12 +50,7 @@ def open_streamed(
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention
         )
-    absent = model.state_dict().keys() - stored.keys() - model.all_tied_weights_keys.keys()
-    if absent:
-        raise ModelError(
-            f"{folder} does not hold {min(absent)} under that name, so its layers cannot be run "
-            "one at a time. Load the whole model instead."
-        )
+    tied: Mapping[str, str] = model.all_tied_weights_keys
     view = DecoderView(
         model,
         None,
@@ -61,15 +60,22 @@ def open_streamed(
         fingerprint="",
         mixed_precision=False,
     )
-    outside = {
-        name: read_tensor(tensor).to(dtype)
-        for name, tensor in stored.items()
-        if name in model.state_dict() and not name.startswith(f"{layout.layers}.")
-    }
-    model.load_state_dict(outside, strict=False, assign=True)
-    model.tie_weights()
+    pieces: dict[int | None, dict[str, StoredTensor]] = defaultdict(dict)
+    for name, tensor in stored.items():
+        number = layout.stored_number(name)
+        if number is None or number < layout.n_layers:
+            pieces[number][name] = tensor
+    missing = _read(model, pieces[None], dtype)
+    absent = {n for n in missing - tied.keys() if not n.startswith(f"{layout.layers}.")}
+    if absent:
+        raise ModelError(
+            f"{folder} holds nothing for {min(absent)}, so its layers cannot be run one at a "
+            "time. Load the whole model instead."
+        )
+    if missing & tied.keys():
+        model.tie_weights()
     for index, layer in enumerate(view.layers):
-        _stream(view, index, layer, stored, dtype)
+        _stream(view, index, layer, pieces[index], dtype)
     return view
 
 
@@ -88,16 +94,41 @@ def _stream(
     dtype: torch.dtype,
 ) -> None:
     """Let ``layer`` hold its weights only while it runs."""
-    prefix = f"{view.layout.layers}.{index}."
     empty = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+    own = {f"{view.layout.layers}.{index}.{name}" for name in empty}
 
     def read(*_: Any) -> None:
-        if index not in view.skipped:
-            weights = {name: read_tensor(stored[prefix + name]).to(dtype) for name in empty}
-            layer.load_state_dict(weights, assign=True)
+        if index not in view.skipped and (absent := own & _read(view.model, stored, dtype)):
+            raise ModelError(
+                f"{view.path} holds nothing for {min(absent)}. Download the checkpoint again."
+            )
 
     def forget(*_: Any) -> None:
         layer.load_state_dict(empty, assign=True)
 
     layer.register_forward_pre_hook(read)
     layer.register_forward_hook(forget)
+
+
+def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> set[str]:
+    """Fill a part of a model with stored tensors, put together as transformers does.
+
+    Returns:
+        Every name of the model's state dict that was not among them.
+    """
+    config = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    tensors = {name: read_tensor(tensor) for name, tensor in stored.items() if _counts(tensor)}
+    with quiet():
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
+    model.requires_grad_(False)
+    missing: set[str] = info.missing_keys
+    return missing
+
+
+def _counts(tensor: StoredTensor) -> bool:
+    """Whether a tensor can be decoded; masks of old checkpoints are in other types."""
+    return tensor.dtype in DTYPES | TABLES

@@ -122,9 +122,10 @@ def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPla
     with dense.skipping(plan.dropped):
         expected = logits_of(dense, ids)
     del dense
-    _compare_logits(
-        logits_of(open_streamed(folder, layout_of(folder)), ids), expected, "the source's"
-    )
+    written = logits_of(open_streamed(folder, layout_of(folder)), ids)
+    # Queries that took a factor for their layer's new number are rounded once more.
+    rounding = rescaled_rounding(expected) if layout.index_scaled else 0.0
+    _compare_logits(written, expected, "the source's", rounding)
 
 
 def check_ids(view: DecoderView) -> Tensor:
@@ -148,9 +149,14 @@ def sha256(tensor: Content) -> str:
     return total.hexdigest()
 
 
-def _compare_logits(logits: Tensor, expected: Tensor, whose: str) -> None:
-    if not torch.equal(logits, expected):
-        gap = float((logits - expected).abs().max())
+def rescaled_rounding(logits: Tensor) -> float:
+    """Share of the largest logit by which those of a model with rescaled queries may be off."""
+    return min(100 * torch.finfo(logits.dtype).eps, 0.1)
+
+
+def _compare_logits(logits: Tensor, expected: Tensor, whose: str, rounding: float = 0.0) -> None:
+    gap = float((logits - expected).abs().max())
+    if not gap <= rounding * float(expected.abs().max()):
         raise VerificationError(
             f"the written checkpoint's logits differ from {whose} by {gap:.2g}. {REMEDY}"
         )

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from layercut.models.forward import DecoderOutput, identity, settled
-from layercut.models.layout import Layout
+from layercut.models.layout import Layout, decoder_path
 
 LOSS_CHUNK = 256
 """Tokens whose logits exist at once: 256 × 49,152 float32 logits are 48 MiB."""
@@ -77,7 +77,7 @@ class DecoderView:
     @property
     def decoder(self) -> Any:
         """The module around the layers: token ids in, normed states out."""
-        return self.model.get_submodule(self.layout.layers.rpartition(".")[0])
+        return self.model.get_submodule(decoder_path(self.model, self.layout.layers))
 
     @property
     def n_layers(self) -> int:
