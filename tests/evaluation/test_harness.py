@@ -34,7 +34,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 def task(tmp_path: Path) -> tuple[str, str]:
     """The same rows as a task of the harness and as one of ours."""
     rows = tmp_path / "rows.jsonl"
-    choices = ["yes", "no", "perhaps not"]
+    choices = ["yes", "nay", "may not"]
     content = [
         {"question": f"Row {i}" + "!" * (i % 5), "choices": choices, "answer": i % 3}
         for i in range(24)
@@ -79,12 +79,13 @@ class TestWithTheHarness:
         assert found["acc"].stderr == pytest.approx((p * (1 - p) / 23) ** 0.5)
         assert found["acc"].n == 24
 
-    def test_skipped_layers_limit_and_batches_are_heeded(
+    def test_skipped_and_patched_models_limit_and_batches_are_heeded(
         self, view: DecoderView, task: tuple[str, str]
     ):
         path, rows = task
         whole = run_harness(view, [path])["mine"]
-        with view.skipping([0, 1, 2, 3]):
+        turned = {"lm_head.weight": -view.model.lm_head.weight}
+        with view.skipping([1, 4]), view.patched(turned):
             found = run_harness(view, [path], limit=10, batch_size=3)["mine"]
             ours = answer(view, read_rows(rows)[:10])
         assert found["acc"].outcomes == ours.correct
