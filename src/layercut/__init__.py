@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from layercut.finetune import tune
     from layercut.finetune_settings import FinetuneSettings
     from layercut.gradient_log import GradientLog
+    from layercut.heal import heal
+    from layercut.heal_settings import HealSettings
     from layercut.models.checkpoint import save
     from layercut.models.load import load
     from layercut.models.view import DecoderView
@@ -38,11 +40,13 @@ _HOMES = {
     "DecoderView": "layercut.models.view",
     "FinetuneSettings": "layercut.finetune_settings",
     "GradientLog": "layercut.gradient_log",
+    "HealSettings": "layercut.heal_settings",
     "Recipe": "layercut.recipe",
     "apply": "layercut.surgery",
     "calibration_batches": "layercut.data.calibration",
     "evaluate": "layercut.evaluation",
     "fit": "layercut.recovery",
+    "heal": "layercut.heal",
     "load": "layercut.models.load",
     "load_recipe": "layercut.recipe",
     "read_rows": "layercut.data.tasks",
@@ -58,12 +62,14 @@ __all__ = [
     "DecoderView",
     "FinetuneSettings",
     "GradientLog",
+    "HealSettings",
     "Recipe",
     "__version__",
     "apply",
     "calibration_batches",
     "evaluate",
     "fit",
+    "heal",
     "load",
     "load_recipe",
     "read_rows",
