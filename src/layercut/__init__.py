@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from layercut.finetune import tune
     from layercut.finetune_settings import FinetuneSettings
     from layercut.gradient_log import GradientLog
-    from layercut.heal import heal
     from layercut.heal_settings import HealSettings
     from layercut.models.checkpoint import save
     from layercut.models.load import load
@@ -46,7 +45,6 @@ _HOMES = {
     "calibration_batches": "layercut.data.calibration",
     "evaluate": "layercut.evaluation",
     "fit": "layercut.recovery",
-    "heal": "layercut.heal",
     "load": "layercut.models.load",
     "load_recipe": "layercut.recipe",
     "read_rows": "layercut.data.tasks",
@@ -69,7 +67,6 @@ __all__ = [
     "calibration_batches",
     "evaluate",
     "fit",
-    "heal",
     "load",
     "load_recipe",
     "read_rows",

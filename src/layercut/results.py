@@ -87,10 +87,10 @@ class RunResult:
             ``pruned_tuned``.
         seconds: stage → wall-clock seconds.
         recovery: the notes of the weight patch.
-        healing: what the heal took and brought, if there was one.
         warnings: what the user should know, in full sentences.
         lineage: the plans that made the input model, if layercut pruned it before.
         checks: what the written checkpoint was compared by, where that is less than a reload.
+        healing: what the heal took and brought, if there was one.
     """
 
     model: str
@@ -98,13 +98,13 @@ class RunResult:
     provenance: Provenance
     plan: PruningPlan | None = None
     recovery: Mapping[str, Any] = field(default_factory=dict)
-    healing: Mapping[str, Any] = field(default_factory=dict)
     stages: dict[str, Evaluation] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     warnings: list[str] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    healing: Mapping[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, key: str, stage: str | None = None) -> Iterator[None]:
