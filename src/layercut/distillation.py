@@ -72,7 +72,7 @@ class Divergence:
         if not normed.requires_grad:
             return total
         whole = torch.cat(gradients).view_as(normed)
-        joined: Tensor = _WithGradient.apply(normed, total, whole)
+        joined: Tensor = _WithGradient.apply(normed, total, whole)  # type: ignore[no-untyped-call]
         return joined
 
     def _chunk(
