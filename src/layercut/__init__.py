@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from layercut.finetune import tune
     from layercut.finetune_settings import FinetuneSettings
     from layercut.gradient_log import GradientLog
+    from layercut.heal_settings import HealSettings
     from layercut.models.checkpoint import save
     from layercut.models.load import load
     from layercut.models.view import DecoderView
@@ -38,6 +39,7 @@ _HOMES = {
     "DecoderView": "layercut.models.view",
     "FinetuneSettings": "layercut.finetune_settings",
     "GradientLog": "layercut.gradient_log",
+    "HealSettings": "layercut.heal_settings",
     "Recipe": "layercut.recipe",
     "apply": "layercut.surgery",
     "calibration_batches": "layercut.data.calibration",
@@ -58,6 +60,7 @@ __all__ = [
     "DecoderView",
     "FinetuneSettings",
     "GradientLog",
+    "HealSettings",
     "Recipe",
     "__version__",
     "apply",
