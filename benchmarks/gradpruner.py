@@ -45,7 +45,7 @@ PLANNERS: dict[tuple[Any, ...], Planner] = {}
 """One early run of a seed serves every size and share of the same process; its seconds are booked
 with the first row that needs it."""
 
-DISTILL = {"over": "choices"}
+DISTILL: dict[str, Any] = {"over": "choices"}
 METHODS: dict[str, dict[str, Any]] = {
     "ours": {"scoring": "reverse-order", "recovery": "refit", "distill": DISTILL},
     "ours-labels": {"scoring": "reverse-order", "recovery": "refit"},
