@@ -38,8 +38,6 @@ from task_files import write_rows
 
 MODEL = "embedded:smollm2-135m"
 DENSE = "dense"
-SHORT_ROWS = "eager"
-"""On a CPU, plain attention products over rows of some 32 tokens take a quarter off a step."""
 MAIN = (DENSE, "ours", "igia+merge", "reverse-order", "random", "block-influence")
 PLANNERS: dict[tuple[Any, ...], Planner] = {}
 """One early run of a seed serves every size and share of the same process; its seconds are booked
@@ -181,7 +179,6 @@ def measure(
     zero_shot: bool,
 ) -> dict[str, Any]:
     """Tune and answer; ``view`` is changed."""
-    view.model.set_attn_implementation(SHORT_ROWS)
     before = accuracy(answer(view, test).correct).value if zero_shot else None
     reset_peak_rss()
     tuning = tune(view, train, settings, teacher=teacher)
@@ -225,7 +222,6 @@ def prune(
                 protect=frozenset(protect), scoring=how["scoring"], scoring_options=scoring_options
             )
             own = reload(view)  # the planner goes on using it; `view` is about to be pruned
-            own.model.set_attn_implementation(SHORT_ROWS)
             PLANNERS[shared] = planner(own, batches, strategy=strategy, request=request)
         plan, evidence = PLANNERS[shared](size)
     options = how.get("recovery_options", {})
@@ -250,7 +246,6 @@ def tuned_dense(
 ) -> DecoderView:
     """The tuned dense model of this seed, the teacher; its weights are kept in ``path``."""
     teacher = reload(view)
-    teacher.model.set_attn_implementation(SHORT_ROWS)
     if path.exists():
         state = teacher.model.state_dict()
         for name, tensor in load_file(path).items():

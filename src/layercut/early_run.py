@@ -17,6 +17,7 @@ from pydantic import Field
 from transformers import TrainerCallback
 
 from layercut import progress
+from layercut.attention import eager
 from layercut.completion_trainer import CompletionTrainer
 from layercut.data.encoding import IGNORED
 from layercut.data.tasks import read_rows
@@ -103,7 +104,9 @@ def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOpti
     _check_experts(view)
     examples, settings = _lesson(view, batches, options)
     log = GradientLog(steps=options.steps, stop=True)
-    with _adapted(view, examples, settings, callbacks=[log, _Progress(options.steps)]) as trainer:
+    callbacks = [log, _Progress(options.steps)]
+    longest = max(example["length"] for example in examples)
+    with _adapted(view, examples, settings, callbacks=callbacks) as trainer, eager(view, longest):
         trainer.train()
     return log
 

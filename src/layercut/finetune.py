@@ -22,6 +22,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from layercut.adapters import adapted_names, adapters_on, detach
+from layercut.attention import eager
 from layercut.completion_trainer import CompletionTrainer
 from layercut.data.tasks import TaskRow
 from layercut.errors import RecipeError
@@ -114,6 +115,10 @@ def tune(
             view, rows, settings, output_dir=folder, callbacks=[watch, *callbacks], teacher=teacher
         )
         stack.callback(detach, view, trainer)
+        longest = max(trainer.train_dataset["length"][:])
+        for model in (view, teacher):
+            if model is not None:
+                stack.enter_context(eager(model, longest))
         _direct_records(trainer, log_dir or Path("runs"))
         contents = [*models, settings_hash(settings), rows_hash(trainer.train_dataset)]
         checkpoint = last_checkpoint(folder, contents)

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from layercut.adapters import adapters_on, detach
+from layercut.attention import eager
 from layercut.data.unseen import check_windows, hold_out
 from layercut.distillation import Divergence
 from layercut.errors import RecipeError
@@ -114,7 +115,8 @@ def heal(
         hashes = [model_hash(view), model_hash(teacher), settings_hash(settings), _hash(windows)]
         budget = Budget(settings)
         judge = Judge(divergence, held_out, settings, budget, folder)
-        with narrowed(view), narrowed(teacher), eager(view), eager(teacher):
+        length = windows.shape[1]
+        with narrowed(view), narrowed(teacher), eager(view, length), eager(teacher, length):
             trainer = _trainer(view, training, settings, folder, [budget, judge, *callbacks])
             stack.callback(detach, view, trainer)
             trainer.divergence, trainer.settings = divergence, settings
@@ -167,25 +169,6 @@ def narrowed(view: DecoderView) -> Iterator[None]:
         head.weight = tied
         for weight, data in zip(weights, wide, strict=True):
             weight.data = data
-
-
-@contextlib.contextmanager
-def eager(view: DecoderView) -> Iterator[None]:
-    """Compute attention on a CPU by plain products inside the block.
-
-    For heal's short windows they take a third of the time of PyTorch's fused kernel and its
-    backward pass, which would cost more than all linear sub-layers; (batch, heads, seq, seq) of
-    every layer are in memory instead.
-    """
-    before = view.model.config._attn_implementation
-    applies = view.device.type == "cpu" and before == "sdpa"
-    if applies:
-        view.model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if applies:
-            view.model.set_attn_implementation(before)
 
 
 def _trainer(
