@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -66,6 +66,11 @@ class HealSettings(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(
         default=None, description="of windows, their order and adapters; null: the recipe's seed"
     )
+
+    @classmethod
+    def example(cls) -> Self:
+        """A quarter of an hour."""
+        return cls(minutes=15)
 
     @model_validator(mode="before")
     @classmethod
