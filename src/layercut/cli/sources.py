@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from layercut.data.benchmarks import BENCHMARKS
+
 TextOption = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="NAME=SOURCE", help="A text for perplexity; may be repeated."),
@@ -19,7 +21,7 @@ DEFAULT_NAMES = {"--text": "text", "--task": "task"}
 
 
 def named_sources(options: Sequence[str] | None, flag: str) -> dict[str, str]:
-    """Name → source; a source without a name is called after its kind.
+    """Name → source; one without a name is called after its kind, a benchmark after itself.
 
     Args:
         options: the values of ``flag``.
@@ -28,7 +30,8 @@ def named_sources(options: Sequence[str] | None, flag: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for option in options or ():
         name, equals, source = option.partition("=")
-        name, source = (name, source) if equals else (DEFAULT_NAMES[flag], option)
+        if not equals:
+            name, source = name if name in BENCHMARKS else DEFAULT_NAMES[flag], option
         if not name or not source or name in found:
             raise typer.BadParameter(
                 f"'{option}' should read NAME=SOURCE, with another name each", param_hint=flag

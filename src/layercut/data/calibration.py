@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from layercut.data.benchmarks import refuse_test_split
 from layercut.data.sources import read_texts
 from layercut.data.tasks import row_texts
 from layercut.errors import DataError
@@ -81,6 +82,7 @@ def _draw(
     if source.startswith(ROWS):
         texts = row_texts(source.removeprefix(ROWS))
     else:
+        refuse_test_split(source)
         texts = read_texts(source, text_column=section.text_column)
     windows = pack_tokens(
         texts,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from layercut.data.benchmarks import name_hint
 from layercut.errors import DataError, suggestion
 
 Value = tuple[str, Any]
@@ -34,6 +35,7 @@ def check_file(path: Path) -> None:
         mode = path.stat().st_mode
     except FileNotFoundError:
         hint = f". For a Hub dataset write hub:{path}" if str(path).count("/") == 1 else ""
+        hint = hint or name_hint(str(path))
         raise DataError(f"data file {path} does not exist{hint}") from None
     except OSError as error:
         raise DataError(f"data file {path} cannot be read: {error.strerror}") from None

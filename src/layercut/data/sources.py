@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from layercut.data import files
+from layercut.data.benchmarks import Benchmark, find_benchmark
 from layercut.data.embedded import read_embedded
-from layercut.data.wikitext import detokenize as undo_wikitext
+from layercut.data.wikitext import detokenize as undo_markers
 from layercut.errors import DataError, NetworkError, suggestion
 
 TABLES = (".jsonl", ".csv", ".parquet")
@@ -22,30 +23,39 @@ def read_texts(
     """The documents of ``source``, read lazily; null and blank ones are skipped.
 
     Args:
-        source: ``embedded:…``, ``hub:owner/name[:config][@split]`` or a path. A ``.txt`` or
-            ``.raw`` file is one document, any other has one per row.
+        source: ``wikitext2``, ``ptb`` or ``c4`` (each also with ``@split``), ``embedded:…``,
+            ``hub:owner/name[:config][@split]`` or a path. A ``.txt`` or ``.raw`` file is one
+            document, and so are WikiText-2 and PTB; any other has one per row.
         text_column: the column of a table that holds the text.
-        detokenize: undo WikiText markers; ``auto``: in ``.raw`` files and in Hub datasets with
-            ``wikitext`` in their name.
+        detokenize: undo WikiText's and PTB's markers; ``auto``: see `is_detokenized`.
 
     Raises:
         DataError: the source is unknown, not there, not readable, or holds no text; what only
             reading shows is raised while iterating.
         NetworkError: the Hub is needed and cannot be reached.
     """
-    if source.startswith("embedded:"):
+    benchmark = find_benchmark(source)
+    if benchmark is not None:
+        texts = _benchmark_texts(source, *benchmark)
+    elif source.startswith("embedded:"):
         texts = read_embedded(source.removeprefix("embedded:"))
-        is_wikitext = False
     elif source.startswith("hub:"):
         texts = _checked(files.read_column(_hub_rows(source), source, text_column), source)
-        is_wikitext = "wikitext" in source.lower()
     else:
         path = Path(source).expanduser()
         texts = _checked(_read_file(path, text_column), str(path))
-        is_wikitext = _extension(path) == ".raw"
-    if detokenize is True or (detokenize == "auto" and is_wikitext):
-        return map(undo_wikitext, texts)
-    return texts
+    return map(undo_markers, texts) if is_detokenized(source, detokenize) else texts
+
+
+def is_detokenized(source: str, detokenize: bool | Literal["auto"]) -> bool:
+    """Whether `read_texts` undoes markers; ``auto``: in .raw files, WikiText on the Hub and PTB."""
+    if detokenize != "auto":
+        return detokenize
+    if find_benchmark(source) is not None:
+        return not source.startswith("c4")
+    if source.startswith(("embedded:", "hub:")):
+        return source.startswith("hub:") and "wikitext" in source.lower()
+    return _extension(Path(source)) == ".raw"
 
 
 def read_table(source: str) -> Iterator[files.Row]:
@@ -133,7 +143,27 @@ def _hub_rows(source: str) -> Iterator[files.Row]:
     return _stream_hub(source, name, config, split)
 
 
-def _stream_hub(source: str, name: str, config: str | None, split: str) -> Iterator[files.Row]:
+def _benchmark_texts(source: str, benchmark: Benchmark, split: str) -> Iterator[str]:
+    """The documents of a text with a name."""
+    where = benchmark.source(split)
+    try:
+        rows = _stream_hub(where, benchmark.hub, benchmark.config, split, benchmark.revision)
+        values = files.read_column(rows, where, benchmark.column)
+        if benchmark.joint is not None:
+            # Blank rows count here: they are the document's blank lines.
+            whole = benchmark.joint.join((text or "").rstrip("\n") for _, text in values)
+            values = iter([("row 1", whole)])
+        yield from _checked(values, where)
+    except NetworkError as error:
+        raise NetworkError(
+            f"{source}: {error} A local copy serves as well: give its path, such as "
+            f"{benchmark.local}, in the name's place."
+        ) from None
+
+
+def _stream_hub(
+    source: str, name: str, config: str | None, split: str, revision: str | None = None
+) -> Iterator[files.Row]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
@@ -142,7 +172,7 @@ def _stream_hub(source: str, name: str, config: str | None, split: str) -> Itera
     # Streaming fetches only what is read; without a network only a whole cached copy can serve.
     streaming = not constants.is_offline_mode()
     try:
-        rows = load_dataset(name, config, split=split, streaming=streaming)
+        rows = load_dataset(name, config, split=split, streaming=streaming, revision=revision)
         for number, row in enumerate(rows, start=1):
             yield f"row {number}", row
     except DatasetsError as error:
@@ -151,5 +181,7 @@ def _stream_hub(source: str, name: str, config: str | None, split: str) -> Itera
         raise NetworkError(
             f"{source} cannot be fetched: {error}. Connect, or use a local file or embedded:docs."
         ) from None
-    except ValueError as error:  # an unknown configuration or split; the message lists the known
+    except (ValueError, RuntimeError) as error:
+        # An unknown configuration or split, of which the message lists the known; a data set that
+        # is a script.
         raise DataError(f"{source} cannot be read: {error}") from None

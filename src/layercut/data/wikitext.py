@@ -1,8 +1,9 @@
-"""WikiText back to ordinary text.
+"""WikiText and the Penn Treebank back to ordinary text.
 
-The corpus is stored as tokens separated by spaces, with markers inside numbers and compounds. The
-language model benchmark convention is to undo that before tokenising; perplexities of raw and
-restored text are not comparable.
+Both are stored as tokens separated by spaces, WikiText with markers inside numbers and compounds,
+the treebank (PTB) with contractions in two. The language model benchmark convention is to undo that
+before tokenising; perplexities of raw and restored text are not comparable. What PTB lost for good
+(case, numbers, rare words) stays lost.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<==) (?==)", ""),
         # Europe 's, don 't, they 're
         (r" '(?=(?:s|t|d|m|ll|re|ve)\b)", "'"),
+        # PTB: do n't, $ N
+        (r"(?<=\w) (?=n't\b)", ""),
+        (r"([$#]) (?=N\b)", r"\1"),
         # ( 24 in )   [ sic ]
         (r"([(\[{]) ", r"\1"),
         (r" ([)\]}])", r"\1"),

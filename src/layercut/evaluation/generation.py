@@ -1,0 +1,188 @@
+"""What a model writes when it goes on by itself: repetition, and agreement with the dense model.
+
+Source   distinct-n: Li et al. 2016, arXiv:1510.03055; loops of greedy decoding: Holtzman et al.
+         2020, arXiv:1904.09751
+Formula  distinct_n = different n-grams / n-grams;  loop = the longest stretch in which every token
+         equals the one a fixed distance before it, over the length (0 if it is not one full period)
+Meaning  perplexity sees the model on human text only; a pruned model can score well there and
+         still fall into loops on its own. The dense model's figures are the yardstick, not 1 and 0
+Limits   greedy decoding, which loops more than sampling; the end-of-text token is a token like any
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layercut import progress
+from layercut.errors import DataError, NumericsError
+from layercut.evaluation.perplexity import check_vocabulary
+from layercut.results import Figure
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+N_PROMPTS = 8
+PROMPT_TOKENS = 64
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Greedy continuations and what they look like; errors are over prompts.
+
+    Attributes:
+        tokens: the continuations, (n_prompts, n_new).
+        prompt_tokens: tokens of each prompt.
+        distinct: for n = 1, 2, 3: the share of n-grams that are different.
+        loop: the share of a continuation that its longest loop takes up.
+        common_prefix: tokens before the first that differs from the reference's.
+        agreement: share of places with the reference's token; both are ``None`` without one.
+    """
+
+    tokens: Tensor
+    prompt_tokens: int
+    distinct: tuple[Figure, Figure, Figure]
+    loop: Figure
+    common_prefix: Figure | None = None
+    agreement: Figure | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures by name, each with ``n_prompts``; those without a reference are absent."""
+        figures = {f"distinct_{n}": figure for n, figure in enumerate(self.distinct, start=1)}
+        figures["loop"] = self.loop
+        if self.common_prefix is not None and self.agreement is not None:
+            figures |= {"common_prefix": self.common_prefix, "agreement": self.agreement}
+        lengths = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.tokens.shape[1]}
+        return {name: f.to_json("n_prompts") for name, f in figures.items()} | lengths
+
+
+def prompts_of(
+    windows: Tensor, *, n_prompts: int = N_PROMPTS, prompt_tokens: int = PROMPT_TOKENS
+) -> Tensor:
+    """The starts of evenly spaced windows, (≤ n_prompts, ≤ prompt_tokens)."""
+    chosen = torch.linspace(0, len(windows) - 1, min(n_prompts, len(windows))).round().long()
+    return windows[chosen, :prompt_tokens]
+
+
+def generation_check(
+    view: DecoderView,
+    prompts: Tensor,
+    reference_tokens: Tensor | None = None,
+    *,
+    new_tokens: int = NEW_TOKENS,
+) -> Generation:
+    """Continue ``prompts`` with ``view`` as it is now, be it skipped or patched.
+
+    Args:
+        view: the model; unchanged afterwards.
+        prompts: token ids, (n_prompts, prompt_tokens).
+        reference_tokens: the dense model's continuations, (n_prompts, new_tokens).
+        new_tokens: length of a continuation; that of the reference where there is one.
+
+    Raises:
+        DataError: a prompt and its continuation exceed the model's context, a token id its
+            vocabulary, or the reference is not one of these prompts.
+        NumericsError: a logit is not finite.
+    """
+    check_vocabulary(view, prompts)
+    n_prompts, prompt_tokens = prompts.shape
+    if reference_tokens is not None:
+        if len(reference_tokens) != n_prompts:
+            raise DataError(
+                f"there are {n_prompts} prompts and {len(reference_tokens)} continuations to "
+                "compare with. Give one for each prompt."
+            )
+        new_tokens = reference_tokens.shape[1]
+    if prompt_tokens + new_tokens > view.context:
+        raise DataError(
+            f"prompts of {prompt_tokens} tokens and {new_tokens} new ones exceed the model's "
+            f"context of {view.context}. Use shorter ones."
+        )
+    tokens = continuations(view, prompts, new_tokens)
+    rows = tokens.tolist()
+    distinct = [_over_prompts([distinct_share(row, n) for row in rows]) for n in (1, 2, 3)]
+    common = same = None
+    if reference_tokens is not None:
+        equal = tokens == reference_tokens.to(tokens.device)
+        # cumprod is 1 as long as every token so far was the same.
+        common = _over_prompts(equal.long().cumprod(dim=1).sum(dim=1).tolist())
+        same = _over_prompts(equal.double().mean(dim=1).tolist())
+    return Generation(
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        distinct=(distinct[0], distinct[1], distinct[2]),
+        loop=_over_prompts([loop_share(row) for row in rows]),
+        common_prefix=common,
+        agreement=same,
+    )
+
+
+@torch.no_grad()
+def continuations(view: DecoderView, prompts: Tensor, new_tokens: int) -> Tensor:
+    """The likeliest next token, again and again, (n_prompts, new_tokens) int64.
+
+    Raises:
+        NumericsError: a logit is not finite.
+    """
+    cached = _can_cache(view)
+    text = step = prompts.to(view.device)
+    cache: Any = None
+    for position in progress.track(range(new_tokens), new_tokens):
+        with view.precision():
+            output = view.model(
+                input_ids=step, past_key_values=cache, use_cache=cached, logits_to_keep=1
+            )
+        logits = output.logits[:, -1]
+        if bool(logits.isnan().any()):
+            raise NumericsError(
+                f"the model's logits are NaN at new token {position}. Use dtype: float32, or "
+                "check the weights."
+            )
+        text = torch.cat([text, logits.argmax(dim=-1, keepdim=True)], dim=1)
+        cache = output.past_key_values if cached else None
+        step = text[:, -1:] if cached else text
+    return text[:, prompts.shape[1] :].cpu()
+
+
+def distinct_share(tokens: list[int], n: int) -> float:
+    """Different n-grams / n-grams; 1 where there is none."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def loop_share(tokens: list[int]) -> float:
+    """The part of ``tokens`` in its longest loop.
+
+    A loop of period p is a stretch of at least 2p tokens in which each, from the p-th on, equals
+    the one p before it; it counts with its first period.
+    """
+    longest = 0
+    for period in range(1, len(tokens) // 2 + 1):
+        run = 0
+        for before, token in zip(tokens, tokens[period:], strict=False):
+            run = run + 1 if token == before else 0
+            if run >= period:
+                longest = max(longest, run + period)
+    return longest / len(tokens)
+
+
+def _can_cache(view: DecoderView) -> bool:
+    """Whether keys and values can be kept from token to token.
+
+    The library asks the cache of the first layer of each kind how many tokens it has seen; one that
+    is passed over has seen none.
+    """
+    text = view.model.config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    return not view.skipped or (0 not in view.skipped and len(kinds) <= 1)
+
+
+def _over_prompts(values: list[float]) -> Figure:
+    """Mean and its standard error, s / √n; 0 for a single prompt."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    spread = float(numbers.std()) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
+    return Figure(float(numbers.mean()), spread, len(numbers))
