@@ -209,9 +209,7 @@ class Recipe(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto, float32 or bfloat16: how weights are loaded and computed"
     )
-    device: Device = Field(
-        default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu"
-    )
+    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
     calibration: CalibrationSection = Field(
         default_factory=CalibrationSection, description="the text that scores and repairs use"
     )

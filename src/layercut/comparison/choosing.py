@@ -1,15 +1,15 @@
 """Layers for every choice and size, each scoring made once and its time booked to all who use it.
 
-A scoring is known by its method, its options and the layers that were skipped: the first round of
-SLEB is Shortened-LLaMA's, and six rounds are the first six of twelve. What a choice costs is what it
+A scoring is known by its method, its options and the layers that were skipped: SLEB's first round
+is Shortened-LLaMA's, and six rounds are the first six of twelve. What a choice costs is what it
 would have cost alone: the seconds of every scoring that its size needs, shared or not.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layercut import methods, progress
@@ -66,7 +66,11 @@ class Scorings:
             self.fresh_seconds += new.seconds
             if new.gradient_log is not None and not skipped:
                 self._log = key, new.gradient_log
-            marks = {"skipped": skipped, "gradient_log": new.gradient_log is not None}
+            marks = {
+                "skipped": skipped,
+                "strategy": "lowest",
+                "gradient_log": new.gradient_log is not None,
+            }
             record = self.store.scores.add(key, new.to_json(view.name) | marks)
         return LayerScores(
             values=tuple(record["scores"]),
@@ -131,7 +135,7 @@ class Chooser:
                 try:
                     check_request(view.n_layers, drop_layers=size, protect=sorted(kept))
                     plan_of = plan_of or self._planner(choice, frozenset(kept), size)
-                    record = self._planned(plan_of, size)
+                    record = self._planned(plan_of, choice, size)
                 except CANNOT as error:
                     found[size] = str(error)
                     continue
@@ -165,12 +169,14 @@ class Chooser:
         )
         return planner(self.view, self.batches, strategy=choice.strategy, request=request)
 
-    def _planned(self, plan_of: Planner, size: int) -> dict[str, Any]:
+    def _planned(self, plan_of: Planner, choice: Choice, size: int) -> dict[str, Any]:
         scored = self.scorings.fresh_seconds
         start = time.perf_counter()
         plan, evidence = plan_of(size)
         whole = time.perf_counter() - start
         check_dropped(self.view, plan.dropped)
+        if choice.strategy != "lowest":  # what scores by itself, for the figure of all scores
+            self._keep(choice, evidence.scores[0])
         seconds = {
             "score": sum(scores.seconds for scores in evidence.scores),
             # The search alone: what was scored on the way is in `score`, remembered or not.
@@ -178,6 +184,12 @@ class Chooser:
         }
         progress.figure(f"{size} layers: {', '.join(map(str, plan.dropped))}")
         return {"plan": plan.to_json(), "seconds": seconds}
+
+    def _keep(self, choice: Choice, scores: LayerScores) -> None:
+        key = digest(choice.to_json(), self.seed)
+        if self.store.scores.get(key) is None:
+            marks = {"skipped": [], "strategy": choice.strategy, "gradient_log": False}
+            self.store.scores.add(key, scores.to_json(self.view.name) | marks)
 
 
 def seeded(room: methods.Room, name: str, options: Any, seed: int) -> dict[str, Any]:

@@ -14,12 +14,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from layercut.data.calibration import evaluation_windows
 from layercut.data.tasks import read_rows
-from layercut.evaluation import BY_LENGTH, evaluate
+from layercut.evaluation import evaluate
 from layercut.evaluation.choices import texts_of
 from layercut.evaluation.cost import prefill_tokens_per_second
+from layercut.evaluation.fidelity import DenseReference, compare_to_dense
+from layercut.evaluation.flops import flops_per_token
+from layercut.evaluation.generation import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    Generation,
+    generation_check,
+    prompts_of,
+)
 from layercut.recipe import EvaluationSection
 from layercut.types import CalibrationBatches
 
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
 
 TIMED_TOKENS = 8192
 TIMES = 3
+SPEED = "prefill_tokens_per_second"
 
 
 class Judge:
@@ -47,6 +58,9 @@ class Judge:
         self.section = section
         self.speed = speed
         self.contents: dict[str, dict[str, str]] = {"text": {}, "tasks": {}}
+        self._windows: Tensor | None = None
+        self._reference: DenseReference | None = None
+        self._continued: Tensor | None = None
         for name, source in section.text.items():
             windows = evaluation_windows(
                 source,
@@ -56,17 +70,27 @@ class Judge:
                 detokenize=section.detokenize,
             )
             self.contents["text"][name] = _hash(windows.tolist())
+            if self._windows is None:
+                self._windows = windows
         for name, source in section.tasks.items():
             rows = read_rows(source)
             texts_of(view, rows)
             told = [[r.prompt, r.choices, r.answer, r.ending, list(r.messages)] for r in rows]
             self.contents["tasks"][name] = _hash(told)
 
+    def see_dense(self) -> None:
+        """Keep what the dense model predicts and writes; call it while ``view`` is dense."""
+        if self._windows is None or self._reference is not None:
+            return
+        self._reference = DenseReference(self.view, self._windows)
+        self._continued = self._generated(None).tokens
+
     def missing(self, row: Mapping[str, Any]) -> bool:
         """Whether ``row`` lacks a figure that this judge measures."""
         wanted = [("perplexity", self.section.text), ("accuracy", self.section.tasks)]
         lacking = any(name not in row[part] for part, names in wanted for name in names)
-        return lacking or (self.speed and "prefill_tokens_per_second" not in row)
+        unseen = self._windows is not None and "generation" not in row
+        return lacking or unseen or (self.speed and SPEED not in row)
 
     def measure(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What ``row`` lacks, together with what it has.
@@ -89,12 +113,31 @@ class Judge:
         measured = {
             "perplexity": {**row["perplexity"], **found["perplexity"]},
             "accuracy": {**row["accuracy"], **found["accuracy"]},
+            "flops_per_token": flops_per_token(self.view),
             "outcomes": row.get("outcomes", {})
             | {n: "".join("01"[o] for o in f.outcomes) for n, f in figures.accuracy.items()},
         }
-        if self.speed and "prefill_tokens_per_second" not in row:
-            measured["prefill_tokens_per_second"] = prefill_tokens_per_second(self.view)
+        if self._windows is not None and "generation" not in row:
+            measured |= self._beside_dense()
+        if self.speed and SPEED not in row:
+            measured[SPEED] = prefill_tokens_per_second(self.view)
         return measured
+
+    def _beside_dense(self) -> dict[str, Any]:
+        """Predictions on the first text and what is written after its starts, against dense."""
+        assert self._windows is not None and self._reference is not None
+        fidelity = compare_to_dense(self.view, self._reference, self._windows)
+        return {
+            "fidelity": fidelity.to_json(),
+            "generation": self._generated(self._continued).to_json(),
+        }
+
+    def _generated(self, reference: Tensor | None) -> Generation:
+        assert self._windows is not None
+        length = min(PROMPT_TOKENS, self.view.context // 2)
+        prompts = prompts_of(self._windows, prompt_tokens=length)
+        new_tokens = min(NEW_TOKENS, self.view.context - length)
+        return generation_check(self.view, prompts, reference, new_tokens=new_tokens)
 
     def n_parameters(self, dropped: tuple[int, ...]) -> int:
         """Parameters without those of the dropped layers alone; tied ones counted once."""
@@ -107,12 +150,6 @@ class Judge:
         """Parameters of kept layers, which some families share with dropped ones."""
         kept = (layer for i, layer in enumerate(self.view.layers) if i not in dropped)
         return {id(p) for layer in kept for p in layer.parameters()}
-
-
-def accuracy_names(row: Mapping[str, Any]) -> list[str]:
-    """The row's tasks, each once: by likelihood per character where there is such a count."""
-    names = list(row["accuracy"])
-    return [name for name in names if f"{name}{BY_LENGTH}" not in names]
 
 
 @torch.no_grad()

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layercut.comparison.contestants import CHOICES, Contestant
-from layercut.comparison.judging import TIMED_TOKENS
 from layercut.comparison.ranks import spearman
+from layercut.comparison.store import Store
 from layercut.evaluation.choices import paired_change
 from layercut.results import Provenance
 
@@ -75,6 +74,22 @@ class Comparison:
         }
 
 
+def gathered(
+    store: Store, settings: Mapping[str, Any], origin: Provenance, dense: Row
+) -> Comparison:
+    """All that the folder holds, relative to its dense row."""
+    text = next(iter(dense["perplexity"]), None)
+    stored = [row for row in store.rows.known.values() if row["layers"]]
+    rows = ordered([completed(row, dense) for row in stored], text)
+    scores = {}
+    for record in store.scores.known.values():
+        if not record["skipped"]:
+            name = record["method"]
+            name = name if record["strategy"] == "lowest" else f"{name}, {record['strategy']}"
+            scores[TRUTH if name == "perplexity" else name] = tuple(record["scores"])
+    return Comparison(settings, origin, dense, rows, scores)
+
+
 def completed(row: Row, dense: Row) -> Row:
     """A stored row with what follows from it and the dense one.
 
@@ -116,11 +131,10 @@ def titles(result: Comparison) -> list[str]:
     """Titles of the table's columns; `cells` fills them."""
     found = ["Method", "Layers"]
     found += [f"Perplexity, {name}" for name in result.texts] + [f"× {n}" for n in result.texts]
-    first = result.dense
-    if "fidelity" in first:
-        found += ["Same token, %", "KL, nats"]
-    found += [f"Accuracy, {name}" for name in first["accuracy"]]
-    return [*found, "Parameters, M", "Seconds", "Passes"]
+    if result.texts:
+        found += ["Same token, %", "KL, nats", "Loops, %"]
+    found += [f"Accuracy, {name}" for name in result.dense["accuracy"]]
+    return [*found, "Parameters, M", "MFLOPs per token", "Seconds", "Passes"]
 
 
 def cells(result: Comparison, row: Row) -> list[str]:
@@ -130,14 +144,18 @@ def cells(result: Comparison, row: Row) -> list[str]:
     found += [_figure(row["perplexity"].get(text), 2) for text in result.texts]
     ratios = row.get("ratio", dict.fromkeys(result.texts, 1.0))
     found += [f"{ratios[t]:.3f}" if t in ratios else MISSING for t in result.texts]
-    if "fidelity" in result.dense:
+    if result.texts:
         fidelity = row.get("fidelity")
         found.append(f"{100 * fidelity['agreement']['value']:.1f}" if fidelity else MISSING)
         found.append(f"{fidelity['kl']['value']:.3f}" if fidelity else MISSING)
+        written = row.get("generation")
+        found.append(f"{100 * written['loop']['value']:.0f}" if written else MISSING)
     for task in result.dense["accuracy"]:
         figure = row["accuracy"].get(task)
         found.append(_figure(figure and {k: 100 * figure[k] for k in ("value", "stderr")}, 1))
     found.append(f"{row['n_parameters'] / 1e6:,.1f}")
+    flops = row["flops_per_token"]
+    found.append(MISSING if flops is None else f"{flops / 1e6:,.0f}")
     spent = row.get("total_seconds")
     found.append(MISSING if spent is None else f"{spent:,.1f}")
     found.append(MISSING if spent is None else f"{sum(row['passes'].values()):,.1f}")
@@ -164,7 +182,9 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             found |= _flat(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = (
-                " ".join(map(str, value)) if isinstance(value, list) and name == "dropped" else value
+                " ".join(map(str, value))
+                if isinstance(value, list) and name == "dropped"
+                else value
             )
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from layercut import methods, progress
 from layercut.comparison.choosing import CANNOT, Chooser, Chosen, seeded
 from layercut.comparison.contestants import CHOICES, UNFOLDABLE, Contestant, parse_methods
 from layercut.comparison.judging import Judge, forward_seconds
-from layercut.comparison.result import Comparison
+from layercut.comparison.page import write_files
+from layercut.comparison.result import Comparison, gathered
 from layercut.comparison.settings import ComparisonSettings
 from layercut.comparison.store import Store, check_folder, digest, opened
 from layercut.data.calibration import calibration_batches
@@ -24,7 +25,7 @@ from layercut.recovery import fit
 from layercut.report.machine import provenance
 from layercut.resume import model_hash
 from layercut.selection import check_request
-from layercut.types import CalibrationBatches, PruningPlan
+from layercut.types import CalibrationBatches, Evidence, PruningPlan
 from layercut.validation import validated
 
 DENSE = "dense"
@@ -85,8 +86,9 @@ def compare(
         if settings.layer_losses:
             arena.layer_losses()
         assert model_hash(view) == before, "the model is no longer dense"
-        result = Comparison.of(store, settings, provenance(command), dense)
-        result.write(output_dir)
+        shown = settings.model_dump(mode="json", exclude={"layer_losses"})
+        result = gathered(store, shown, provenance(command), dense)
+        write_files(result, output_dir)
     return result
 
 
@@ -153,8 +155,10 @@ class Arena:
         if row is not None and not self.judge.missing(row):
             return row
         progress.stage("measure the dense model")
+        self.judge.see_dense()
         if row is None:
             row = {"method": DENSE, "layers": 0, "dropped": [], "reason": None, **EMPTY}
+            row["model"] = self.view.name
             row["forward_seconds"] = forward_seconds(self.view, self.batches)
             row["n_parameters"] = self.judge.n_parameters(())
         return self.store.rows.add(key, row | self.judge.measure(row))
@@ -166,6 +170,7 @@ class Arena:
         todo = [size for size, row in rows.items() if row is None or self._lacks(row)]
         if not todo:
             return
+        self.judge.see_dense()
         progress.stage(f"{contestant.name}: choose layers")
         try:
             protect = self._protected(contestant)
@@ -180,6 +185,7 @@ class Arena:
                 "source": contestant.source,
                 "reading": contestant.reading,
                 "layers": size,
+                "dropped": [],
                 **EMPTY,
             }
             plan = chosen[size]
@@ -196,7 +202,9 @@ class Arena:
             options = self.chooser.options(choice)
             self.chooser.scorings(self.view, self.batches, method=choice.scoring, **options)
 
-    def _judged(self, contestant: Contestant, chosen: Chosen, row: dict[str, Any]) -> dict[str, Any]:
+    def _judged(
+        self, contestant: Contestant, chosen: Chosen, row: dict[str, Any]
+    ) -> dict[str, Any]:
         plan = chosen.plan
         progress.stage(f"{contestant.name}: recover and measure {len(plan.dropped)} layers")
         chosen_part = {"dropped": list(plan.dropped), "cuts": [list(cut) for cut in plan.cuts]}
@@ -225,11 +233,6 @@ class Arena:
     ) -> Iterator[dict[str, Any]]:
         """The contestant's model in the place of the dense one; yields the recovery's notes."""
         view, name = self.view, contestant.recovery
-        if name in UNFOLDABLE:
-            operations = fit_unfoldable(view, plan, self.batches, name)
-            with unfolded(view, plan, operations):
-                yield {}
-            return
         options = seeded("recovery", name, {}, self.settings.seed)
         patch = fit(view, plan, evidence, self.batches, method=name, **options)
         with view.skipping(plan.dropped), view.patched(patch.tensors):

@@ -24,12 +24,8 @@ def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-Sizes = Annotated[
-    tuple[Count, ...], Field(strict=False, min_length=1), AfterValidator(_ascending)
-]
-Methods = Annotated[
-    tuple[Name, ...], Field(strict=False, min_length=1), AfterValidator(_methods)
-]
+Sizes = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), AfterValidator(_ascending)]
+Methods = Annotated[tuple[Name, ...], Field(strict=False, min_length=1), AfterValidator(_methods)]
 
 
 class ComparisonSettings(Section):
