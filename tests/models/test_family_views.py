@@ -13,6 +13,7 @@ from layercut.models.droppable import fixed_layers
 from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.scoring import score
+from layercut.scoring.perplexity import losses_without
 from layercut.selection import select
 from layercut.types import CalibrationBatches
 
@@ -43,6 +44,18 @@ def test_losses_are_those_of_the_models_own_logits(case: tuple[Family, DecoderVi
         logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten(), reduction="none"
     )
     torch.testing.assert_close(view.token_losses(tokens()).flatten(), losses)
+
+
+def test_loss_without_a_layer_is_that_of_the_model_that_skips_it(
+    case: tuple[Family, DecoderView],
+) -> None:
+    _, view = case
+    if view.layout.rules.unscorable:
+        return
+    for layer, loss in losses_without(view, tokens()):
+        with view.skipping([layer]):
+            expected = float(view.token_losses(tokens()).sum())
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradients_of_all_linear_weights_equal_plain_autograd(

@@ -74,11 +74,13 @@ REFUSED = {
     **{
         (m, r): BETWEEN
         for m in ("granite", "gemma2", "olmo2", "opt post-norm")
-        for r in ("projection", "refit")
+        for r in ("linear-map", "projection", "refit")
     },
-    **{("mamba", r): ALONE for r in ("projection", "refit", "sign-merge")},
+    **{("mamba", r): ALONE for r in ("laco", "linear-map", "projection", "refit", "sign-merge")},
 }
 OPTIONS: dict[str, dict[str, object]] = {
+    "laco": {},
+    "linear-map": {"alpha": 0.01},
     "projection": {"penalty": 0.01},
     "refit": {"held_out_every": 2},
     "sign-merge": {"steps": 3, "rank": 2},

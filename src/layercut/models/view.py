@@ -219,9 +219,16 @@ class DecoderView:
         input_ids = input_ids.to(self.device)
         with self.precision():
             output = self.decoder(input_ids=input_ids, use_cache=False)
-        hidden = output.last_hidden_state[:, :-1].flatten(0, 1)
-        targets = input_ids[:, 1:].flatten()
-        chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        return self._losses(output.last_hidden_state, input_ids)
+
+    @torch.no_grad()
+    def stream_losses(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """The same from h_L, the residual stream *before* the final norm, (batch, seq, d)."""
+        return self._losses(self._after_layers(hidden, input_ids), input_ids.to(self.device))
+
+    def _losses(self, normed: Tensor, input_ids: Tensor) -> Tensor:
+        flat, targets = normed[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+        chunks = zip(flat.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
         losses = [self._chunk_losses(h, t) for h, t in chunks]
         return torch.cat(losses).view(input_ids.shape[0], -1)
 

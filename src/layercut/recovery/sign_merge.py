@@ -26,9 +26,10 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.early_run import EarlyRunOptions, record
-from layercut.errors import ModelError, PlanError
+from layercut.errors import PlanError
 from layercut.gradient_log import GradientLog
 from layercut.models.mlp_output import as_stored
+from layercut.models.namesakes import check_shapes, namesakes, receivers
 from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
@@ -81,8 +82,8 @@ def fit(
 ) -> WeightPatch:
     """Sparsify each merged layer's weights by their own F and add what agrees in sign."""
     options.check_safe(len(plan.dropped))
-    into = {layer: max(k for k in plan.kept if k < layer) for layer in plan.dropped}
-    _check_shapes(view, into)
+    into = receivers(plan)
+    check_shapes(view, into)
     log = _gradients(view, plan, evidence, batches, options)
     discarded = by_score(plan, log)[: options.n_safe] if options.n_safe else []
     for layer in discarded:
@@ -109,7 +110,7 @@ def merge(view: DecoderView, into: Mapping[int, int], log: GradientLog, keep: fl
     n_kept = n_added = 0
     for layer, receiver in progress.track(into.items(), total=len(into)):
         modules = view.linear_modules(layer)
-        for name, target in _targets(view, layer, receiver).items():
+        for name, target in namesakes(view, layer, receiver).items():
             weight = view.model.get_parameter(name)
             original = view.model.get_parameter(target)
             importance = as_stored(modules[name], log.elementwise(name))
@@ -168,20 +169,3 @@ def _gradients(
     if log is not None and needed <= set(log.weights):
         return log
     return record(view, batches, options)
-
-
-def _targets(view: DecoderView, layer: int, kept: int) -> dict[str, str]:
-    """Names of ``layer``'s linear weights → those of their namesakes in ``kept``."""
-    before, after = (f"{view.layout.layers}.{number}." for number in (layer, kept))
-    return {name: after + name.removeprefix(before) for name in view.linear_weights(layer)}
-
-
-def _check_shapes(view: DecoderView, into: Mapping[int, int]) -> None:
-    for layer, kept in into.items():
-        weights, others = view.linear_weights(layer), view.linear_weights(kept)
-        for name, target in _targets(view, layer, kept).items():
-            if target not in others or others[target].shape != weights[name].shape:
-                raise ModelError(
-                    f"{name} cannot be merged: layer {kept} has no {target} of its shape "
-                    f"{list(weights[name].shape)}. Choose another recovery."
-                )

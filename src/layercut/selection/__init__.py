@@ -79,7 +79,8 @@ def select(
         view: the model.
         batches: calibration text.
         strategy: a file of ``layercut/selection``.
-        scoring: a file of ``layercut/scoring``; priced-cuts needs residual-sensitivity.
+        scoring: a file of ``layercut/scoring``; priced-cuts needs residual-sensitivity, block
+            angular-distance.
         scoring_options: that method's own options.
         rounds: ``one-shot``, or ``each`` to score again after every dropped layer.
         drop_layers: how many layers go (default 6 when nothing else is given).
