@@ -14,6 +14,7 @@ from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
 from layercut.errors import PlanError, RecipeError
 from layercut.evaluation import check_tasks, compared, evaluate
+from layercut.evaluation.harness import check_harness
 from layercut.evaluation.perplexity import check_vocabulary
 from layercut.models.checkpoint import write_checkpoint
 from layercut.models.destination import staged_folder
@@ -62,7 +63,7 @@ def run(
         recipe = load_recipe(recipe, overrides)
     options = _check_options(recipe)
     output_dir = Path(output_dir)
-    measured = recipe.evaluation.model_dump(exclude={"harness"})
+    measured = recipe.evaluation.model_dump()
     result = RunResult(recipe.model, recipe.model_dump(mode="json"), provenance(command))
     start = time.perf_counter()
     with result.collecting_warnings():
@@ -169,6 +170,7 @@ def _prepare(
     for source in recipe.evaluation.text.values():
         next(iter(read_texts(source)))
     check_tasks(view, recipe.evaluation.tasks)
+    check_harness(recipe.evaluation.harness)
     context = view.context
     for key in ("calibration", "evaluation"):
         if (length := getattr(recipe, key).seq_len) > context:

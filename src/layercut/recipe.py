@@ -25,6 +25,7 @@ from pydantic import (
 from layercut import overrides as overrides_
 from layercut import strict_yaml
 from layercut.errors import suggestion
+from layercut.evaluation_settings import EvaluationSection
 from layercut.finetune_settings import FinetuneSettings
 from layercut.methods import Room, available
 from layercut.section import Count, Name, Section, SequenceLength
@@ -168,29 +169,6 @@ class RecoverySection(Section):
         default="refit", description="a file of layercut/recovery, with - for _"
     )
     options: Options = Field(default={}, description="that method's own options")
-
-
-class EvaluationSection(Section):
-    """What is measured before and after."""
-
-    text: dict[str, Name] = Field(
-        default={"speeches": "embedded:speeches"},
-        description="name: source; the perplexity of each",
-    )
-    tasks: dict[str, Name] = Field(
-        default={},
-        description="name: source of rows with choices or completions; the accuracy of each",
-    )
-    harness: Annotated[tuple[str, ...], Field(strict=False), NotYet] = Field(
-        default=(), description="lm-evaluation-harness task names (not available yet)"
-    )
-    seq_len: SequenceLength = Field(default=512, description="tokens per window")
-    max_tokens: SequenceLength = Field(
-        default=8192, description="tokens of each text that are used, from its start"
-    )
-    detokenize: bool | Literal["auto"] = Field(
-        default="auto", description="undo WikiText markers; auto: in .raw files and WikiText sets"
-    )
 
 
 class Recipe(Section):

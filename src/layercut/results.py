@@ -6,11 +6,15 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from layercut import progress
 from layercut.types import PruningPlan
+
+if TYPE_CHECKING:
+    from layercut.evaluation.fidelity import Fidelity
+    from layercut.evaluation.generation import Generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +30,30 @@ class Figure:
     outcomes: tuple[bool, ...] = field(default=(), repr=False)
 
     def to_json(self, unit: str) -> dict[str, Any]:
-        """``{"value", "stderr", unit: n}``; ``unit`` is ``n_tokens`` or ``n_rows``."""
+        """``{"value", "stderr", unit: n}``; ``unit`` is ``n_tokens``, ``n_rows``, ``n_prompts``."""
         return {"value": self.value, "stderr": self.stderr, unit: self.n}
+
+
+@dataclass(frozen=True, slots=True)
+class TextWindows:
+    """How a text was cut, without which its perplexity means little.
+
+    Attributes:
+        source: where the text came from.
+        n_windows: windows that were used; they do not overlap.
+        seq_len: tokens per window.
+        detokenized: whether WikiText's or PTB's markers were undone.
+    """
+
+    source: str
+    n_windows: int
+    seq_len: int
+    detokenized: bool
+
+
+def harness_name(task: str, metric: str) -> str:
+    """What a metric of lm-evaluation-harness is called beside other figures."""
+    return f"{task} ({metric})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +70,14 @@ class Evaluation:
         peak_rss_bytes: peak memory of this process so far, or since this stage's training began.
         train_seconds: wall-clock time of the fine-tuning.
         accuracy_change: task name → change from the dense model, tuned where this one is and it
-            was, with the standard error of the paired rows.
+            was, with the standard error of the paired rows; the harness's by `harness_name`.
+        windows: text name → how the text of ``perplexity`` was cut.
+        harness: lm-evaluation-harness task → its metrics by the harness's names.
+        compared_to: the model that the next two compare with.
+        fidelity: text name → agreement with that model's predictions.
+        generation: text name → continuations of its first tokens.
+        flops_per_token: operations for one token of a forward pass over ``flops_context`` tokens.
+        flops_context: tokens of that context.
     """
 
     n_layers: int
@@ -56,14 +89,32 @@ class Evaluation:
     peak_rss_bytes: int | None = None
     train_seconds: float | None = None
     accuracy_change: Mapping[str, Figure] = field(default_factory=dict)
+    windows: Mapping[str, TextWindows] = field(default_factory=dict)
+    harness: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+    compared_to: str | None = None
+    fidelity: Mapping[str, Fidelity] = field(default_factory=dict)
+    generation: Mapping[str, Generation] = field(default_factory=dict)
+    flops_per_token: int | None = None
+    flops_context: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object ``E`` of ``result.json``; figures not measured are absent."""
-        content = asdict(self)
+        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        del content["windows"]
         content["perplexity"] = {k: f.to_json("n_tokens") for k, f in self.perplexity.items()}
+        for name, cut in self.windows.items():
+            content["perplexity"][name] |= asdict(cut)
         content["accuracy"] = {k: f.to_json("n_rows") for k, f in self.accuracy.items()}
-        changes = {k: f.to_json("n_rows") for k, f in self.accuracy_change.items()}
-        content["accuracy_change"] = changes or None
+        later: dict[str, Any] = {
+            "accuracy_change": {k: f.to_json("n_rows") for k, f in self.accuracy_change.items()},
+            "harness": {
+                task: {name: figure.to_json("n_rows") for name, figure in metrics.items()}
+                for task, metrics in self.harness.items()
+            },
+            "fidelity": {k: f.to_json() for k, f in self.fidelity.items()},
+            "generation": {k: g.to_json() for k, g in self.generation.items()},
+        }
+        content |= {key: value or None for key, value in later.items()}
         return {key: value for key, value in content.items() if value is not None}
 
 

@@ -15,6 +15,7 @@ from layercut import strict_yaml
 from layercut.data.tasks import TaskRow, read_rows
 from layercut.errors import RecipeError
 from layercut.evaluation import check_tasks, compared, evaluate
+from layercut.evaluation.harness import check_harness
 from layercut.finetune_settings import FinetuneSettings
 from layercut.models.checkpoint import write_checkpoint
 from layercut.models.destination import staged_folder
@@ -232,7 +233,7 @@ def tune_checkpoint(
     output_dir = Path(output_dir)
     used = recipe.model_dump(mode="json", include=USED_ALONE)
     result = RunResult(recipe.model, used, provenance(command))
-    measured = recipe.evaluation.model_dump(exclude={"harness"})
+    measured = recipe.evaluation.model_dump()
     start = time.perf_counter()
     with result.collecting_warnings():
         with result.timed("load"):
@@ -241,6 +242,7 @@ def tune_checkpoint(
             if settings is None:
                 raise RecipeError("the recipe has no section finetune. Add one, with its data.")
             check_tasks(view, recipe.evaluation.tasks)
+            check_harness(recipe.evaluation.harness)
         stage = TuningStage(settings, rows, result, measured, output_dir)
         with result.timed("evaluate", "evaluate the model"):
             result.stages["dense"] = evaluate(view, **measured)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,28 @@ def measure(
     task: TaskOption = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per window of a text.")] = 512,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text, at most.")] = 8192,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--harness",
+            metavar="NAME",
+            help="A task of lm-evaluation-harness, its YAML file, or gradmap7; may be repeated.",
+        ),
+    ] = None,
+    harness_limit: Annotated[
+        int | None, typer.Option(min=1, help="Rows of each such task, from its start.")
+    ] = None,
+    harness_batch_size: Annotated[
+        int, typer.Option(min=1, help="Requests of such a task in memory at once.")
+    ] = 8,
+    compare_to: Annotated[
+        str | None,
+        typer.Option(
+            "--compare-to",
+            metavar="MODEL",
+            help="The model it was pruned from: agreement with it on every text.",
+        ),
+    ] = None,
     speed: Annotated[bool, typer.Option(help="Measure tokens per second, too.")] = True,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="How weights are computed.")
@@ -36,24 +58,38 @@ def measure(
         bool, typer.Option("--quiet", "-q", help="Show no progress; print the figures alone.")
     ] = False,
 ) -> None:
-    """Measure MODEL: size and speed, perplexity on texts, accuracy on tasks.
+    """Measure MODEL: size and speed, perplexity on texts, accuracy on tasks, likeness to another.
 
     Example: layercut eval out/tuned --task reviews=embedded:reviews@test --text embedded:speeches
     """
     texts, tasks = named_sources(text, "--text"), named_sources(task, "--task")
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
+    if compare_to is not None and not texts:
+        raise typer.BadParameter("needs a --text to compare on", param_hint="--compare-to")
     set_up_libraries(offline=offline)
     from layercut import load
     from layercut.cli.display import print_evaluation, progress_display
     from layercut.evaluation import check_tasks, evaluate
+    from layercut.evaluation.beside import beside, check_comparable
+    from layercut.evaluation.harness import check_harness
 
+    cut: dict[str, Any] = {"text": texts, "seq_len": seq_len, "max_tokens": max_tokens}
+    zero_shot: dict[str, Any] = {
+        "harness": harness or (),
+        "harness_limit": harness_limit,
+        "harness_batch_size": harness_batch_size,
+    }
     with progress_display(quiet=quiet):
+        check_harness(harness or ())
         view = load(model, revision=revision, dtype=dtype)
         check_tasks(view, tasks)
-        figures = evaluate(
-            view, text=texts, tasks=tasks, seq_len=seq_len, max_tokens=max_tokens, speed=speed
-        )
+        dense = None if compare_to is None else load(compare_to, dtype=dtype)
+        if dense is not None:
+            check_comparable(view, dense)
+        figures = evaluate(view, tasks=tasks, speed=speed, **zero_shot, **cut)
+        if dense is not None:
+            figures = beside(figures, view, dense, **cut)
     print_evaluation(model, figures)
     if json_file is not None:
         content = {"schema": 1, "model": model, **figures.to_json()}

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from layercut import progress
 from layercut.data.calibration import evaluation_windows
+from layercut.data.sources import is_detokenized
 from layercut.data.tasks import read_rows
 from layercut.evaluation.choices import accuracy, answer, paired_change, texts_of
 from layercut.evaluation.cost import decode_tokens_per_second, prefill_tokens_per_second
+from layercut.evaluation.flops import FLOPS_CONTEXT, flops_per_token
+from layercut.evaluation.harness import run_harness
 from layercut.evaluation.perplexity import perplexity
 from layercut.report.machine import peak_rss_bytes
-from layercut.results import Evaluation
+from layercut.results import Evaluation, TextWindows, harness_name
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -42,6 +45,9 @@ def evaluate(
     max_tokens: int = 8192,
     detokenize: bool | Literal["auto"] = "auto",
     speed: bool = True,
+    harness: Sequence[str] = (),
+    harness_limit: int | None = None,
+    harness_batch_size: int = 8,
 ) -> Evaluation:
     """Measure the model that ``view`` holds now.
 
@@ -54,17 +60,25 @@ def evaluate(
         max_tokens: tokens of each text at most.
         detokenize: whether to undo WikiText's and PTB's markers.
         speed: whether to measure tokens per second.
+        harness: tasks of lm-evaluation-harness, as for `layercut.evaluation.harness`.
+        harness_limit: rows of each of these, from its start; ``None`` for all.
+        harness_batch_size: requests of these in memory at once.
 
     Raises:
         DataError: a text or task cannot be read or used.
+        RecipeError: the harness is not installed, or does not know a task.
+        NetworkError: a text or task is on the Hub, which cannot be reached.
         NumericsError: a loss is not finite.
     """
-    figures = {}
+    figures, cuts = {}, {}
     for name, source in (text or {}).items():
         windows = evaluation_windows(
             source, view.tokenizer, seq_len=seq_len, max_tokens=max_tokens, detokenize=detokenize
         )
         figures[name] = perplexity(view, windows)
+        cuts[name] = TextWindows(
+            source, len(windows), windows.shape[1], is_detokenized(source, detokenize)
+        )
         progress.figure(f"{name} perplexity {figures[name].value:.2f}")
     right = {}
     for name, source in (tasks or {}).items():
@@ -73,6 +87,12 @@ def evaluate(
         if answers.by_length is not None:
             right[f"{name}{BY_LENGTH}"] = accuracy(answers.by_length)
         progress.figure(f"{name} accuracy {right[name].value:.3f}")
+    zero_shot = (
+        run_harness(view, harness, limit=harness_limit, batch_size=harness_batch_size)
+        if harness
+        else {}
+    )
+    context = min(FLOPS_CONTEXT, view.context)
     return Evaluation(
         n_layers=view.n_layers,
         n_parameters=view.n_parameters,
@@ -81,14 +101,25 @@ def evaluate(
         prefill_tokens_per_second=prefill_tokens_per_second(view) if speed else None,
         decode_tokens_per_second=decode_tokens_per_second(view) if speed else None,
         peak_rss_bytes=peak_rss_bytes(),
+        windows=cuts,
+        harness=zero_shot,
+        flops_per_token=flops_per_token(view, context=context),
+        flops_context=context,
     )
 
 
 def compared(after: Evaluation, before: Evaluation) -> Evaluation:
     """``after`` with the change in accuracy of every task that ``before`` answered as well."""
-    changes = {
-        name: paired_change(before.accuracy[name].outcomes, figure.outcomes)
-        for name, figure in after.accuracy.items()
-        if name in before.accuracy
-    }
+    old, new = _judged(before), _judged(after)
+    changes = {name: paired_change(old[name], rows) for name, rows in new.items() if name in old}
     return replace(after, accuracy_change=changes)
+
+
+def _judged(stage: Evaluation) -> dict[str, tuple[bool, ...]]:
+    """Which rows of each task are right, where that is known of every row."""
+    figures = {
+        harness_name(task, metric): figure
+        for task, metrics in stage.harness.items()
+        for metric, figure in metrics.items()
+    }
+    return {name: f.outcomes for name, f in {**stage.accuracy, **figures}.items() if f.outcomes}

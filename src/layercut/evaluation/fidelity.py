@@ -3,7 +3,7 @@
 Source   Kullback and Leibler 1951; agreement as in speculative decoding and distillation papers
 Formula  agreement = mean_t [argmax p_t = argmax q_t];  KL = mean_t Σ_v q_tv (log q_tv − log p_tv)
          q dense, p pruned; t = every position of every window, v = vocabulary
-Meaning  unlike perplexity, no target is needed, and a prediction that is wrong in another way counts
+Meaning  unlike perplexity, it needs no target, and being wrong in another way counts
 Cost     one dense pass, d float32 numbers kept per token; per variant one pass and a second head
 """
 

@@ -88,13 +88,11 @@ def _expert_entries(view: DecoderView, layer: int) -> float | None:
 def _attention_width(view: DecoderView, layer: int) -> int:
     """Width of all heads' queries plus that of all heads' values; 0 without softmax attention."""
     text: Any = view.model.config.get_text_config(decoder=True)
-    kinds = getattr(text, "layer_types", None)
-    if kinds is not None and len(kinds) == view.n_layers:
-        attends = kinds[layer].endswith("attention") and not kinds[layer].startswith("linear")
-    else:
-        names = (name for name, _ in view.layers[layer].named_modules())
-        attends = any("attn" in name or "attention" in name for name in names)
-    if not attends:
+    names = (name.rpartition(".")[2] for name, _ in view.layers[layer].named_modules())
+    if not any(("attn" in n or "attention" in n) and "linear" not in n for n in names):
+        return 0
+    kinds = getattr(text, "layer_types", None) or ()
+    if len(kinds) == view.n_layers and kinds[layer].startswith("linear"):
         return 0
     n_heads = int(text.num_attention_heads)
     head_dim = getattr(text, "head_dim", None) or int(text.hidden_size) // n_heads

@@ -41,6 +41,7 @@ class Generation:
         loop: the share of a continuation that its longest loop takes up.
         common_prefix: tokens before the first that differs from the reference's.
         agreement: share of places with the reference's token; both are ``None`` without one.
+        reference: the other model's continuations of the same prompts, where they are at hand.
     """
 
     tokens: Tensor
@@ -49,6 +50,7 @@ class Generation:
     loop: Figure
     common_prefix: Figure | None = None
     agreement: Figure | None = None
+    reference: Generation | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Figures by name, each with ``n_prompts``; those without a reference are absent."""
@@ -56,8 +58,9 @@ class Generation:
         figures["loop"] = self.loop
         if self.common_prefix is not None and self.agreement is not None:
             figures |= {"common_prefix": self.common_prefix, "agreement": self.agreement}
-        lengths = {"prompt_tokens": self.prompt_tokens, "new_tokens": self.tokens.shape[1]}
-        return {name: f.to_json("n_prompts") for name, f in figures.items()} | lengths
+        content: dict[str, Any] = {n: f.to_json("n_prompts") for n, f in figures.items()}
+        content |= {"prompt_tokens": self.prompt_tokens, "new_tokens": self.tokens.shape[1]}
+        return content | ({"reference": self.reference.to_json()} if self.reference else {})
 
 
 def prompts_of(

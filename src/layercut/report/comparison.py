@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from layercut.results import Evaluation, Figure, RunResult
+from layercut.results import Evaluation, Figure, RunResult, harness_name
+
+if TYPE_CHECKING:
+    from layercut.evaluation.generation import Generation
 
 STAGE_TITLES = {
     "dense": "Dense",
@@ -17,6 +21,7 @@ TUNED_TITLES = {"dense": "Before", "dense_tuned": "Tuned"}
 """Of a model that was tuned and not pruned."""
 MISSING = "–"
 ACCURACY = "Accuracy, "
+ZERO_SHOT = "Zero-shot, "
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,9 @@ def rows(result: RunResult) -> tuple[Row, ...]:
         change = ""
         if label in old and label in new:
             change = old[label].compare(old[label].value, new[label].value)
-        if (paired := changes.get(label.removeprefix(ACCURACY))) is not None:
+        if (
+            paired := changes.get(label.removeprefix(ACCURACY).removeprefix(ZERO_SHOT))
+        ) is not None:
             change = _paired_points(paired)
         found.append(Row(label, tuple(m.text if m else MISSING for m in cells), change))
     return tuple(found)
@@ -93,7 +100,12 @@ def compared_stages(result: RunResult) -> tuple[str, str]:
 
 def measured(stage: Evaluation) -> list[tuple[str, str]]:
     """Every figure of one model as (what was measured, its value)."""
-    return [(label, measure.text) for label, measure in _measures(stage).items()]
+    figures = [(label, measure.text) for label, measure in _measures(stage).items()]
+    for name, cut in stage.windows.items():
+        restored = ", detokenized" if cut.detokenized else ""
+        text = f"{cut.n_windows} of {cut.seq_len:,} tokens{restored}"
+        figures.append((f"Windows, {name}", text))
+    return figures
 
 
 def _measures(stage: Evaluation) -> dict[str, _Measure]:
@@ -110,6 +122,11 @@ def _measures(stage: Evaluation) -> dict[str, _Measure]:
         found[f"Perplexity, {name}"] = _Measure(figure.value, _with_error(figure, 2), _factor)
     for name, figure in stage.accuracy.items():
         found[f"{ACCURACY}{name}"] = _Measure(figure.value, _with_error(figure, 3), _points)
+    found |= _zero_shot(stage) | _likeness(stage)
+    if stage.flops_per_token is not None:
+        label = f"GFLOPs per token, context {stage.flops_context:,}"
+        count = stage.flops_per_token / 1e9
+        found[label] = _Measure(count, f"{count:,.3f}", _factor)
     for label, speed in (
         ("Prefill, tokens per second", stage.prefill_tokens_per_second),
         ("Decoding, tokens per second", stage.decode_tokens_per_second),
@@ -123,8 +140,64 @@ def _measures(stage: Evaluation) -> dict[str, _Measure]:
     return found
 
 
+def _zero_shot(stage: Evaluation) -> dict[str, _Measure]:
+    """The metrics of lm-evaluation-harness, and the mean accuracy over its tasks."""
+    found = {}
+    for task, metrics in stage.harness.items():
+        for metric, figure in metrics.items():
+            how = _points if metric.startswith("acc") else _factor
+            label = ZERO_SHOT + harness_name(task, metric)
+            found[label] = _Measure(figure.value, _with_error(figure, 3), how)
+    accuracies = [metrics["acc"] for metrics in stage.harness.values() if "acc" in metrics]
+    if len(accuracies) > 1:
+        mean = _mean(accuracies)
+        label = f"{ZERO_SHOT}mean acc of {len(accuracies)}"
+        found[label] = _Measure(mean.value, _with_error(mean, 3), _points)
+    return found
+
+
+def _likeness(stage: Evaluation) -> dict[str, _Measure]:
+    """Agreement with the model that this one was compared with, and how both go on alone."""
+    found = {}
+    for name, fidelity in stage.fidelity.items():
+        for label, figure in (
+            ("Next-token agreement", fidelity.agreement),
+            ("KL, nats per token", fidelity.kl),
+        ):
+            found[f"{label}, {name}"] = _Measure(figure.value, _with_error(figure, 3), _factor)
+    for name, generation in stage.generation.items():
+        for label, figure, theirs in _generated(generation):
+            other = "" if theirs is None else f" (the other: {_with_error(theirs, 3)})"
+            text = _with_error(figure, 3) + other
+            found[f"{label}, {name}"] = _Measure(figure.value, text, _factor)
+    return found
+
+
+def _generated(generation: Generation) -> list[tuple[str, Figure, Figure | None]]:
+    """Label, figure, and the other model's."""
+    other = generation.reference
+    found = [
+        (f"Generated, distinct {n}-grams", figure, other.distinct[n - 1] if other else None)
+        for n, figure in enumerate(generation.distinct, start=1)
+    ]
+    found.append(("Generated, share in a loop", generation.loop, other.loop if other else None))
+    if generation.common_prefix is not None and generation.agreement is not None:
+        found += [
+            ("Generated, tokens before they part", generation.common_prefix, None),
+            ("Generated, equal tokens", generation.agreement, None),
+        ]
+    return found
+
+
 def _with_error(figure: Figure, digits: int) -> str:
     return f"{figure.value:,.{digits}f} ± {figure.stderr:.{digits}f}"
+
+
+def _mean(figures: Sequence[Figure]) -> Figure:
+    """Their mean, with the standard error that independent tasks give it: √(Σ se²) / n."""
+    n = len(figures)
+    spread = sum(figure.stderr**2 for figure in figures) ** 0.5 / n
+    return Figure(sum(figure.value for figure in figures) / n, spread, n)
 
 
 def _difference(dense: float, pruned: float) -> str:

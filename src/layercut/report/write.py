@@ -21,6 +21,7 @@ from layercut.types import LayerScores
 
 EMBEDDED_LICENSE = "apache-2.0"
 HEADLINES = {"Prefill": "prompt speed", "Fine-tuning": "fine-tuning time"}
+NO_HEADLINE = ("Layers", "Decoding", "Peak memory", "GFLOPs per token", "Zero-shot")
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -145,7 +146,7 @@ def headline(result: RunResult) -> tuple[tuple[str, str], ...]:
         found.append((f"{len(result.plan.dropped)} of {result.plan.n_layers}", "layers dropped"))
     for row in comparison.rows(result):
         quantity, _, name = row.label.partition(", ")
-        if not row.change or quantity in ("Layers", "Decoding", "Peak memory"):
+        if not row.change or quantity in NO_HEADLINE:
             continue
         label = HEADLINES.get(quantity, quantity.lower())
         on = f" on {name}" if quantity in ("Perplexity", "Accuracy") else ""

@@ -1,0 +1,229 @@
+"""Zero-shot tasks through lm-evaluation-harness, on the model in memory.
+
+The harness brings prompts, metrics and standard errors; its task names, its own YAML files and the
+groups below can be given. Its data come from the Hub unless a task's file names local ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from layercut import progress
+from layercut.errors import DataError, NetworkError, NumericsError, RecipeError, suggestion
+from layercut.models.quiet import quiet
+from layercut.results import Figure
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+INSTALL = 'pip install "lm_eval==0.4.13"'
+
+GROUPS = {
+    # arXiv:2602.14649
+    "gradmap7": (
+        "boolq",
+        "piqa",
+        "hellaswag",
+        "winogrande",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+    ),
+}
+"""Names of our own for several of the harness's tasks."""
+
+BATCH_SIZE = 8
+FILES = (".yaml", ".yml")
+
+
+def check_harness(names: Sequence[str]) -> None:
+    """Refuse tasks that cannot be run, before any compute; reads or fetches their data.
+
+    Args:
+        names: the harness's tasks, groups and tags, those of ``GROUPS``, and paths of YAML files.
+
+    Raises:
+        RecipeError: the harness is not installed, or does not know a task.
+        DataError: a task's file or data cannot be read.
+        NetworkError: a task's data are on the Hub, which cannot be reached.
+    """
+    if names:
+        _tasks(tuple(names))
+
+
+def run_harness(
+    view: DecoderView,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> dict[str, dict[str, Figure]]:
+    """Task → metric → figure, under the harness's own names.
+
+    A metric of another filter than ``none`` is called ``metric,filter``. Figures whose rows are
+    right or wrong carry the rows' outcomes.
+
+    Args:
+        view: the model as it is now, be it skipped or patched; unchanged afterwards.
+        names: as for `check_harness`.
+        limit: rows of each task, from its start; ``None`` for all.
+        batch_size: requests in memory at once; changes no result beyond rounding.
+
+    Raises:
+        RecipeError, DataError, NetworkError: as for `check_harness`.
+        NumericsError: a metric is not finite.
+    """
+    tasks = _tasks(tuple(names))
+    from lm_eval import simple_evaluate
+
+    with quiet(), _random_state():
+        found = simple_evaluate(
+            model=_wrapped(view, batch_size),
+            tasks=list(tasks.values()),
+            task_manager=_manager(),
+            limit=limit,
+            batch_size=batch_size,
+        )
+    figures = {
+        name: _figures(name, metrics, found["n-samples"][name]["effective"], found["samples"][name])
+        for name, metrics in found["results"].items()
+        if name in tasks
+    }
+    for name, metrics in figures.items():
+        shown = ", ".join(f"{metric} {figure.value:.3f}" for metric, figure in metrics.items())
+        progress.figure(f"{name} {shown}")
+    return figures
+
+
+def expanded(names: Sequence[str]) -> list[str]:
+    """``names`` with those of ``GROUPS`` replaced by their tasks, each once, in order."""
+    every = (task for name in names for task in GROUPS.get(name, (name,)))
+    return list(dict.fromkeys(every))
+
+
+@cache
+def _manager() -> Any:
+    """The index of the harness's tasks: thousands of files, read once.
+
+    Raises:
+        RecipeError: the harness is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise RecipeError(f"tasks of lm-evaluation-harness need its package. Run: {INSTALL}")
+    from lm_eval.tasks import TaskManager
+
+    with quiet():
+        return TaskManager()
+
+
+@cache
+def _tasks(names: tuple[str, ...]) -> Mapping[str, Any]:
+    """The harness's own task objects by name, their data loaded."""
+    manager = _manager()
+    wanted = expanded(names)
+    known = {*manager.all_tasks, *GROUPS}
+    for name in wanted:
+        if name.endswith(FILES) and not Path(name).expanduser().is_file():
+            raise DataError(f"task file {name} does not exist")
+        if name not in known and not name.endswith(FILES):
+            raise RecipeError(
+                f"unknown task '{name}' of lm-evaluation-harness"
+                f"{suggestion(name, known) or '.'} List them with `lm_eval ls tasks`, or give the "
+                "path of a task's YAML file."
+            )
+    found: dict[str, Any] = {}
+    for name in wanted:
+        found |= _load(manager, name)
+    return found
+
+
+def _load(manager: Any, name: str) -> dict[str, Any]:
+    """The tasks that one name stands for."""
+    import yaml
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with quiet():
+            tasks: dict[str, Any] = manager.load([name])["tasks"]
+    except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
+        raise NetworkError(
+            f"the data of task {name} cannot be fetched: {error}. Connect, or give a task's YAML "
+            "file whose dataset_kwargs name local files."
+        ) from None
+    except (DatasetsError, OSError, ValueError, KeyError, RuntimeError, yaml.YAMLError) as error:
+        raise DataError(f"task {name} cannot be loaded: {error}") from None
+    return tasks
+
+
+def _wrapped(view: DecoderView, batch_size: int) -> Any:
+    """The model as the harness sees one, in the arithmetic of the other evaluations."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Quiet(HFLM):  # type: ignore[misc]
+        """Without progress bars of its own."""
+
+        def _loglikelihood_tokens(self, requests: Any, *_: Any, **options: Any) -> Any:
+            return super()._loglikelihood_tokens(requests, **options | {"disable_tqdm": True})
+
+        def loglikelihood_rolling(self, requests: Any, *_: Any, **__: Any) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, *_: Any, **__: Any) -> Any:
+            return super().generate_until(requests, disable_tqdm=True)
+
+    return Quiet(
+        pretrained=view.model,
+        tokenizer=copy.deepcopy(view.tokenizer),  # which it may give a token to pad with
+        backend="causal",
+        max_length=min(view.context, 2**20),
+        batch_size=batch_size,
+        # It switches off an outer autocast, so that ours has to be asked for.
+        mixed_precision_dtype="bfloat16" if view.mixed_precision else None,
+    )
+
+
+def _figures(
+    task: str, metrics: Mapping[str, Any], n_rows: int, samples: Sequence[Mapping[str, Any]]
+) -> dict[str, Figure]:
+    """One task's metrics; the harness's keys are ``metric,filter`` and ``metric_stderr,filter``."""
+    figures = {}
+    for key, value in metrics.items():
+        metric, comma, kept = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        if not np.isfinite(value):
+            raise NumericsError(
+                f"{metric} of task {task} is {value}: the model yields values that are not finite. "
+                "Use dtype: float32, or check the weights."
+            )
+        stderr = metrics.get(f"{metric}_stderr,{kept}")
+        error = float(stderr) if isinstance(stderr, int | float) else 0.0
+        rows = [row.get(metric) for row in samples if row.get("filter", kept) == kept]
+        judged = len(rows) == n_rows and all(row in (0, 1) for row in rows)
+        outcomes = tuple(bool(row) for row in rows) if judged else ()
+        name = metric if kept == "none" else key
+        figures[name] = Figure(float(value), error, n_rows, outcomes)
+    return figures
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    """Give every generator its state back: the harness seeds them all."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
