@@ -11,8 +11,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Plot
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from layercut.comparison.ranks import ranks
 from layercut.comparison.result import TRUTH, Comparison, Row
@@ -23,6 +24,11 @@ MARKERS = "os^DvPX*"
 DASHES = ("-", "--", ":", "-.")
 MOST_LINES = 20
 """More cannot be told apart; the best at any size are shown, and every preset's table row is."""
+
+HIGHEST = 30
+"""Ratios beyond are all rubble; drawn at this one, they leave room to tell the others apart."""
+
+TICKS = (0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, HIGHEST)
 
 LEAST_SECONDS = 0.1
 """Where a method takes no time at all stands on an axis of powers of ten."""
@@ -75,10 +81,11 @@ def by_layers(result: Comparison, text: str) -> str:
         axis = plot.subplots()
         for line in reversed(lines):  # the best is drawn over the others
             sizes = [row["layers"] for row in line.points]
-            axis.plot(sizes, [row["ratio"][text] for row in line.points], **line.mark)
+            axis.plot(sizes, [_shown(row, text) for row in line.points], **line.mark)
         sizes = sorted({row["layers"] for line in lines for row in line.points})
         axis.set_xticks(sizes)
         axis.set_xlabel("layers dropped")
+        axis.set_ylabel(f"perplexity over dense, {text}")
         _ratio_axis(axis, lines, text)
         handles = list(reversed(axis.get_lines()))
         names = [line.name for line in lines]
@@ -101,21 +108,24 @@ def by_seconds(result: Comparison, text: str) -> str:
     with style():
         size = (WIDTH, 2.6 * n_rows + 0.25 * legend_rows + 0.4)
         plot = Plot(figsize=size, layout="constrained")
-        panels = plot.subplots(n_rows, columns, sharex=True, squeeze=False).flatten()
+        panels = plot.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
         for axis, n_dropped in zip(panels, sizes, strict=False):
             for line in reversed(lines):
                 for row in (r for r in line.points if r["layers"] == n_dropped):
                     spent = max(row["total_seconds"], LEAST_SECONDS)
-                    axis.plot(spent, row["ratio"][text], **{**line.mark, "linestyle": ""})
+                    axis.plot(spent, _shown(row, text), **{**line.mark, "linestyle": ""})
             axis.set_xscale("log")
             axis.margins(0.12)
             axis.set_title(f"{n_dropped} layers", fontsize=10, loc="left")
             axis.grid(which="major")
-            _ratio_axis(axis, lines, text, labelled=False)
+            axis.xaxis.set_major_locator(LogLocator())
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_xlabel("seconds")
+            _ratio_axis(axis, lines, text)
         for axis in panels[len(sizes) :]:
             axis.set_visible(False)
-        plot.supxlabel("seconds to score, select and recover", fontsize=10, color=MUTED)
-        plot.supylabel(f"perplexity over dense, {text}", fontsize=10, color=MUTED)
+        for axis in panels[::columns]:
+            axis.set_ylabel(f"perplexity over dense, {text}")
         handles = [axis_line(line) for line in lines]
         plot.legend(
             handles,
@@ -159,10 +169,8 @@ def scores(result: Comparison) -> str:
         return inline_svg(plot, "scores", f"Ranks of the layers. Spearman's correlation: {told}.")
 
 
-def axis_line(line: Line) -> Any:
+def axis_line(line: Line) -> Line2D:
     """A legend's handle of ``line`` without the line itself."""
-    from matplotlib.lines import Line2D
-
     return Line2D([], [], **{**line.mark, "linestyle": ""})
 
 
@@ -173,12 +181,18 @@ def _heat_row(axis: Axes, row: int, values: Sequence[float]) -> None:
         axis.add_patch(Rectangle(cell, 0.94, 0.88, facecolor=shade, linewidth=0))
 
 
-def _ratio_axis(axis: Axes, lines: Sequence[Line], text: str, *, labelled: bool = True) -> None:
+def _shown(row: Row, text: str) -> float:
+    return float(min(row["ratio"][text], HIGHEST))
+
+
+def _ratio_axis(axis: Axes, lines: Sequence[Line], text: str) -> None:
+    """A logarithmic axis from a little below the best to a little above the worst shown."""
+    shown = [_shown(row, text) for line in lines for row in line.points]
+    lowest, highest = min(shown) / 1.06, max(shown) * 1.1
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"× {value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_ylim(lowest, highest)
+    ticks = [tick for tick in TICKS if lowest <= tick <= highest]
+    names = [f"≥ {tick:g}" if tick == HIGHEST else f"× {tick:g}" for tick in ticks]
+    axis.set_yticks(ticks, names)
     axis.minorticks_off()
     axis.grid(axis="y", color=GRID)
-    if labelled:
-        axis.set_ylabel(f"perplexity over dense, {text}")

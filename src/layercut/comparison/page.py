@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from layercut.comparison import figures
-from layercut.comparison.result import Comparison, cells, titles, to_csv
+from layercut.comparison.result import LAYERS, Comparison, Row, cells, titles, to_csv
 from layercut.report.write import environment, json_text, labelled, write_text
 
 
@@ -41,13 +41,14 @@ def render_html(result: Comparison) -> str:
     template = environment().get_template("compare.html.jinja")
     return template.render(
         result=result,
-        titles=titles(result),
-        dense=cells(result, result.dense),
+        titles=[title for title in titles(result) if title != LAYERS],
+        dense=_without_size(result, result.dense),
         sizes=_sizes(result),
         failed=[row for row in result.rows if row["reason"] is not None],
         contestants=_contestants(result),
         plots={name: Markup(svg) for name, svg in plots.items()},  # our own SVG, already escaped
         n_shown=figures.MOST_LINES,
+        highest=figures.HIGHEST,
         versions=dict(result.provenance.versions),
         hardware=labelled(result.provenance.hardware),
         settings=labelled(result.settings),
@@ -60,8 +61,14 @@ def _sizes(result: Comparison) -> dict[int, list[tuple[list[str], str]]]:
     for row in result.rows:
         if row["reason"] is None:
             layers = ", ".join(map(str, row["dropped"]))
-            found.setdefault(row["layers"], []).append((cells(result, row), layers))
+            found.setdefault(row["layers"], []).append((_without_size(result, row), layers))
     return found
+
+
+def _without_size(result: Comparison, row: Row) -> list[str]:
+    """The cells of a row below a heading that tells its size."""
+    named = zip(titles(result), cells(result, row), strict=True)
+    return [cell for title, cell in named if title != LAYERS]
 
 
 def _contestants(result: Comparison) -> list[dict[str, Any]]:

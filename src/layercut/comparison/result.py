@@ -16,6 +16,7 @@ from layercut.results import Provenance
 Row = dict[str, Any]
 TRUTH = "loss without the layer"
 MISSING = "–"
+LAYERS = "Layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def ordered(rows: Sequence[Row], text: str | None) -> tuple[Row, ...]:
 
 def titles(result: Comparison) -> list[str]:
     """Titles of the table's columns; `cells` fills them."""
-    found = ["Method", "Layers"]
+    found = ["Method", LAYERS]
     found += [f"Perplexity, {name}" for name in result.texts] + [f"× {n}" for n in result.texts]
     if result.texts:
         found += ["Same token, %", "KL, nats", "Loops, %"]

@@ -251,7 +251,8 @@ class Arena:
         return (0,) if needs else ()
 
     def _lacks(self, row: Mapping[str, Any]) -> bool:
-        return row["reason"] is None and self.judge.missing(row)
+        """What could not run is tried again: that it cannot shows early, and versions change."""
+        return row["reason"] is not None or self.judge.missing(row)
 
     def _key(self, contestant: Contestant, size: int) -> str:
         """Everything of a row that the folder's identity leaves open."""
