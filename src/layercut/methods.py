@@ -47,10 +47,23 @@ def check_model(room: Room, name: str, view: DecoderView) -> None:
     Raises:
         ModelError: the family's layers cannot be run or compared alone.
     """
-    why = view.layout.rules.unscorable
-    if why and getattr(load_method(room, name), "READS_MODEL", True):
+    if getattr(load_method(room, name), "READS_MODEL", True):
+        check_runs_alone(view, f"{room} '{name}'")
+
+
+def check_runs_alone(view: DecoderView, method: str) -> None:
+    """Refuse a family whose layers cannot be run or compared alone.
+
+    Args:
+        view: the model.
+        method: what needs to, as the message names it.
+
+    Raises:
+        ModelError: they cannot.
+    """
+    if why := view.layout.rules.unscorable:
         raise ModelError(
-            f"{room} '{name}' cannot work on '{view.layout.model_type}': {why}. Name the layers "
+            f"{method} cannot work on '{view.layout.model_type}': {why}. Name the layers "
             "with selection.drop, and set recovery.method: none."
         )
 

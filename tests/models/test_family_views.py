@@ -7,7 +7,9 @@ import torch
 from family_configs import FAMILIES, Family
 from test_families import save_family, tokens
 
+from conftest import plan_of
 from layercut.errors import ModelError
+from layercut.evaluation.unfoldable import fit_unfoldable, unfolded
 from layercut.gradients import layer_gradients
 from layercut.models.droppable import fixed_layers
 from layercut.models.load import load
@@ -56,6 +58,27 @@ def test_loss_without_a_layer_is_that_of_the_model_that_skips_it(
         with view.skipping([layer]):
             expected = float(view.token_losses(tokens()).sum())
         assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_operations_at_the_cuts_act_on_the_stream(case: tuple[Family, DecoderView]) -> None:
+    _, view = case
+    plan = plan_of(view.n_layers - 2, n_layers=view.n_layers)
+    if view.layout.rules.unscorable:
+        with pytest.raises(ModelError, match="recovery 'ghost' cannot work on"):
+            fit_unfoldable(view, plan, batches(), "ghost")
+        return
+    before = plan.dropped[0] - 1
+    matrix = torch.linspace(0.5, 2, view.hidden_size).diag()
+    inputs = view.embed(tokens())
+    hidden = inputs.hidden
+    with torch.no_grad():
+        for layer in plan.kept:
+            hidden = view.run_layer(layer, hidden, inputs)
+            hidden = hidden @ matrix if layer == before else hidden
+    with view.skipping(plan.dropped), unfolded(view, plan, {before: matrix}):
+        torch.testing.assert_close(
+            view.token_losses(tokens()), view.stream_losses(hidden, tokens())
+        )
 
 
 def test_gradients_of_all_linear_weights_equal_plain_autograd(

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import byte_tokenizer, plan_of
 from layercut.errors import ModelError
+from layercut.methods import available
 from layercut.models.checkpoint import write_checkpoint
 from layercut.models.load import load
 from layercut.models.verification import verify_checkpoint
@@ -63,7 +64,7 @@ MODELS = {
     "mamba": ("mamba", {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 4}),
 }
 BETWEEN, SINGLE, ADAPTERS = "does not add its MLP", "no single down-projection", "has experts"
-ALONE = "cannot work on 'mamba'"
+ALONE, SCALE = "cannot work on 'mamba'", "does not follow the scale"
 REFUSED = {
     ("mixtral", "refit"): SINGLE,
     ("gpt_oss", "refit"): SINGLE,
@@ -76,11 +77,13 @@ REFUSED = {
         for m in ("granite", "gemma2", "olmo2", "opt post-norm")
         for r in ("linear-map", "projection", "refit")
     },
-    **{("mamba", r): ALONE for r in ("laco", "linear-map", "projection", "refit", "sign-merge")},
+    **{(m, "magnitude-rescale"): SCALE for m in ("gemma2", "olmo2", "opt post-norm")},
+    **{("mamba", r): ALONE for r in available("recovery") if r != "none"},
 }
 OPTIONS: dict[str, dict[str, object]] = {
     "laco": {},
     "linear-map": {"alpha": 0.01},
+    "magnitude-rescale": {},
     "projection": {"penalty": 0.01},
     "refit": {"held_out_every": 2},
     "sign-merge": {"steps": 3, "rank": 2},
