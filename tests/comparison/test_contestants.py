@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from layercut.comparison.contestants import (
@@ -13,6 +15,7 @@ from layercut.comparison.contestants import (
     recoveries,
 )
 from layercut.errors import RecipeError
+from layercut.evaluation.unfoldable import Unfoldable
 from layercut.methods import available, load_method
 from layercut.selection import check_scoring
 
@@ -31,6 +34,7 @@ def test_every_scoring_and_recovery_takes_part():
     assert {choice.scoring for choice in CHOICES.values()} == set(available("scoring"))
     in_all = {contestant.recovery for contestant in parse_methods(["all"])}
     assert in_all == {*available("recovery"), *UNFOLDABLE}
+    assert set(UNFOLDABLE) == set(get_args(Unfoldable))
 
 
 def test_all_holds_every_pair_once():

@@ -75,6 +75,18 @@ def test_a_row_equals_the_single_stages_on_a_model_that_is_cut(
         assert row["accuracy"]["parity"]["value"] == figures.accuracy["parity"].value
 
 
+@pytest.mark.parametrize("recovery", ["ghost", "linear-patch"])
+def test_what_cannot_be_folded_pays_for_its_extra_matrices(
+    settings: dict[str, Any], tmp_path: Path, recovery: str
+):
+    settings |= {"methods": ["shortgpt", f"block-influence+{recovery}"], "drop_layers": [1]}
+    rows = {row["pair"]: row for row in layercut.compare(settings, tmp_path / "out").rows}
+    plain, repaired = rows["block-influence+none"], rows[f"block-influence+{recovery}"]
+    # One cut, one 16 × 16 matrix; a multiplication and an addition for each of its entries.
+    assert repaired["n_parameters"] == plain["n_parameters"] + 256
+    assert repaired["flops_per_token"] == plain["flops_per_token"] + 512
+
+
 def test_files_hold_every_row(settings: dict[str, Any], tmp_path: Path):
     out = tmp_path / "out"
     result = layercut.compare({**settings, "layer_losses": True}, out)

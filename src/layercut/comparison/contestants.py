@@ -134,7 +134,7 @@ PUBLISHED = (
     ),
     _preset("replaceme", "angular-distance+linear-map", "arXiv:2505.02819"),
     _preset("prune-and-comp", "block-influence+magnitude-rescale", "arXiv:2507.18212"),
-    _preset("prune-and-comp-ppl", "sleb+magnitude-rescale", "arXiv:2507.18212"),
+    _preset("prune-and-comp-ppl", "perplexity+magnitude-rescale", "arXiv:2507.18212"),
     _preset("linear-patch", "angular-distance+linear-patch", "arXiv:2505.24680"),
     _preset(
         "ghost",

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from layercut import methods, progress
 from layercut.comparison.choosing import CANNOT, Chooser, Chosen, seeded
@@ -19,6 +19,7 @@ from layercut.comparison.store import Store, check_folder, digest, opened
 from layercut.data.calibration import calibration_batches
 from layercut.errors import RecipeError
 from layercut.evaluation.perplexity import check_vocabulary
+from layercut.evaluation.unfoldable import Unfoldable, fit_unfoldable, unfolded
 from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.recovery import fit
@@ -218,11 +219,14 @@ class Arena:
                 measured = self.judge.measure(row)
         except CANNOT as error:
             return {**chosen_part, "reason": str(error)}
+        extra = notes.get("extra_matrices", 0) * self.view.hidden_size**2
+        if measured["flops_per_token"] is not None:
+            measured["flops_per_token"] += 2 * extra
         return {
             **chosen_part,
             "reason": None,
-            "notes": notes,
-            "n_parameters": self.judge.n_parameters(plan.dropped),
+            "notes": dict(notes),
+            "n_parameters": self.judge.n_parameters(plan.dropped) + extra,
             "seconds": row.get("seconds", seconds),
             **measured,
         }
@@ -233,6 +237,11 @@ class Arena:
     ) -> Iterator[dict[str, Any]]:
         """The contestant's model in the place of the dense one; yields the recovery's notes."""
         view, name = self.view, contestant.recovery
+        if name in UNFOLDABLE:
+            operations = fit_unfoldable(view, plan, self.batches, cast(Unfoldable, name))
+            with view.skipping(plan.dropped), unfolded(view, plan, operations):
+                yield {"extra_matrices": len(operations)}
+            return
         options = seeded("recovery", name, {}, self.settings.seed)
         patch = fit(view, plan, evidence, self.batches, method=name, **options)
         with view.skipping(plan.dropped), view.patched(patch.tensors):
@@ -242,7 +251,7 @@ class Arena:
         """What the recovery cannot do without; refuses one that cannot work here at all."""
         name = contestant.recovery
         if name in UNFOLDABLE:
-            return ()
+            return (0,)
         methods.check_model("recovery", name, self.view)
         options = seeded("recovery", name, {}, self.settings.seed)
         parsed = methods.parse_options("recovery", name, options)
