@@ -1,4 +1,4 @@
-"""docs/benchmarks.md from the rows of one comparison; a part of the rows gives a part of the page."""
+"""docs/benchmarks.md from the rows of one comparison; some of the rows give some of the page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from layercut.types import CalibrationBatches
 HEAD = """\
 # Every method side by side
 
-Written by `python benchmarks/compare.py --data ../shared/data`; do not edit. One model, one calibration
-text and one process for all; a method's seconds are what it would have taken alone to score, select
-and recover. Perplexity is that of a pruned model as a multiple of the dense one's, windows of 512 tokens.
+Written by `python benchmarks/compare.py --data ../shared/data`; do not edit. One model, one
+calibration text and one process for all; a method's seconds are what it would have taken alone to
+score, select and recover. Perplexity is a multiple of the dense model's, in windows of 512 tokens.
 """
 
 
@@ -33,10 +33,13 @@ def origin(result: Comparison, batches: CalibrationBatches) -> str:
     )
     hardware = result.provenance.hardware
     versions = ", ".join(f"{k} {v}" for k, v in result.provenance.versions.items())
+    model = f"{result.dense['model']}, {result.dense['n_parameters']:,} parameters"
+    tokens = f"{batches.input_ids.numel():,} tokens; seed {result.settings['seed']}"
+    forward = f"{result.dense['forward_seconds']:.0f} s"
     return f"""\
-- Model: {result.dense["model"]}, {result.dense["n_parameters"]:,} parameters. Dense perplexity: {dense}.
-- Calibration: {batches.source}, {batches.input_ids.numel():,} tokens; seed {result.settings["seed"]}. One
-  forward pass over it takes {result.dense["forward_seconds"]:.0f} s: the unit of “passes”.
+- Model: {model}. Dense perplexity: {dense}.
+- Calibration: {batches.source}, {tokens}.
+- One forward pass over it takes {forward}: the unit of “passes”.
 - Machine: {hardware["cpu"]}, {hardware["torch_threads"]} threads. Versions: {versions}.
 """
 

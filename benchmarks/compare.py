@@ -1,7 +1,8 @@
 """Every method side by side, and docs/benchmarks.md from what is measured so far.
 
 Run  python benchmarks/compare.py --data ../shared/data [--output runs/benchmark] [--sizes 6 9 12]
-         [--methods published] [--tokens 131072] [--test-tokens 16896] [--task-rows 500] [--page-only]
+         [--methods published] [--tokens 131072] [--test-tokens 16896] [--task-rows 500]
+         [--page-only]
 Calibrates on WikiText-2 valid, the C4 sample and the embedded docs, as benchmarks/quality.py does;
 judges on WikiText-2 test (detokenised, windows of 512), speeches and reviews. Then the zero-shot
 tasks, at most --task-rows rows of each by a fixed draw, for dense, ours and the three peers with
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import layercut
+from benchmark_page import page
 from layercut.comparison.contestants import parse_methods
 from layercut.comparison.result import Comparison
 from layercut.data.tasks import read_rows
 from layercut.results import Provenance
 from layercut.types import CalibrationBatches
-from benchmark_page import page
 from quality import MODEL, SEQ_LEN, mixed_batches
 from task_files import write_rows
 

@@ -101,92 +101,9 @@ CHOICES: dict[str, Choice] = {
 """Name → which layers go. gradmap scores in rounds, as its paper does."""
 
 
-def _preset(name: str, pair: str, source: str, reading: str = "") -> Contestant:
-    chooser, _, recovery = pair.rpartition("+")
-    return Contestant(
-        name=name,
-        choice=CHOICES[chooser],
-        chooser=chooser,
-        recovery=recovery,
-        source=source,
-        reading=reading,
-    )
-
-
-OURS = _preset("ours", "priced-cuts+refit", "layercut's default")
-CONTROLS = (
-    _preset("random", "random+none", "control"),
-    _preset("reverse-order", "reverse-order+none", "control; arXiv:2411.15558"),
-)
-PUBLISHED = (
-    _preset("shortgpt", "block-influence+none", "arXiv:2403.03853"),
-    _preset("uidl", "angular-distance+none", "arXiv:2403.17887"),
-    _preset("sleb", "sleb+none", "arXiv:2402.09025"),
-    _preset("shortened-llama-ppl", "perplexity+none", "arXiv:2402.02834"),
-    _preset("shortened-llama-taylor", "taylor++none", "arXiv:2402.02834"),
-    _preset("magnitude+", "magnitude++none", "arXiv:2402.02834"),
-    _preset(
-        "laco",
-        "block-influence+laco",
-        "arXiv:2402.11187",
-        "the paper merges wherever the model's output stays similar beyond a threshold; here block "
-        "influence says where, so that the number of layers can be given",
-    ),
-    _preset("replaceme", "angular-distance+linear-map", "arXiv:2505.02819"),
-    _preset("prune-and-comp", "block-influence+magnitude-rescale", "arXiv:2507.18212"),
-    _preset("prune-and-comp-ppl", "perplexity+magnitude-rescale", "arXiv:2507.18212"),
-    _preset("linear-patch", "angular-distance+linear-patch", "arXiv:2505.24680"),
-    _preset(
-        "ghost",
-        "angular-distance+ghost",
-        "Ghosted Layers",
-        "the extra operation stands at the cut of the block that angular distance chooses",
-    ),
-    _preset("gradmap", "gradmap+projection", "arXiv:2602.14649"),
-    _preset(
-        "gradpruner",
-        "igia+sign-merge",
-        "arXiv:2601.19503",
-        "the early run learns the calibration text, because there is no task",
-    ),
-)
-PRESETS = {preset.name: preset for preset in (OURS, *PUBLISHED, *CONTROLS)}
-GROUPS = ("published", "all")
-DEFAULT = ("ours", "gradmap", "shortgpt", "uidl", "replaceme", "reverse-order")
-
-
 def recoveries() -> tuple[str, ...]:
     """Every recovery that a pair may name."""
     return (*available("recovery"), *UNFOLDABLE)
-
-
-def parse_methods(names: Sequence[str]) -> tuple[Contestant, ...]:
-    """The contestants that ``names`` stand for, in order, each once.
-
-    Args:
-        names: presets, pairs, ``published`` (every preset), or ``all`` (every preset and pair).
-
-    Raises:
-        RecipeError: a name is unknown; the closest one is suggested.
-    """
-    found = [contestant for name in names for contestant in _named(name)]
-    if not found:
-        raise RecipeError("methods names no contestant. Name one, or published.")
-    by_pair: dict[str, Contestant] = {}
-    for contestant in found:
-        by_pair.setdefault(contestant.pair, contestant)
-    return tuple(by_pair.values())
-
-
-def _named(name: str) -> list[Contestant]:
-    if name == "published":
-        return list(PRESETS.values())
-    if name == "all":
-        pairs = [f"{choice}+{recovery}" for choice in CHOICES for recovery in recoveries()]
-        return [*PRESETS.values(), *map(_pair, pairs)]
-    if name in PRESETS:
-        return [PRESETS[name]]
-    return [_pair(name)]
 
 
 def _pair(name: str) -> Contestant:
@@ -218,3 +135,82 @@ def _pair(name: str) -> Contestant:
             )
         choice = replace(choice, rounds=cast(Rounds, rounds))
     return Contestant(name=name, choice=choice, chooser=chooser, recovery=recovery)
+
+
+def _preset(name: str, pair: str, source: str, reading: str = "") -> Contestant:
+    return replace(_pair(pair), name=name, source=source, reading=reading)
+
+
+ONCE = (
+    "the paper compensates after every dropped layer and scores the compensated model; here layers "
+    "are scored in rounds and compensated once, at the end"
+)
+OURS = _preset("ours", "priced-cuts+refit", "layercut's default")
+CONTROLS = (
+    _preset("random", "random+none", "control"),
+    _preset("reverse-order", "reverse-order+none", "control; arXiv:2411.15558"),
+)
+PUBLISHED = (
+    _preset("shortgpt", "block-influence+none", "arXiv:2403.03853"),
+    _preset("uidl", "angular-distance+none", "arXiv:2403.17887"),
+    _preset("sleb", "sleb+none", "arXiv:2402.09025"),
+    _preset("shortened-llama-ppl", "perplexity+none", "arXiv:2402.02834"),
+    _preset("shortened-llama-taylor", "taylor++none", "arXiv:2402.02834"),
+    _preset("magnitude+", "magnitude++none", "arXiv:2402.02834"),
+    _preset(
+        "laco",
+        "block-influence+laco",
+        "arXiv:2402.11187",
+        "the paper merges wherever the model's output stays similar beyond a threshold; here block "
+        "influence says where, so that the number of layers can be given",
+    ),
+    _preset("replaceme", "angular-distance+linear-map", "arXiv:2505.02819"),
+    _preset("prune-and-comp", "block-influence@each+magnitude-rescale", "arXiv:2507.18212", ONCE),
+    _preset("prune-and-comp-ppl", "perplexity@each+magnitude-rescale", "arXiv:2507.18212", ONCE),
+    _preset("linear-patch", "angular-distance+linear-patch", "arXiv:2505.24680"),
+    _preset(
+        "ghost",
+        "angular-distance+ghost",
+        "Ghosted Layers",
+        "the extra operation stands at the cut of the block that angular distance chooses",
+    ),
+    _preset("gradmap", "gradmap+projection", "arXiv:2602.14649"),
+    _preset(
+        "gradpruner",
+        "igia+sign-merge",
+        "arXiv:2601.19503",
+        "the early run learns the calibration text, because there is no task",
+    ),
+)
+PRESETS = {preset.name: preset for preset in (OURS, *PUBLISHED, *CONTROLS)}
+GROUPS = ("published", "all")
+DEFAULT = ("ours", "gradmap", "shortgpt", "uidl", "replaceme", "reverse-order")
+
+
+def parse_methods(names: Sequence[str]) -> tuple[Contestant, ...]:
+    """The contestants that ``names`` stand for, in order, each once.
+
+    Args:
+        names: presets, pairs, ``published`` (every preset), or ``all`` (every preset and pair).
+
+    Raises:
+        RecipeError: a name is unknown; the closest one is suggested.
+    """
+    found = [contestant for name in names for contestant in _named(name)]
+    if not found:
+        raise RecipeError("methods names no contestant. Name one, or published.")
+    by_pair: dict[str, Contestant] = {}
+    for contestant in found:
+        by_pair.setdefault(contestant.pair, contestant)
+    return tuple(by_pair.values())
+
+
+def _named(name: str) -> list[Contestant]:
+    if name == "published":
+        return list(PRESETS.values())
+    if name == "all":
+        pairs = [f"{choice}+{recovery}" for choice in CHOICES for recovery in recoveries()]
+        return [*PRESETS.values(), *map(_pair, pairs)]
+    if name in PRESETS:
+        return [PRESETS[name]]
+    return [_pair(name)]

@@ -30,7 +30,7 @@ from layercut.evaluation.generation import (
     generation_check,
     prompts_of,
 )
-from layercut.recipe import EvaluationSection
+from layercut.evaluation_settings import EvaluationSection
 from layercut.types import CalibrationBatches
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Field
 
 from layercut.comparison.contestants import DEFAULT, parse_methods
 from layercut.errors import RecipeError
-from layercut.recipe import CalibrationSection, Device, EvaluationSection
+from layercut.evaluation_settings import EvaluationSection
+from layercut.recipe import CalibrationSection, Device
 from layercut.section import Count, Name, Section
 
 
