@@ -161,7 +161,7 @@ def test_every_problem_is_listed_at_once_by_its_key() -> None:
         "calibration": {"seq_len": "1e-4", "n_sequnces": 3, "micro_batch": 0},
         "selection": {"drop": [1, True], "drop_layers": 3},
         "evaluation": {"text": ["a"]},
-        "heal": {"minutes": 5},
+        "heal": {"minutes": 5.0, "steps": 100},
         "recovery": None,
     }
     header, *lines = problems(
@@ -182,7 +182,7 @@ def test_every_problem_is_listed_at_once_by_its_key() -> None:
         "selection.rounds: should be 'one-shot' or 'each', got \"twice\" "
         "(from LAYERCUT__SELECTION__ROUNDS)",
         "recovery: should be a section of keys, got null",
-        "heal: is not available in this version of layercut",
+        "heal: minutes and steps are set together; give either minutes or steps",
         'evaluation.text: should be a mapping of names to values, got ["a"]',
         "modl: unknown key; did you mean 'model'?",
     ]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from layercut.finetune import tune
     from layercut.finetune_settings import FinetuneSettings
     from layercut.gradient_log import GradientLog
+    from layercut.heal_settings import HealSettings
     from layercut.models.checkpoint import save
     from layercut.models.load import load
     from layercut.models.view import DecoderView
@@ -39,6 +40,7 @@ _HOMES = {
     "DecoderView": "layercut.models.view",
     "FinetuneSettings": "layercut.finetune_settings",
     "GradientLog": "layercut.gradient_log",
+    "HealSettings": "layercut.heal_settings",
     "Recipe": "layercut.recipe",
     "apply": "layercut.surgery",
     "calibration_batches": "layercut.data.calibration",
@@ -60,6 +62,7 @@ __all__ = [
     "DecoderView",
     "FinetuneSettings",
     "GradientLog",
+    "HealSettings",
     "Recipe",
     "__version__",
     "apply",

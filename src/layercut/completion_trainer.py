@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,13 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from layercut import progress
 from layercut.data.encoding import IGNORED
-from layercut.errors import NumericsError
 from layercut.finetune_settings import DistillSettings
 from layercut.models.view import DecoderView
 
@@ -139,53 +133,3 @@ class SortedSteps(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of ``epoch`` next; the trainer calls this."""
         self.epoch = epoch
-
-
-class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Reports progress, counts seconds over resumptions, stops a run whose loss is no number.
-
-    Attributes:
-        first_step: optimiser step the run began at, above 0 after a resumption.
-        earlier_seconds: what the steps before that took.
-    """
-
-    def __init__(self) -> None:
-        self.first_step = 0
-        self.earlier_seconds = 0.0
-        self._began = time.perf_counter()
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the run so far."""
-        seconds = self.earlier_seconds + time.perf_counter() - self._began
-        return {"args": {}, "attributes": {"earlier_seconds": seconds}}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note where the run begins."""
-        self.first_step = state.global_step
-        self._began = time.perf_counter()
-        if self.first_step:
-            kept = state.stateful_callbacks[type(self).__name__]
-            self.earlier_seconds = kept["attributes"]["earlier_seconds"]
-        progress.step(state.global_step, state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the step."""
-        progress.step(state.global_step, state.max_steps)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
-    ) -> None:
-        """Look at the step's loss.
-
-        Raises:
-            NumericsError: it is NaN or infinite.
-        """
-        loss = logs.get("loss")
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            raise NumericsError(
-                f"the training loss is {loss} at step {state.global_step}. Lower "
-                "finetune.learning_rate, or use dtype: float32."
-            )
-        progress.figure(f"loss {loss:.3f}")

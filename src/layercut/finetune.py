@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from layercut.completion_trainer import CompletionTrainer, Watch
+from layercut.adapters import adapted_names, adapters_on, detach
+from layercut.completion_trainer import CompletionTrainer
 from layercut.data.tasks import TaskRow
 from layercut.errors import RecipeError
 from layercut.finetune_checks import check_rows, pad_token
@@ -36,6 +35,7 @@ from layercut.resume import (
     rows_hash,
     settings_hash,
 )
+from layercut.watch import Watch
 
 __all__ = [
     "FinetuneSettings",
@@ -182,23 +182,12 @@ def build_trainer(
             train_dataset=dataset,
             processing_class=view.tokenizer,
             data_collator=collator,
-            peft_config=_adapters(view, settings) if settings.mode == "lora" else None,
+            peft_config=adapters_on(view, settings.lora) if settings.mode == "lora" else None,
             callbacks=list(callbacks),
         )
     trainer.remove_callback(PrinterCallback)
     trainer.distill, trainer.teacher = settings.distill, teacher
     return trainer
-
-
-def detach(view: DecoderView, trainer: CompletionTrainer) -> None:
-    """Make ``view.model`` a plain, frozen model again, without adapters; its own weights stay."""
-    if hasattr(view.model, "peft_config"):
-        trainer.model.unload()
-    # TRL and accelerate wrap `forward` per instance; the plain model's is its class's.
-    for name in ("forward", "_original_forward", "_is_accelerate_prepared", "model_tags"):
-        vars(view.model).pop(name, None)
-    view.model.eval().requires_grad_(False)
-    view.model.zero_grad(set_to_none=True)
 
 
 def n_steps(settings: FinetuneSettings, n_rows: int) -> int:
@@ -237,20 +226,6 @@ def _arguments(view: DecoderView, settings: FinetuneSettings, output_dir: Path) 
     )
 
 
-def _adapters(view: DecoderView, settings: FinetuneSettings) -> LoraConfig:
-    weights = trained_names(view, settings)
-    modules = {name.removesuffix(".weight").rpartition(".")[2] for name in weights}
-    transposed = isinstance(view.model.get_submodule(weights[0].removesuffix(".weight")), Conv1D)
-    return LoraConfig(
-        r=settings.lora.rank,
-        lora_alpha=settings.lora.alpha,
-        lora_dropout=settings.lora.dropout,
-        target_modules=sorted(modules),
-        fan_in_fan_out=transposed,
-        task_type="CAUSAL_LM",
-    )
-
-
 def _direct_records(trainer: CompletionTrainer, folder: Path) -> None:
     """Keep TensorBoard's records out of the folder of the checkpoints, which does not stay."""
     for callback in trainer.callback_handler.callbacks:
@@ -268,4 +243,4 @@ def trained_names(view: DecoderView, settings: FinetuneSettings) -> list[str]:
     """Names of the tensors that fine-tuning changes, once the adapters are folded in."""
     if settings.mode == "full":
         return list(view.model.state_dict())
-    return [name for layer in range(view.n_layers) for name in view.linear_modules(layer)]
+    return adapted_names(view)

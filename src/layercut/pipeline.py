@@ -16,6 +16,7 @@ from layercut.errors import PlanError, RecipeError
 from layercut.evaluation import check_tasks, compared, evaluate
 from layercut.evaluation.harness import check_harness
 from layercut.evaluation.perplexity import check_vocabulary
+from layercut.healing import HealStage
 from layercut.models.checkpoint import write_checkpoint
 from layercut.models.destination import staged_folder
 from layercut.models.droppable import check_dropped, fixed_layers
@@ -56,7 +57,7 @@ def run(
         Every figure that was measured, as in ``result.json``.
 
     Raises:
-        LayercutError: see errors.py; nothing is left behind but the checkpoints of a fine-tuning
+        LayercutError: see errors.py; nothing is left behind but the checkpoints of a training
             that began (``OUTPUT_DIR.training``), from which the same call goes on.
     """
     if not isinstance(recipe, Recipe):
@@ -70,6 +71,7 @@ def run(
         with result.timed("load"):
             view, batches, request = _prepare(recipe, output_dir, overwrite=overwrite)
             settings, rows = training_data(view, recipe)
+            healing = HealStage(recipe, view, batches, result, measured, output_dir)
         tuning = TuningStage(settings, rows, result, measured, output_dir)
         with result.timed("evaluate", "evaluate the dense model"):
             result.stages["dense"] = evaluate(view, **measured)
@@ -81,6 +83,7 @@ def run(
         with result.timed("evaluate", "evaluate the pruned model"):
             pruned = evaluate(view, **measured)
             result.stages["pruned"] = compared(pruned, result.stages["dense"])
+        patch = healing.pruned(view, plan, patch)
         patch = tuning.pruned(view, plan, patch)
         result.recovery = {**result.recovery, "tensors_changed": len(patch.tensors)}
         with staged_folder(output_dir, overwrite=overwrite) as folder:
@@ -93,6 +96,7 @@ def run(
             write_report(result, report, scores=evidence.scores, recipe_yaml=recipe.to_yaml())
             write_model_card(result, folder / "README.md", source=view.path)
             tuning.move_kept(report)
+        healing.remove_checkpoints()
         tuning.remove_checkpoints()
     return result
 

@@ -27,8 +27,9 @@ from layercut import strict_yaml
 from layercut.errors import suggestion
 from layercut.evaluation_settings import EvaluationSection
 from layercut.finetune_settings import FinetuneSettings
+from layercut.heal_settings import HealSettings
 from layercut.methods import Room, available
-from layercut.section import Count, Name, Section, SequenceLength
+from layercut.section import Count, Name, Names, Section, SequenceLength
 from layercut.validation import validated
 
 AMOUNTS = ("drop_layers", "drop_fraction", "drop", "max_perplexity_ratio")
@@ -73,7 +74,6 @@ NotYet = BeforeValidator(_not_available)
 Layers = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_distinct)
 ]
-Names = Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]
 Options = dict[str, Any]
 
 
@@ -200,8 +200,9 @@ class Recipe(Section):
     recovery: RecoverySection = Field(
         default_factory=RecoverySection, description="how kept weights make up for dropped layers"
     )
-    heal: Annotated[Options | None, NotYet] = Field(
-        default=None, description="short training after the cut (not available yet)"
+    heal: HealSettings | None = Field(
+        default=None,
+        description="short distillation from the dense model after the cut; null: none",
     )
     finetune: FinetuneSettings | None = Field(
         default=None, description="LoRA or full fine-tuning after the cut; null: none"

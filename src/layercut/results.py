@@ -68,7 +68,7 @@ class Evaluation:
         prefill_tokens_per_second: prompt tokens processed per second.
         decode_tokens_per_second: new tokens generated per second, batch of one.
         peak_rss_bytes: peak memory of this process so far, or since this stage's training began.
-        train_seconds: wall-clock time of the fine-tuning.
+        train_seconds: wall-clock time of the fine-tuning or heal.
         accuracy_change: task name → change from the dense model, tuned where this one is and it
             was, with the standard error of the paired rows; the harness's by `harness_name`.
         windows: text name → how the text of ``perplexity`` was cut.
@@ -134,12 +134,14 @@ class RunResult:
 
     Attributes:
         recipe: the resolved recipe.
-        stages: ``dense`` and ``pruned``, later also ``dense_tuned`` and ``pruned_tuned``.
+        stages: ``dense`` and ``pruned``, later also ``healed``, ``dense_tuned`` and
+            ``pruned_tuned``.
         seconds: stage → wall-clock seconds.
         recovery: the notes of the weight patch.
         warnings: what the user should know, in full sentences.
         lineage: the plans that made the input model, if layercut pruned it before.
         checks: what the written checkpoint was compared by, where that is less than a reload.
+        healing: what the heal took and brought, if there was one.
     """
 
     model: str
@@ -153,6 +155,7 @@ class RunResult:
     warnings: list[str] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    healing: Mapping[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, key: str, stage: str | None = None) -> Iterator[None]:
@@ -184,6 +187,7 @@ class RunResult:
             "hardware": dict(self.provenance.hardware),
             "plan": self.plan.to_json() if self.plan else None,
             "recovery": dict(self.recovery),
+            **({"heal": dict(self.healing)} if self.healing else {}),
             "stages": {name: stage.to_json() for name, stage in self.stages.items()},
             "seconds": dict(self.seconds),
             "peak_rss_bytes": self.peak_rss_bytes,

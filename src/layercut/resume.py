@@ -12,14 +12,26 @@ from typing import Any
 import torch
 
 from layercut.errors import OutputError
-from layercut.finetune_settings import FinetuneSettings
 from layercut.models.view import DecoderView
+from layercut.section import Section
 
 RUN_FILE = "layercut-run.json"
 """In a folder that layercut made for checkpoints: what they belong to."""
 
 WITHOUT_EFFECT = {"save_steps", "report_to", "keep_adapter", "compare_dense", "data"}
 """Settings that do not change what a run computes from its rows."""
+
+
+def training_folder(output_dir: Path) -> Path:
+    """Where the checkpoints of a run's trainings stay until it is complete: beside its output."""
+    home = output_dir.resolve()
+    return home.with_name(f"{home.name}.training")
+
+
+def remove_claimed(folder: Path) -> None:
+    """Remove a folder that `claim` marked; leave any other."""
+    if (folder / RUN_FILE).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_work_dir(folder: Path) -> None:
@@ -32,7 +44,7 @@ def check_work_dir(folder: Path) -> None:
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise OutputError(
-            f"{folder}, the place for the checkpoints of the fine-tuning, was not made by "
+            f"{folder}, the place for the checkpoints of the training, was not made by "
             "layercut. Move it away, or choose another output folder."
         )
 
@@ -84,7 +96,7 @@ def model_hash(view: DecoderView) -> str:
     return total.hexdigest()
 
 
-def settings_hash(settings: FinetuneSettings) -> str:
+def settings_hash(settings: Section) -> str:
     """Hash of the settings that a run's result depends on."""
     effective = settings.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     return hashlib.sha256(json.dumps(effective, sort_keys=True).encode()).hexdigest()

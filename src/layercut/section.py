@@ -16,6 +16,8 @@ class Section(BaseModel):
 Count = Annotated[int, Field(ge=1)]
 SequenceLength = Annotated[int, Field(ge=2)]
 Name = Annotated[str, Field(min_length=1)]
+# strict=False: YAML has lists, not tuples; the items stay strict.
+Names = Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 

@@ -27,7 +27,7 @@ from layercut.recipe import Recipe, load_recipe
 from layercut.report.machine import peak_rss_bytes, provenance, reset_peak_rss
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
-from layercut.resume import RUN_FILE, check_work_dir, claim
+from layercut.resume import check_work_dir, claim, remove_claimed, training_folder
 from layercut.types import PruningPlan, WeightPatch
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class TuningStage:
         self.result = result
         self.measured = measured
         self.home = output_dir.resolve()
-        self.work_dir = self.home.with_name(f"{self.home.name}.training")
+        self.work_dir = training_folder(output_dir)
         self.kept_dir = self.work_dir / "kept"
         self._uses_work_dir = settings is not None and (
             settings.save_steps is not None or bool(self._kept_names())
@@ -155,8 +155,8 @@ class TuningStage:
 
     def remove_checkpoints(self) -> None:
         """Clear away what only a resumption would need."""
-        if self.settings is not None and (self.work_dir / RUN_FILE).is_file():
-            shutil.rmtree(self.work_dir, ignore_errors=True)
+        if self.settings is not None:
+            remove_claimed(self.work_dir)
 
     def tune(self, view: DecoderView, settings: FinetuneSettings, name: str, **how: Any) -> None:
         """Tune ``view.model`` in place and measure it as the stage ``{name}_tuned``.

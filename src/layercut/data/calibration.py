@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -79,11 +79,7 @@ def _draw(
     generator: torch.Generator,
 ) -> Tensor:
     """``n_wanted`` windows of one text, or all it has, in corpus order."""
-    if source.startswith(ROWS):
-        texts = row_texts(source.removeprefix(ROWS))
-    else:
-        refuse_test_split(source)
-        texts = read_texts(source, text_column=section.text_column)
+    texts = texts_of(source, section.text_column)
     windows = pack_tokens(
         texts,
         tokenizer,
@@ -99,6 +95,19 @@ def _draw(
         )
     drawn = torch.randperm(n_windows, generator=generator)[:n_wanted]
     return windows[drawn.sort().values]
+
+
+def texts_of(source: str, text_column: str) -> Iterator[str]:
+    """The documents of a source, or of ``rows:`` and a source of task rows.
+
+    Raises:
+        DataError: the text cannot be read.
+        NetworkError: the text is on the Hub, which cannot be reached.
+    """
+    if source.startswith(ROWS):
+        return iter(row_texts(source.removeprefix(ROWS)))
+    refuse_test_split(source)
+    return read_texts(source, text_column=text_column)
 
 
 def evaluation_windows(

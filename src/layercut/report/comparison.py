@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 STAGE_TITLES = {
     "dense": "Dense",
     "pruned": "Pruned",
+    "healed": "Healed",
     "dense_tuned": "Dense, tuned",
     "pruned_tuned": "Pruned, tuned",
 }
@@ -71,7 +72,9 @@ def change_compares(result: RunResult) -> str:
 def rows(result: RunResult) -> tuple[Row, ...]:
     """Every quantity that at least one stage measured."""
     stages = {
-        name: _measures(result.stages[name]) for name in STAGE_TITLES if name in result.stages
+        name: _measures(result.stages[name], "Heal" if name == "healed" else "Fine-tuning")
+        for name in STAGE_TITLES
+        if name in result.stages
     }
     labels = dict.fromkeys(label for measures in stages.values() for label in measures)
     before, after = compared_stages(result)
@@ -94,7 +97,8 @@ def rows(result: RunResult) -> tuple[Row, ...]:
 def compared_stages(result: RunResult) -> tuple[str, str]:
     """Names of the two stages that the column "Change" compares."""
     if "pruned_tuned" not in result.stages:
-        return "dense", "pruned" if "pruned" in result.stages else "dense_tuned"
+        pruned = "healed" if "healed" in result.stages else "pruned"
+        return "dense", pruned if pruned in result.stages else "dense_tuned"
     return "dense_tuned" if "dense_tuned" in result.stages else "dense", "pruned_tuned"
 
 
@@ -108,10 +112,10 @@ def measured(stage: Evaluation) -> list[tuple[str, str]]:
     return figures
 
 
-def _measures(stage: Evaluation) -> dict[str, _Measure]:
-    """Label → measure.
+def _measures(stage: Evaluation, training: str = "Fine-tuning") -> dict[str, _Measure]:
+    """Label → measure; ``training`` is what changed the weights.
 
-    Peak memory is shown of tuned stages only: without a fine-tuning's reset it never falls within
+    Peak memory is shown of trained stages only: without a training's reset it never falls within
     one process.
     """
     found = {
@@ -134,7 +138,7 @@ def _measures(stage: Evaluation) -> dict[str, _Measure]:
         if speed is not None:
             found[label] = _Measure(speed, f"{speed:,.1f}", _factor)
     if (seconds := stage.train_seconds) is not None:
-        found["Fine-tuning, seconds"] = _Measure(seconds, f"{seconds:,.1f}", _factor)
+        found[f"{training}, seconds"] = _Measure(seconds, f"{seconds:,.1f}", _factor)
         if (peak := stage.peak_rss_bytes) is not None:
             found["Peak memory, GiB"] = _Measure(peak, f"{peak / 2**30:.2f}", _factor)
     return found

@@ -1,0 +1,150 @@
+"""The loss of a heal: the dense model's whole distribution over the next token, chunk by chunk.
+
+Source   arXiv:1503.02531 §2
+Formula  (1 − w) T² mean_t KL(q_t ‖ p_t) + w mean_t −log p_t(x_{t+1})
+         q, p = softmax of the teacher's and the student's logits / T in the first term, w = label
+         weight; the first mean is over all tokens, the second over those that have a next one
+Cost     two heads forward and one backward per token; the logits of ``CHUNK`` tokens at a time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layercut.models.view import DecoderView
+
+CHUNK = 128
+"""Tokens whose logits exist at once, about five float32 copies: 5 × 24 MiB of 49,152 words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The loss and what it is taken between.
+
+    Attributes:
+        student: the model that learns.
+        teacher: the model that it learns from.
+        temperature: T.
+        label_weight: w.
+    """
+
+    student: DecoderView
+    teacher: DecoderView
+    temperature: float = 1.0
+    label_weight: float = 0.0
+
+    @torch.no_grad()
+    def guide(self, input_ids: Tensor) -> Tensor:
+        """The teacher's normed states, (batch, seq, d), in its own arithmetic."""
+        return _normed(self.teacher, input_ids)
+
+    def __call__(self, input_ids: Tensor, guide: Tensor) -> Tensor:
+        """The mean loss of a batch in nats, with a gradient if the student's states have one.
+
+        Args:
+            input_ids: (batch, seq).
+            guide: what `guide` made of them.
+        """
+        normed = _normed(self.student, input_ids)
+        value, gradient = self._summed(normed.detach(), guide, input_ids.to(normed.device))
+        loss: Tensor = _WithGradient.apply(normed, value, gradient)
+        return loss
+
+    def _summed(self, normed: Tensor, guide: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and its gradient with respect to the normed states, shaped as they are."""
+        labels = torch.full_like(ids, -1)
+        labels[:, :-1] = ids[:, 1:]
+        chunks = zip(
+            normed.flatten(0, 1).split(CHUNK),
+            guide.flatten(0, 1).split(CHUNK),
+            labels.flatten().split(CHUNK),
+            strict=True,
+        )
+        n_labels = ids.shape[0] * (ids.shape[1] - 1)
+        weights = ((1 - self.label_weight) / ids.numel(), self.label_weight / n_labels)
+        total, gradients = torch.zeros((), device=normed.device), []
+        for states, guiding, targets in chunks:
+            leaf = states.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self.student.head(leaf)
+            with torch.no_grad():
+                dense = self.teacher.head(guiding.to(self.teacher.device)).to(logits.device)
+                loss, upstream = chunk_loss(logits, dense, targets, self.temperature, weights)
+            total += loss
+            (gradient,) = torch.autograd.grad(logits, leaf, upstream.to(logits.dtype))
+            gradients.append(gradient)
+        return total, torch.cat(gradients).view_as(normed)
+
+
+@torch.no_grad()
+def chunk_loss(
+    logits: Tensor,
+    dense: Tensor,
+    labels: Tensor,
+    temperature: float,
+    weights: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """The loss of some tokens and its gradient with respect to the student's logits.
+
+    ∂/∂z [T² KL] = T (p − q), and of the label's term: softmax(z) − onehot.
+
+    Args:
+        logits: the student's, (n, vocabulary).
+        dense: the teacher's, (n, vocabulary).
+        labels: the next token of each, (n,); −1 where there is none.
+        temperature: T.
+        weights: what a token's divergence and its label's loss count for.
+
+    Returns:
+        The weighted sum, a float32 scalar, and its gradient, (n, vocabulary), float32.
+    """
+    z, target = logits.float() / temperature, dense.float() / temperature
+    p, q = z.softmax(dim=-1), target.softmax(dim=-1)
+    # Σ q log(q/p) = Σ q (target − z) − log Σ e^target + log Σ e^z
+    divergence = _log_normaliser(z, p) - _log_normaliser(target, q)
+    divergence += torch.linalg.vecdot(q, target.sub_(z))
+    loss = weights[0] * temperature**2 * divergence.sum()
+    gradient = (p - q).mul_(weights[0] * temperature)
+    if weights[1]:
+        if temperature != 1:
+            z = logits.float()
+            p = z.softmax(dim=-1)
+        has_label = labels >= 0
+        rows, columns = has_label.nonzero().squeeze(1), labels[has_label]
+        loss += weights[1] * (_log_normaliser(z, p)[rows] - z[rows, columns]).sum()
+        p[~has_label] = 0.0
+        p[rows, columns] -= 1.0
+        gradient.add_(p, alpha=weights[1])
+    return loss, gradient
+
+
+def _log_normaliser(z: Tensor, p: Tensor) -> Tensor:
+    """Of every row, log Σ e^z, from its softmax p: on a CPU, logsumexp takes 15 times as long."""
+    return z.amax(dim=-1) - p.amax(dim=-1).log()
+
+
+def _normed(view: DecoderView, input_ids: Tensor) -> Tensor:
+    with view.precision():
+        output = view.decoder(input_ids=input_ids.to(view.device), use_cache=False)
+    states: Tensor = output.last_hidden_state
+    return states
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient with respect to the states is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        """The value; keeps the gradient."""
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient times what comes from above."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0], None, None
