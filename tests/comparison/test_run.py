@@ -87,6 +87,29 @@ def test_what_cannot_be_folded_pays_for_its_extra_matrices(
     assert repaired["flops_per_token"] == plain["flops_per_token"] + 512
 
 
+def test_a_heal_is_a_row_of_its_own_and_dense_is_healed_beside_it(
+    settings: dict[str, Any], tmp_path: Path
+):
+    heal = {"steps": 2, "seq_len": 16, "batch_size": 2, "held_out": 2, "evaluations": 1}
+    settings |= {"methods": ["shortgpt", "block-influence+ghost"], "drop_layers": [2]}
+    settings |= {"heal": heal, "heal_methods": ["shortgpt"]}
+    result = layercut.compare(settings, tmp_path / "out")
+    rows = {(row["method"], row["layers"]): row for row in result.rows}
+    assert set(rows) == {
+        ("dense, healed", 0),
+        ("shortgpt", 2),
+        ("shortgpt, healed", 2),
+        ("block-influence+ghost", 2),
+    }
+    healed = rows["shortgpt, healed", 2]
+    assert healed["dropped"] == rows["shortgpt", 2]["dropped"]
+    assert healed["n_parameters"] == rows["shortgpt", 2]["n_parameters"]
+    assert healed["seconds"]["heal"] == healed["heal"]["train_seconds"] > 0
+    before = (tmp_path / "out/rows.jsonl").read_bytes()
+    layercut.compare(settings, tmp_path / "out")
+    assert (tmp_path / "out/rows.jsonl").read_bytes() == before
+
+
 def test_files_hold_every_row(settings: dict[str, Any], tmp_path: Path):
     out = tmp_path / "out"
     result = layercut.compare({**settings, "layer_losses": True}, out)
@@ -182,7 +205,7 @@ def test_a_bug_in_a_method_is_not_swallowed(
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("layercut.comparison.run.fit", broken)
+    monkeypatch.setattr("layercut.comparison.arena.fit", broken)
     with pytest.raises(ZeroDivisionError):
         layercut.compare(settings, tmp_path / "out")
 

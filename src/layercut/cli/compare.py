@@ -45,6 +45,15 @@ def compare(
     layer_losses: Annotated[
         bool, typer.Option(help="Also measure the loss without each layer, a pass each.")
     ] = True,
+    heal_minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Also heal each for so long, and dense with it.")
+    ] = None,
+    heal_steps: Annotated[
+        int | None, typer.Option(min=1, help="Or for so many optimiser steps.")
+    ] = None,
+    heal_methods: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Heal these alone.")
+    ] = None,
     speed: Annotated[bool, typer.Option(help="Measure prompt tokens per second, too.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
     dtype: Annotated[
@@ -91,6 +100,10 @@ def compare(
         content["evaluation"]["text"] = texts
     if names is not None:
         content["methods"] = [name.strip() for name in names.split(",")]
+    if heal_minutes is not None or heal_steps is not None:
+        content["heal"] = {"minutes": heal_minutes, "steps": heal_steps}
+    if heal_methods is not None:
+        content["heal_methods"] = [name.strip() for name in heal_methods.split(",")]
     from layercut.comparison.settings import ComparisonSettings
     from layercut.validation import validated
 

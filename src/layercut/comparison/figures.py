@@ -51,7 +51,7 @@ class Line:
 
 def lines_of(result: Comparison, text: str) -> tuple[Line, ...]:
     """The contestants that ran, at most MOST_LINES, in the order of their best place."""
-    rows = [row for row in result.rows if text in row.get("ratio", {})]
+    rows = [row for row in result.rows if row["layers"] and text in row.get("ratio", {})]
     names: list[str] = []
     for size in sorted({row["layers"] for row in rows}, reverse=True):
         names += [row["method"] for row in rows if row["layers"] == size]

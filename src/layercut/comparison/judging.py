@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 TIMED_TOKENS = 8192
 TIMES = 3
+EMPTY: dict[str, Any] = {"perplexity": {}, "accuracy": {}}
+"""What a row starts with."""
+
 SPEED = "prefill_tokens_per_second"
 
 
@@ -83,7 +86,7 @@ class Judge:
         if self._windows is None or self._reference is not None:
             return
         self._reference = DenseReference(self.view, self._windows)
-        self._continued = self._generated(None).tokens
+        self._continued = self._generated(self.view, None).tokens
 
     def missing(self, row: Mapping[str, Any]) -> bool:
         """Whether ``row`` lacks a figure that this judge measures."""
@@ -92,16 +95,21 @@ class Judge:
         unseen = self._windows is not None and "generation" not in row
         return lacking or unseen or (self.speed and SPEED not in row)
 
-    def measure(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def measure(self, row: Mapping[str, Any], view: DecoderView | None = None) -> dict[str, Any]:
         """What ``row`` lacks, together with what it has.
+
+        Args:
+            row: the figures so far.
+            view: another model than the judge's own.
 
         Raises:
             NumericsError: a loss is not finite.
         """
+        view = view or self.view
         text = {n: s for n, s in self.section.text.items() if n not in row["perplexity"]}
         tasks = {n: s for n, s in self.section.tasks.items() if n not in row["accuracy"]}
         figures = evaluate(
-            self.view,
+            view,
             text=text,
             tasks=tasks,
             seq_len=self.section.seq_len,
@@ -113,31 +121,31 @@ class Judge:
         measured = {
             "perplexity": {**row["perplexity"], **found["perplexity"]},
             "accuracy": {**row["accuracy"], **found["accuracy"]},
-            "flops_per_token": flops_per_token(self.view),
+            "flops_per_token": flops_per_token(view),
             "outcomes": row.get("outcomes", {})
             | {n: "".join("01"[o] for o in f.outcomes) for n, f in figures.accuracy.items()},
         }
         if self._windows is not None and "generation" not in row:
-            measured |= self._beside_dense()
+            measured |= self._beside_dense(view)
         if self.speed and SPEED not in row:
-            measured[SPEED] = prefill_tokens_per_second(self.view)
+            measured[SPEED] = prefill_tokens_per_second(view)
         return measured
 
-    def _beside_dense(self) -> dict[str, Any]:
+    def _beside_dense(self, view: DecoderView) -> dict[str, Any]:
         """Predictions on the first text and what is written after its starts, against dense."""
         assert self._windows is not None and self._reference is not None
-        fidelity = compare_to_dense(self.view, self._reference, self._windows)
+        fidelity = compare_to_dense(view, self._reference, self._windows)
         return {
             "fidelity": fidelity.to_json(),
-            "generation": self._generated(self._continued).to_json(),
+            "generation": self._generated(view, self._continued).to_json(),
         }
 
-    def _generated(self, reference: Tensor | None) -> Generation:
+    def _generated(self, view: DecoderView, reference: Tensor | None) -> Generation:
         assert self._windows is not None
         length = min(PROMPT_TOKENS, self.view.context // 2)
         prompts = prompts_of(self._windows, prompt_tokens=length)
         new_tokens = min(NEW_TOKENS, self.view.context - length)
-        return generation_check(self.view, prompts, reference, new_tokens=new_tokens)
+        return generation_check(view, prompts, reference, new_tokens=new_tokens)
 
     def n_parameters(self, dropped: tuple[int, ...]) -> int:
         """Parameters without those of the dropped layers alone; tied ones counted once."""

@@ -14,6 +14,7 @@ from layercut.evaluation.choices import paired_change
 from layercut.results import Provenance
 
 Row = dict[str, Any]
+DENSE = "dense"
 TRUTH = "loss without the layer"
 MISSING = "–"
 LAYERS = "Layers"
@@ -80,7 +81,7 @@ def gathered(
 ) -> Comparison:
     """All that the folder holds, relative to its dense row."""
     text = next(iter(dense["perplexity"]), None)
-    stored = [row for row in store.rows.known.values() if row["layers"]]
+    stored = [row for row in store.rows.known.values() if row["method"] != DENSE]
     rows = ordered([completed(row, dense) for row in stored], text)
     scores = {}
     for record in store.scores.known.values():

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field
 from layercut.comparison.contestants import DEFAULT, parse_methods
 from layercut.errors import RecipeError
 from layercut.evaluation_settings import EvaluationSection
+from layercut.heal_settings import HealSettings
 from layercut.recipe import CalibrationSection, Device
 from layercut.section import Count, Name, Section
 
@@ -45,5 +46,11 @@ class ComparisonSettings(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     layer_losses: bool = Field(
         default=True, description="also measure the loss without each layer, one pass each"
+    )
+    heal: HealSettings | None = Field(
+        default=None, description="distil contestants from the dense model, for a short budget"
+    )
+    heal_methods: Methods | None = Field(
+        default=None, description="the contestants that are healed as well; null: all of them"
     )
     speed: bool = Field(default=False, description="measure prompt tokens per second")
