@@ -121,9 +121,10 @@ def patterned(view: DecoderView, monkeypatch: pytest.MonkeyPatch) -> DecoderView
     [
         {"strategy": "lowest", "scoring": "gradmap"},
         {"strategy": "priced-cuts", "scoring": "residual-sensitivity"},
+        {"strategy": "block", "scoring": "angular-distance"},
     ],
 )
-def test_both_strategies_keep_the_pattern(
+def test_all_strategies_keep_the_pattern(
     patterned: DecoderView, batches: CalibrationBatches, how: dict[str, str]
 ) -> None:
     for n_drop in (1, 2, 3, 4):

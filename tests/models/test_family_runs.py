@@ -15,6 +15,7 @@ from layercut.errors import ModelError
 
 REFIT = {"strategy": "priced-cuts", "drop_layers": 2}
 LOWEST = {"strategy": "lowest", "drop_layers": 2}
+BLOCK = {"strategy": "block", "drop_layers": 2}
 
 
 def recipe_for(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
@@ -39,6 +40,9 @@ def recipe_for(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
         ("mixtral", LOWEST, "gradmap", "projection"),
         ("gemma2", LOWEST, "gradmap", "none"),
         ("gpt2", LOWEST, "igia", "sign-merge"),
+        ("gpt_neox", BLOCK, "angular-distance", "linear-map"),
+        ("bloom", LOWEST, "perplexity", "magnitude-rescale"),
+        ("falcon", LOWEST, "taylor", "laco"),
         ("gemma4", {"drop": [1, 2]}, "gradmap", "none"),
     ],
 )

@@ -42,7 +42,7 @@ def fit_unfoldable(
     batches: CalibrationBatches,
     method: Unfoldable,
     *,
-    epsilon: float = 1e-6,
+    epsilon: float = 1e-4,
 ) -> dict[int, Tensor]:
     """Fit one matrix per cut, in order, each in the model that the earlier ones repaired.
 
@@ -138,7 +138,7 @@ def hadamard(width: int) -> Tensor:
     block = torch.ones(1, 1)
     while len(block) < largest:
         block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
-    return torch.block_diag(*[block / largest**0.5] * (width // largest))
+    return torch.kron(torch.eye(width // largest), block / largest**0.5)
 
 
 def _operation(matrix: Tensor) -> Callable[[nn.Module, Any, Any], Any]:

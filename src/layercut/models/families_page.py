@@ -57,16 +57,21 @@ Every other family has nothing special.
 TAIL = """
 ## Recovery
 
-`projection` folds a d × d matrix into all weights that write a layer's MLP output to the residual
-stream: one down-projection (`Linear` or `Conv1D`), or those of all routed and shared experts.
+`projection` and `linear-map` fold a d × d matrix into all weights that write a layer's MLP output
+to the residual stream: one down-projection (`Linear` or `Conv1D`), or those of all routed and
+shared experts.
 `refit` replaces one down-projection, so it refuses mixtures of experts; where a layer has an
 attention output projection that is known, it is refitted first. `sign-merge` and `igia` need LoRA
 adapters on every weight, so they refuse experts that are stored as one tensor.
 
-Before `projection` and `refit` compute anything, every layer is tried out: doubling half of the
-coordinates of its MLP's output must change the layer's output by just that. A norm behind the
-projection (Gemma 2 and 3, OLMo 2 and 3) or a factor (Granite's `residual_multiplier`) fails that
-test and is refused; parallel attention and MLP (GPT-NeoX, Falcon, GPT-J, Phi) pass it.
+Before `projection`, `linear-map` and `refit` compute anything, every layer is tried out: doubling
+half of the coordinates of its MLP's output must change the layer's output by just that. A norm
+behind the projection (Gemma 2 and 3, OLMo 2 and 3) or a factor (Granite's `residual_multiplier`)
+fails that test and is refused; parallel attention and MLP (GPT-NeoX, Falcon, GPT-J, Phi) pass it.
+
+`magnitude-rescale` tries out another property: doubling what enters a layer and all that the layer
+writes must double its output, and the final norm must remove the factor. A norm behind the
+projections fails that, Granite's factor passes it. `laco` adds weights of equal name and shape.
 
 """
 
