@@ -1,14 +1,16 @@
 from dataclasses import replace
 
+from layercut.evaluation.fidelity import Fidelity
 from layercut.report.comparison import (
     MISSING,
     change_compares,
     columns,
     compared_stages,
+    measured,
     rows,
     sizes,
 )
-from layercut.results import Evaluation, Figure, Provenance, RunResult
+from layercut.results import Evaluation, Figure, Provenance, RunResult, TextWindows
 from layercut.types import PruningPlan
 
 
@@ -97,3 +99,38 @@ def test_a_model_that_was_only_tuned_is_compared_with_itself() -> None:
     assert change_compares(alone) == "“Tuned” with “Before”"
     assert compared_stages(alone) == ("dense", "dense_tuned")
     assert rows(alone)[0].change == "+0"
+
+
+def test_zero_shot_metrics_are_shown_with_their_mean() -> None:
+    def stage(boolq: float, piqa: float) -> Evaluation:
+        tasks = {"boolq": {"acc": Figure(boolq, 0.03, 50)}}
+        tasks["piqa"] = {"acc": Figure(piqa, 0.04, 50), "exact_match": Figure(0.0, 0.0, 50)}
+        return Evaluation(30, 1_000, harness=tasks)
+
+    paired = {"boolq (acc)": Figure(-0.1, 0.02, 50)}
+    pruned = replace(stage(0.6, 0.5), accuracy_change=paired)
+    found = {row.label: row for row in rows(result(dense=stage(0.7, 0.7), pruned=pruned))}
+    assert found["Zero-shot, boolq (acc)"].change == "−10.0 ± 2.0 points"
+    assert found["Zero-shot, piqa (acc)"].change == "−20.0 points"
+    assert found["Zero-shot, piqa (exact_match)"].change == "+0.000"
+    # (0.7 + 0.7)/2; √(0.03² + 0.04²)/2 = 0.025; 0.55 − 0.70
+    mean = found["Zero-shot, mean acc of 2"]
+    assert (mean.cells[0], mean.change) == ("0.700 ± 0.025", "−15.0 points")
+
+
+def test_likeness_and_windows_are_shown_where_they_were_measured() -> None:
+    fidelity = Fidelity(Figure(0.9, 0.01, 64), Figure(0.25, 0.02, 64))
+    stage = replace(
+        DENSE,
+        fidelity={"wiki": fidelity},
+        windows={"speeches": TextWindows("a.raw", 16, 512, True)},
+        flops_per_token=2_500_000_000,
+        flops_context=512,
+    )
+    found = dict(measured(stage))
+    assert found["Next-token agreement, wiki"] == "0.900 ± 0.010"
+    assert found["KL, nats per token, wiki"] == "0.250 ± 0.020"
+    assert found["GFLOPs per token, context 512"] == "2.500"
+    assert found["Windows, speeches"] == "16 of 512 tokens, detokenized"
+    assert stage.to_json()["perplexity"]["speeches"]["detokenized"] is True
+    assert "Windows, speeches" not in {row.label for row in rows(result(dense=stage))}

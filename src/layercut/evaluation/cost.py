@@ -38,7 +38,8 @@ def decode_tokens_per_second(view: DecoderView) -> float:
         step = ids
         for _ in range(NEW_TOKENS):
             output = view.model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            # Recurrent models keep no keys and values; a step costs them the same without a past.
+            cache = getattr(output, "past_key_values", None)
             step = output.logits[:, -1:].argmax(dim=-1)
 
     return NEW_TOKENS / _best_seconds(view, decode)

@@ -88,14 +88,21 @@ def _expert_entries(view: DecoderView, layer: int) -> float | None:
 def _attention_width(view: DecoderView, layer: int) -> int:
     """Width of all heads' queries plus that of all heads' values; 0 without softmax attention."""
     text: Any = view.model.config.get_text_config(decoder=True)
-    names = (name.rpartition(".")[2] for name, _ in view.layers[layer].named_modules())
-    if not any(("attn" in n or "attention" in n) and "linear" not in n for n in names):
+    modules = [
+        module
+        for name, module in view.layers[layer].named_modules()
+        if any(word in name.rpartition(".")[2] for word in ("attn", "attention"))
+        and "linear" not in name
+    ]
+    if not modules:
         return 0
     kinds = getattr(text, "layer_types", None) or ()
     if len(kinds) == view.n_layers and kinds[layer].startswith("linear"):
         return 0
     n_heads = int(text.num_attention_heads)
-    head_dim = getattr(text, "head_dim", None) or int(text.hidden_size) // n_heads
+    # A module knows its own width where the configuration has one for each layer.
+    sizes = (getattr(module, "head_dim", None) for module in modules)
+    head_dim = next((size for size in sizes if size), int(text.hidden_size) // n_heads)
     keys = getattr(text, "qk_head_dim", None) or head_dim  # latent attention has two widths
     values = getattr(text, "v_head_dim", None) or head_dim
     return n_heads * (int(keys) + int(values))

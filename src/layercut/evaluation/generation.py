@@ -146,8 +146,9 @@ def continuations(view: DecoderView, prompts: Tensor, new_tokens: int) -> Tensor
                 "check the weights."
             )
         text = torch.cat([text, logits.argmax(dim=-1, keepdim=True)], dim=1)
-        cache = output.past_key_values if cached else None
-        step = text[:, -1:] if cached else text
+        # Recurrent models keep their state elsewhere: run the whole text again.
+        cache = getattr(output, "past_key_values", None) if cached else None
+        step = text if cache is None else text[:, -1:]
     return text[:, prompts.shape[1] :].cpu()
 
 

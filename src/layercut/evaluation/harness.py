@@ -58,7 +58,8 @@ def check_harness(names: Sequence[str]) -> None:
         NetworkError: a task's data are on the Hub, which cannot be reached.
     """
     if names:
-        _tasks(tuple(names))
+        with _random_state():
+            _tasks(tuple(names))
 
 
 def run_harness(
@@ -83,17 +84,9 @@ def run_harness(
         RecipeError, DataError, NetworkError: as for `check_harness`.
         NumericsError: a metric is not finite.
     """
-    tasks = _tasks(tuple(names))
-    from lm_eval import simple_evaluate
-
-    with quiet(), _random_state():
-        found = simple_evaluate(
-            model=_wrapped(view, batch_size),
-            tasks=list(tasks.values()),
-            task_manager=_manager(),
-            limit=limit,
-            batch_size=batch_size,
-        )
+    with _random_state():
+        tasks = _tasks(tuple(names))
+        found = _evaluated(view, tasks, limit, batch_size)
     figures = {
         name: _figures(name, metrics, found["n-samples"][name]["effective"], found["samples"][name])
         for name, metrics in found["results"].items()
@@ -164,6 +157,20 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     except (DatasetsError, OSError, ValueError, KeyError, RuntimeError, yaml.YAMLError) as error:
         raise DataError(f"task {name} cannot be loaded: {error}") from None
     return tasks
+
+
+def _evaluated(view: DecoderView, tasks: Mapping[str, Any], limit: int | None, size: int) -> Any:
+    """The harness's own results."""
+    from lm_eval import simple_evaluate
+
+    with quiet():
+        return simple_evaluate(
+            model=_wrapped(view, size),
+            tasks=list(tasks.values()),
+            task_manager=_manager(),
+            limit=limit,
+            batch_size=size,
+        )
 
 
 def _wrapped(view: DecoderView, batch_size: int) -> Any:

@@ -149,7 +149,7 @@ def _zero_shot(stage: Evaluation) -> dict[str, _Measure]:
     found = {}
     for task, metrics in stage.harness.items():
         for metric, figure in metrics.items():
-            how = _points if metric.startswith("acc") else _factor
+            how = _points if metric.startswith("acc") else _gap
             label = ZERO_SHOT + harness_name(task, metric)
             found[label] = _Measure(figure.value, _with_error(figure, 3), how)
     accuracies = [metrics["acc"] for metrics in stage.harness.values() if "acc" in metrics]
@@ -168,12 +168,12 @@ def _likeness(stage: Evaluation) -> dict[str, _Measure]:
             ("Next-token agreement", fidelity.agreement),
             ("KL, nats per token", fidelity.kl),
         ):
-            found[f"{label}, {name}"] = _Measure(figure.value, _with_error(figure, 3), _factor)
+            found[f"{label}, {name}"] = _Measure(figure.value, _with_error(figure, 3), _gap)
     for name, generation in stage.generation.items():
         for label, figure, theirs in _generated(generation):
             other = "" if theirs is None else f" (the other: {_with_error(theirs, 3)})"
             text = _with_error(figure, 3) + other
-            found[f"{label}, {name}"] = _Measure(figure.value, text, _factor)
+            found[f"{label}, {name}"] = _Measure(figure.value, text, _gap)
     return found
 
 
@@ -206,6 +206,10 @@ def _mean(figures: Sequence[Figure]) -> Figure:
 
 def _difference(dense: float, pruned: float) -> str:
     return f"{pruned - dense:+.0f}".replace("-", "−")
+
+
+def _gap(dense: float, pruned: float) -> str:
+    return f"{pruned - dense:+.3f}".replace("-", "−")
 
 
 def _percent(dense: float, pruned: float) -> str:

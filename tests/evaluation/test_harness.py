@@ -1,0 +1,125 @@
+"""lm-evaluation-harness on the model in memory; what it finds must be what our own answers are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from layercut.data.tasks import read_rows
+from layercut.errors import DataError, NetworkError, RecipeError
+from layercut.evaluation import check_tasks, compared, evaluate
+from layercut.evaluation.choices import answer, paired_change
+from layercut.evaluation.harness import GROUPS, check_harness, expanded, run_harness
+from layercut.models.view import DecoderView
+
+TASK = """\
+task: mine
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> tuple[str, str]:
+    """The same rows as a task of the harness and as one of ours."""
+    rows = tmp_path / "rows.jsonl"
+    choices = ["yes", "nay", "may not"]
+    content = [
+        {"question": f"Row {i}" + "!" * (i % 5), "choices": choices, "answer": i % 3}
+        for i in range(24)
+    ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in content))
+    path = tmp_path / "mine.yaml"
+    path.write_text(TASK.format(rows=rows))
+    return str(path), str(rows)
+
+
+def test_a_group_stands_for_its_tasks_once():
+    assert len(GROUPS["gradmap7"]) == 7
+    names = expanded(["piqa", "gradmap7", "mmlu"])
+    assert names == ["piqa", *(t for t in GROUPS["gradmap7"] if t != "piqa"), "mmlu"]
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("lm_eval")), reason="lm_eval is installed")
+def test_without_the_package_the_command_to_install_it_is_told(view: DecoderView):
+    check_harness([])
+    assert evaluate(view, speed=False).harness == {}
+    for attempt in (check_harness, lambda names: run_harness(view, names)):
+        with pytest.raises(RecipeError, match=r'Run: pip install "lm_eval==0\.4\.13"$'):
+            attempt(["boolq"])
+
+
+@pytest.mark.slow
+class TestWithTheHarness:
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip("lm_eval")
+
+    def test_rows_are_judged_as_by_our_own_choices(self, view: DecoderView, task: tuple[str, str]):
+        path, rows = task
+        found = run_harness(view, [path])["mine"]
+        ours = answer(view, read_rows(rows))
+        assert found["acc"].outcomes == ours.correct
+        assert found["acc_norm"].outcomes == ours.by_length
+        n_right = sum(ours.correct)
+        assert 0 < n_right < 24
+        # The sample standard error of a share: √(p(1 − p)/(n − 1))
+        p = n_right / 24
+        assert found["acc"].stderr == pytest.approx((p * (1 - p) / 23) ** 0.5)
+        assert found["acc"].n == 24
+
+    def test_skipped_and_patched_models_limit_and_batches_are_heeded(
+        self, view: DecoderView, task: tuple[str, str]
+    ):
+        path, rows = task
+        whole = run_harness(view, [path])["mine"]
+        turned = {"lm_head.weight": -view.model.lm_head.weight}
+        with view.skipping([1, 4]), view.patched(turned):
+            found = run_harness(view, [path], limit=10, batch_size=3)["mine"]
+            ours = answer(view, read_rows(rows)[:10])
+        assert found["acc"].outcomes == ours.correct
+        assert found["acc"].outcomes != whole["acc"].outcomes[:10]
+        assert run_harness(view, [path])["mine"] == whole
+
+    def test_it_is_part_of_an_evaluation_and_changes_no_random_state(
+        self, view: DecoderView, task: tuple[str, str]
+    ):
+        path, rows = task
+        check_tasks(view, {"t": rows})
+        states = random.getstate(), torch.get_rng_state()
+        dense = evaluate(view, harness=[path], tasks={"t": rows}, speed=False)
+        assert random.getstate() == states[0]
+        assert torch.get_rng_state().equal(states[1])
+        content = dense.to_json()["harness"]["mine"]
+        assert set(content) == {"acc", "acc_norm"}
+        assert set(content["acc"]) == {"value", "stderr", "n_rows"}
+        with view.skipping([0, 1, 2, 3]):
+            pruned = compared(evaluate(view, harness=[path], speed=False), dense)
+        before, after = (stage.harness["mine"]["acc"].outcomes for stage in (dense, pruned))
+        assert pruned.accuracy_change["mine (acc)"] == paired_change(before, after)
+        assert view.tokenizer.pad_token == "<pad>"
+
+    def test_mistakes_are_told_before_any_compute(self, tmp_path: Path):
+        with pytest.raises(RecipeError, match=r"unknown task 'boolqq' .*; did you mean 'boolq'"):
+            check_harness(["boolqq"])
+        with pytest.raises(RecipeError, match=r"unknown task 'gradmap'.*; did you mean 'gradmap7'"):
+            check_harness(["gradmap"])
+        with pytest.raises(DataError, match=r"task file nowhere\.yaml does not exist"):
+            check_harness(["nowhere.yaml"])
+        with pytest.raises(NetworkError, match="the data of task piqa cannot be fetched"):
+            check_harness(["piqa"])
+        path = tmp_path / "odd.yaml"
+        path.write_text(TASK.format(rows=tmp_path / "none.jsonl"))
+        with pytest.raises(DataError, match=r"odd\.yaml cannot be loaded"):
+            check_harness([str(path)])
