@@ -102,12 +102,31 @@ def test_a_heal_is_a_row_of_its_own_and_dense_is_healed_beside_it(
         ("block-influence+ghost", 2),
     }
     healed = rows["shortgpt, healed", 2]
+    assert rows["dense, healed", 0]["ratio"] == {"fox": 1.0}
     assert healed["dropped"] == rows["shortgpt", 2]["dropped"]
     assert healed["n_parameters"] == rows["shortgpt", 2]["n_parameters"]
     assert healed["seconds"]["heal"] == healed["heal"]["train_seconds"] > 0
     before = (tmp_path / "out/rows.jsonl").read_bytes()
     layercut.compare(settings, tmp_path / "out")
     assert (tmp_path / "out/rows.jsonl").read_bytes() == before
+
+
+def test_a_heal_that_learns_the_text_trains_the_dense_model_too(
+    settings: dict[str, Any], tmp_path: Path
+):
+    heal = {"steps": 2, "seq_len": 16, "batch_size": 2, "held_out": 2, "evaluations": 1}
+    settings |= {"methods": ["shortgpt"], "drop_layers": [2], "heal": {**heal, "label_weight": 1.0}}
+    rows = {row["method"]: row for row in layercut.compare(settings, tmp_path / "out").rows}
+    assert rows["dense, healed"]["heal"]["n_steps"] == 2
+    assert rows["dense, healed"]["ratio"]["fox"] != 1.0
+
+
+def test_warnings_are_sentences_of_the_result(settings: dict[str, Any], tmp_path: Path):
+    settings["calibration"]["n_sequences"] = 10_000
+    settings |= {"methods": ["reverse-order"], "drop_layers": [1]}
+    (warning,) = layercut.compare(settings, tmp_path / "out").warnings
+    assert "fewer than the 10000 of 32 asked for" in warning
+    assert warning in (tmp_path / "out/compare.json").read_text()
 
 
 def test_files_hold_every_row(settings: dict[str, Any], tmp_path: Path):

@@ -26,6 +26,9 @@ def print_comparison(result: Comparison, output_dir: Path) -> None:
         if row["reason"] is not None:
             reason = f"{row['method']}, {row['layers']} layers: {row['reason']}"
             console.print(Text(_shown(reason, console)), soft_wrap=True)
+    errors = Console(stderr=True)
+    for warning in result.warnings:
+        errors.print(Text("warning: ", style="yellow"), Text(warning), sep="", soft_wrap=True)
     console.print(Text(f"Report: {output_dir / 'report.html'}"), soft_wrap=True)
 
 

@@ -138,8 +138,8 @@ class Arena:
                 measured = self.judge.measure(row)
         except CANNOT as error:
             return {**chosen_part, "reason": str(error)}, None
-        folds = isinstance(repair, WeightPatch)
-        extra = 0 if folds else len(repair) * self.view.hidden_size**2
+        n_matrices = 0 if isinstance(repair, WeightPatch) else len(repair)
+        extra = n_matrices * self.view.hidden_size**2
         if measured["flops_per_token"] is not None:
             measured["flops_per_token"] += 2 * extra
         done = {

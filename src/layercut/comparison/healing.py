@@ -2,6 +2,8 @@
 
 A heal changes weights, so it has a copy of its own, which is really cut; the dense model teaches.
 What healing the dense model brings is adaptation to the text, not recovery: it stands beside them.
+Without a share of the text's own next token in the loss it brings nothing, and is not computed: a
+model's divergence from itself is 0, and so is its gradient.
 """
 
 from __future__ import annotations
@@ -23,6 +25,13 @@ if TYPE_CHECKING:
 KEPT = ("pair", "source", "reading", "layers", "dropped", "cuts", "reason")
 
 
+ITSELF = {
+    "pair": "",
+    "source": "",
+    "reading": "the dense model as it is: distilled from itself alone, it would not change",
+}
+
+
 class Healer:
     """The text and budget of every heal.
 
@@ -42,7 +51,8 @@ class Healer:
         assert settings.heal is not None
         seed = settings.seed % 2**32
         self.view = view
-        self.settings = settings.heal.model_copy(update={"seed": settings.heal.seed or seed})
+        own = settings.heal.seed
+        self.settings = settings.heal.model_copy(update={"seed": seed if own is None else own})
         self.windows = heal_windows(
             self.settings, settings.calibration, batches, view.tokenizer, seed=seed
         )
@@ -65,10 +75,13 @@ class Healer:
         """
         from layercut.heal import heal  # PEFT takes seconds, and most comparisons do not train
 
+        if cut is None and self.settings.label_weight == 0:
+            return old | {"method": f"{old['method']}, healed", "seconds": {"heal": 0.0}} | ITSELF
         copy = reload(self.view)
         if cut is not None:
             apply(copy, *cut)
-        begun = {key: old[key] for key in KEPT if key in old} | EMPTY
+        begun = {"pair": "", "source": "", "reading": "", **EMPTY}
+        begun |= {key: old[key] for key in KEPT if key in old}
         begun["method"] = f"{old['method']}, healed"
         try:
             healing = heal(copy, self.view, self.windows, self.settings)

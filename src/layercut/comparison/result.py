@@ -31,6 +31,7 @@ class Comparison:
         rows: one per contestant and size, by size and then by perplexity; those that could not
             run are last, with their ``reason``.
         scores: name → one score per layer of the intact model, higher = keep.
+        warnings: what the user should know of the last call, in full sentences.
     """
 
     settings: Mapping[str, Any]
@@ -38,6 +39,7 @@ class Comparison:
     dense: Row
     rows: tuple[Row, ...]
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -73,6 +75,7 @@ class Comparison:
             "rows": list(self.rows),
             "scores": {name: list(values) for name, values in self.scores.items()},
             "correlations": self.correlations(),
+            "warnings": list(self.warnings),
         }
 
 

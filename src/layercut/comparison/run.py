@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from layercut.evaluation.perplexity import check_vocabulary
 from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.report.machine import provenance
+from layercut.results import Provenance, warnings_into
 from layercut.resume import model_hash
 from layercut.selection import check_request
 from layercut.types import CalibrationBatches
@@ -57,8 +59,24 @@ def compare(
     if not isinstance(settings, ComparisonSettings):
         settings = validated(ComparisonSettings, dict(settings), "comparison")
     output_dir = Path(output_dir)
+    told: list[str] = []
+    with warnings_into(told):
+        result = _compared(settings, output_dir, batches, overwrite, provenance(command))
+    result = replace(result, warnings=tuple(told))
+    write_files(result, output_dir)
+    return result
+
+
+def _compared(
+    settings: ComparisonSettings,
+    folder: Path,
+    batches: CalibrationBatches | None,
+    overwrite: bool,
+    origin: Provenance,
+) -> Comparison:
+    """Everything but the files that are made from the rows."""
     contestants = parse_methods(settings.methods)
-    check_folder(output_dir, overwrite=overwrite)
+    check_folder(folder, overwrite=overwrite)
     progress.stage("load")
     view = load(
         settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
@@ -70,7 +88,7 @@ def compare(
     if batches is None:
         batches = calibration_batches(settings.calibration, view.tokenizer, seed=settings.seed)
     check_vocabulary(view, batches.input_ids)
-    with opened(output_dir, overwrite=overwrite) as store:
+    with opened(folder, overwrite=overwrite) as store:
         store.claim(identity(view, batches, judge, settings))
         before = model_hash(view)
         arena = Arena(view, batches, store, judge, settings)
@@ -81,9 +99,7 @@ def compare(
             arena.layer_losses()
         assert model_hash(view) == before, "the model is no longer dense"
         shown = settings.model_dump(mode="json", exclude={"layer_losses"})
-        result = gathered(store, shown, provenance(command), dense)
-        write_files(result, output_dir)
-    return result
+        return gathered(store, shown, origin, dense)
 
 
 def check_lengths(view: DecoderView, settings: ComparisonSettings) -> None:

@@ -26,6 +26,12 @@ def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
+def _no_harness(section: EvaluationSection) -> EvaluationSection:
+    if section.harness:
+        raise ValueError("harness is not part of a comparison; give files of task rows in tasks")
+    return section
+
+
 Sizes = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), AfterValidator(_ascending)]
 Methods = Annotated[tuple[Name, ...], Field(strict=False, min_length=1), AfterValidator(_methods)]
 
@@ -43,7 +49,9 @@ class ComparisonSettings(Section):
     methods: Methods = Field(
         default=DEFAULT, description="presets, SCORE+RECOVERY pairs, published, or all"
     )
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    evaluation: Annotated[EvaluationSection, AfterValidator(_no_harness)] = Field(
+        default_factory=EvaluationSection
+    )
     layer_losses: bool = Field(
         default=True, description="also measure the loss without each layer, one pass each"
     )

@@ -57,7 +57,7 @@ class Records:
 
     def add(self, key: str, content: Mapping[str, Any]) -> dict[str, Any]:
         """Write a finished record, to the disk and through its caches."""
-        record = {"key": key, **content}
+        record = {**content, "key": key}
         line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
         with self.path.open("ab", buffering=0) as file:
             file.write(line.encode())
