@@ -28,7 +28,7 @@ MOST_LINES = 20
 HIGHEST = 30
 """Ratios beyond are all rubble; drawn at this one, they leave room to tell the others apart."""
 
-TICKS = (0.8, 0.9, 1, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, HIGHEST)
+TICKS = (0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, HIGHEST)
 
 LEAST_SECONDS = 0.1
 """Where a method takes no time at all stands on an axis of powers of ten."""
