@@ -111,13 +111,11 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """The object ``E`` of ``result.json``; figures not measured are absent."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
-        del content["windows"]
         content["perplexity"] = {k: f.to_json("n_tokens") for k, f in self.perplexity.items()}
-        for name, cut in self.windows.items():
-            content["perplexity"][name] |= asdict(cut)
         content["accuracy"] = {k: f.to_json("n_rows") for k, f in self.accuracy.items()}
         later: dict[str, Any] = {
             "accuracy_change": {k: f.to_json("n_rows") for k, f in self.accuracy_change.items()},
+            "windows": {k: asdict(cut) for k, cut in self.windows.items()},
             "harness": {
                 task: {name: figure.to_json("n_rows") for name, figure in metrics.items()}
                 for task, metrics in self.harness.items()

@@ -65,12 +65,8 @@ def test_the_command_compares_two_checkpoints(
     assert content["fidelity"]["fox"]["kl"]["value"] > 0
     assert content["fidelity"]["fox"]["agreement"]["n_tokens"] == 128
     assert content["generation"]["fox"]["reference"]["distinct_1"]["n_prompts"] == 4
-    entry = content["perplexity"]["fox"]
-    assert {key: entry[key] for key in ("n_windows", "seq_len", "detokenized")} == {
-        "n_windows": 4,
-        "seq_len": 32,
-        "detokenized": False,
-    }
+    cut = {"source": text, "n_windows": 4, "seq_len": 32, "detokenized": False}
+    assert content["windows"] == {"fox": cut}
     # Head 2·16·259; 5 layers of 2·(2·16·16 + 2·16·8 + 3·16·32) + 4·128·16
     assert content["flops_per_token"] == 8288 + 5 * 12800
     assert content["flops_context"] == 128

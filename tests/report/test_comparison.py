@@ -132,5 +132,10 @@ def test_likeness_and_windows_are_shown_where_they_were_measured() -> None:
     assert found["KL, nats per token, wiki"] == "0.250 ± 0.020"
     assert found["GFLOPs per token, context 512"] == "2.500"
     assert found["Windows, speeches"] == "16 of 512 tokens, detokenized"
-    assert stage.to_json()["perplexity"]["speeches"]["detokenized"] is True
+    assert stage.to_json()["windows"]["speeches"] == {
+        "source": "a.raw",
+        "n_windows": 16,
+        "seq_len": 512,
+        "detokenized": True,
+    }
     assert "Windows, speeches" not in {row.label for row in rows(result(dense=stage))}

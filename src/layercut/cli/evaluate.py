@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from layercut.cli.run import set_up_libraries
 from layercut.cli.sources import TaskOption, TextOption, named_sources
 from layercut.errors import OutputError
+
+if TYPE_CHECKING:
+    from layercut.results import Evaluation
 
 
 def measure(
@@ -68,29 +71,55 @@ def measure(
     if compare_to is not None and not texts:
         raise typer.BadParameter("needs a --text to compare on", param_hint="--compare-to")
     set_up_libraries(offline=offline)
-    from layercut import load
-    from layercut.cli.display import print_evaluation, progress_display
-    from layercut.evaluation import check_tasks, evaluate
-    from layercut.evaluation.beside import beside, check_comparable
-    from layercut.evaluation.harness import check_harness
-
-    cut: dict[str, Any] = {"text": texts, "seq_len": seq_len, "max_tokens": max_tokens}
-    zero_shot: dict[str, Any] = {
+    cut = {"text": texts, "seq_len": seq_len, "max_tokens": max_tokens}
+    zero_shot = {
         "harness": harness or (),
         "harness_limit": harness_limit,
         "harness_batch_size": harness_batch_size,
     }
-    with progress_display(quiet=quiet):
-        check_harness(harness or ())
-        view = load(model, revision=revision, dtype=dtype)
-        check_tasks(view, tasks)
-        dense = None if compare_to is None else load(compare_to, dtype=dtype)
-        if dense is not None:
-            check_comparable(view, dense)
-        figures = evaluate(view, tasks=tasks, speed=speed, **zero_shot, **cut)
-        if dense is not None:
-            figures = beside(figures, view, dense, **cut)
+    loading = {"revision": revision, "dtype": dtype}
+    figures = _figures(
+        model, compare_to, loading, cut, {"tasks": tasks, "speed": speed, **zero_shot}, quiet=quiet
+    )
+    from layercut.cli.display import print_evaluation
+
     print_evaluation(model, figures)
     if json_file is not None:
         content = {"schema": 1, "model": model, **figures.to_json()}
         json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _figures(
+    model: str,
+    other: str | None,
+    loading: dict[str, Any],
+    cut: dict[str, Any],
+    measured: dict[str, Any],
+    *,
+    quiet: bool,
+) -> Evaluation:
+    """Load one model, or two to compare, and measure the first.
+
+    Args:
+        model: what to measure.
+        other: what to compare it with.
+        loading: its revision and dtype; the other's is its default revision.
+        cut: the texts and how they are cut.
+        measured: what else `evaluate` takes.
+        quiet: show no progress.
+    """
+    from layercut import load
+    from layercut.cli.display import progress_display
+    from layercut.evaluation import check_tasks, evaluate
+    from layercut.evaluation.beside import beside, check_comparable
+    from layercut.evaluation.harness import check_harness
+
+    with progress_display(quiet=quiet):
+        check_harness(measured["harness"])
+        view = load(model, **loading)
+        check_tasks(view, measured["tasks"])
+        if other is None:
+            return evaluate(view, **measured, **cut)
+        dense = load(other, dtype=loading["dtype"])
+        check_comparable(view, dense)
+        return beside(evaluate(view, **measured, **cut), view, dense, **cut)

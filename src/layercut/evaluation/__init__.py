@@ -16,7 +16,7 @@ from layercut.evaluation.flops import FLOPS_CONTEXT, flops_per_token
 from layercut.evaluation.harness import run_harness
 from layercut.evaluation.perplexity import perplexity
 from layercut.report.machine import peak_rss_bytes
-from layercut.results import Evaluation, TextWindows, harness_name
+from layercut.results import Evaluation, Figure, TextWindows, harness_name
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -76,22 +76,13 @@ def evaluate(
             source, view.tokenizer, seq_len=seq_len, max_tokens=max_tokens, detokenize=detokenize
         )
         figures[name] = perplexity(view, windows)
-        cuts[name] = TextWindows(
-            source, len(windows), windows.shape[1], is_detokenized(source, detokenize)
-        )
+        restored = is_detokenized(source, detokenize)
+        cuts[name] = TextWindows(source, len(windows), windows.shape[1], restored)
         progress.figure(f"{name} perplexity {figures[name].value:.2f}")
-    right = {}
-    for name, source in (tasks or {}).items():
-        answers = answer(view, read_rows(source))
-        right[name] = accuracy(answers.correct)
-        if answers.by_length is not None:
-            right[f"{name}{BY_LENGTH}"] = accuracy(answers.by_length)
-        progress.figure(f"{name} accuracy {right[name].value:.3f}")
-    zero_shot = (
-        run_harness(view, harness, limit=harness_limit, batch_size=harness_batch_size)
-        if harness
-        else {}
-    )
+    right = _accuracies(view, tasks or {})
+    zero_shot = {}
+    if harness:
+        zero_shot = run_harness(view, harness, limit=harness_limit, batch_size=harness_batch_size)
     context = min(FLOPS_CONTEXT, view.context)
     return Evaluation(
         n_layers=view.n_layers,
@@ -106,6 +97,18 @@ def evaluate(
         flops_per_token=flops_per_token(view, context=context),
         flops_context=context,
     )
+
+
+def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Figure]:
+    """Of each task, and where choices have several tokens, also by likelihood per character."""
+    right = {}
+    for name, source in tasks.items():
+        answers = answer(view, read_rows(source))
+        right[name] = accuracy(answers.correct)
+        if answers.by_length is not None:
+            right[f"{name}{BY_LENGTH}"] = accuracy(answers.by_length)
+        progress.figure(f"{name} accuracy {right[name].value:.3f}")
+    return right
 
 
 def compared(after: Evaluation, before: Evaluation) -> Evaluation:

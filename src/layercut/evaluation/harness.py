@@ -183,6 +183,9 @@ def _wrapped(view: DecoderView, batch_size: int) -> Any:
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **options: Any) -> Any:
             return super()._loglikelihood_tokens(requests, **options | {"disable_tqdm": True})
 
+        def loglikelihood(self, requests: Any, *_: Any, **__: Any) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
         def loglikelihood_rolling(self, requests: Any, *_: Any, **__: Any) -> Any:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
