@@ -100,7 +100,7 @@ def test_weights_that_nothing_improves_stay_as_they_are(view: DecoderView, windo
     student = reload(view)  # as good as its teacher
     before = state_of(student)
     chosen = with_settings(learning_rate=0.5, patience=1, warmup_ratio=0.0)
-    with pytest.warns(UserWarning, match="never lowered the held-out loss below its start"):
+    with pytest.warns(UserWarning, match="never lowered the held-out loss; the weights stay"):
         healing = heal(student, view, windows, chosen)
     assert healing.stopped_early
     assert (healing.best_step, healing.n_steps) == (0, 3)
@@ -288,3 +288,23 @@ def test_foreign_tokens_and_teachers_are_refused(
 def test_impossible_settings_are_refused(given: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
         HealSettings(**given)
+
+
+def test_windows_that_come_again_meet_the_same_teacher(
+    view: DecoderView, windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = with_settings(steps=30, patience=99)  # 24 windows, two a step: in the third pass
+    n_calls = []
+    true_guide = Divergence.guide
+    monkeypatch.setattr(
+        Divergence, "guide", lambda self, ids: (n_calls.append(1), true_guide(self, ids))[1]
+    )
+    losses = []
+    for limit in (2**30, 0):
+        monkeypatch.setattr("layercut.heal_trainer.GUIDES_BYTES", limit)
+        student = reload(view)
+        apply(student, plan_of(2, 3))
+        losses.append([loss for _, loss in heal(student, view, windows, chosen).losses])
+        n_calls.append(0)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert n_calls == [1] * 13 + [0] + [1] * 31 + [0]  # one of them for the judge

@@ -40,7 +40,9 @@ class Divergence:
     @torch.no_grad()
     def guide(self, input_ids: Tensor) -> Tensor:
         """The teacher's normed states, (batch, seq, d), in its own arithmetic."""
-        return _normed(self.teacher, input_ids)
+        states = _normed(self.teacher, input_ids)
+        # Its head would round them in any case.
+        return states.bfloat16() if self.teacher.mixed_precision else states
 
     def __call__(self, input_ids: Tensor, guide: Tensor) -> Tensor:
         """The mean loss of a batch in nats, with a gradient if the student's states have one.
@@ -50,34 +52,38 @@ class Divergence:
             guide: what `guide` made of them.
         """
         normed = _normed(self.student, input_ids)
-        value, gradient = self._summed(normed.detach(), guide, input_ids.to(normed.device))
-        loss: Tensor = _WithGradient.apply(normed, value, gradient)
-        return loss
-
-    def _summed(self, normed: Tensor, guide: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and its gradient with respect to the normed states, shaped as they are."""
+        ids = input_ids.to(normed.device)
         labels = torch.full_like(ids, -1)
         labels[:, :-1] = ids[:, 1:]
-        chunks = zip(
-            normed.flatten(0, 1).split(CHUNK),
-            guide.flatten(0, 1).split(CHUNK),
-            labels.flatten().split(CHUNK),
-            strict=True,
-        )
         n_labels = ids.shape[0] * (ids.shape[1] - 1)
         weights = ((1 - self.label_weight) / ids.numel(), self.label_weight / n_labels)
         total, gradients = torch.zeros((), device=normed.device), []
-        for states, guiding, targets in chunks:
-            leaf = states.detach().requires_grad_()
-            with torch.enable_grad():
-                logits = self.student.head(leaf)
-            with torch.no_grad():
-                dense = self.teacher.head(guiding.to(self.teacher.device)).to(logits.device)
-                loss, upstream = chunk_loss(logits, dense, targets, self.temperature, weights)
+        for states, guiding, targets in zip(
+            normed.detach().flatten(0, 1).split(CHUNK),
+            guide.flatten(0, 1).split(CHUNK),
+            labels.flatten().split(CHUNK),
+            strict=True,
+        ):
+            leaf = states.detach().requires_grad_(normed.requires_grad)
+            loss, upstream, logits = self._chunk(leaf, guiding, targets, weights)
             total += loss
-            (gradient,) = torch.autograd.grad(logits, leaf, upstream.to(logits.dtype))
-            gradients.append(gradient)
-        return total, torch.cat(gradients).view_as(normed)
+            if normed.requires_grad:
+                gradients += torch.autograd.grad(logits, leaf, upstream)
+        if not normed.requires_grad:
+            return total
+        whole = torch.cat(gradients).view_as(normed)
+        joined: Tensor = _WithGradient.apply(normed, total, whole)  # type: ignore[no-untyped-call]
+        return joined
+
+    def _chunk(
+        self, states: Tensor, guide: Tensor, labels: Tensor, weights: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of some tokens, its gradient with respect to their logits, and these."""
+        logits = self.student.head(states)
+        with torch.no_grad():
+            dense = self.teacher.head(guide.to(self.teacher.device)).to(logits.device)
+            loss, upstream = chunk_loss(logits, dense, labels, self.temperature, weights)
+        return loss, upstream.to(logits.dtype), logits
 
 
 @torch.no_grad()

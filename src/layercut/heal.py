@@ -37,11 +37,8 @@ class Healing:
         n_tokens: tokens trained on, those seen twice counted twice.
         resumed_at: step of the checkpoint it went on from; 0 for a run from the start.
         train_seconds: wall-clock time, that before the checkpoint included.
-        loss_before: held-out loss before, in nats per token.
-        loss_after: held-out loss of the weights that were kept.
-        best_step: after this step the weights were best; 0: they were left as they were.
+        losses: (step, held-out loss in nats per token) of every judgement, the start's first.
         stopped_early: the held-out loss had not become better for too long.
-        losses: (step, held-out loss) of every judgement.
     """
 
     n_windows: int
@@ -49,15 +46,28 @@ class Healing:
     n_tokens: int
     resumed_at: int
     train_seconds: float
-    loss_before: float
-    loss_after: float
-    best_step: int
-    stopped_early: bool
     losses: tuple[tuple[int, float], ...]
+    stopped_early: bool
+
+    @property
+    def best_step(self) -> int:
+        """After this step the weights were best, and were kept; 0: they are as they were."""
+        return min(self.losses, key=lambda pair: pair[1])[0]
+
+    @property
+    def loss_before(self) -> float:
+        """The held-out loss before."""
+        return self.losses[0][1]
+
+    @property
+    def loss_after(self) -> float:
+        """The held-out loss of the weights that were kept."""
+        return min(loss for _, loss in self.losses)
 
     def to_json(self) -> dict[str, Any]:
         """The object ``heal`` of ``result.json``."""
-        return asdict(self)
+        figures = {name: getattr(self, name) for name in ("loss_before", "loss_after", "best_step")}
+        return figures | asdict(self)
 
 
 def heal(
@@ -73,7 +83,8 @@ def heal(
 
     What is best on held-out windows is kept. Where nothing is better than the start, the weights
     are the very same afterwards. The learning rate, and the end, follow the share of the steps or
-    minutes that is spent; minutes count from the first pass on, over resumptions.
+    minutes that is spent. Minutes count from the first pass on, over resumptions, and are exceeded
+    by one step at most.
 
     Args:
         view: the pruned model; a plain one again afterwards, with changed linear weights.
@@ -100,39 +111,33 @@ def heal(
             settings = settings.model_copy(update={"save_steps": None})
         folder = Path(scratch) if work_dir is None else work_dir
         check_work_dir(folder)
-        hashes = [model_hash(view), model_hash(teacher), settings_hash(settings)]
+        hashes = [model_hash(view), model_hash(teacher), settings_hash(settings), _hash(windows)]
         budget = Budget(settings)
         judge = Judge(divergence, held_out, settings, budget, folder)
-        with narrowed(view), narrowed(teacher):
+        with narrowed(view), narrowed(teacher), eager(view), eager(teacher):
             trainer = _trainer(view, training, settings, folder, [budget, judge, *callbacks])
             stack.callback(detach, view, trainer)
             trainer.divergence, trainer.settings = divergence, settings
-            trainer.budget, trainer.judge = budget, judge
-            checkpoint = last_checkpoint(folder, [*hashes, _hash(windows)])
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.budget, trainer.judge, trainer.guides = budget, judge, {}
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder, hashes))
             seconds = budget.seconds
         if judge.best_step:
             judge.restore(trainer.model)
             trainer.model.merge_adapter()
         else:
             warnings.warn(
-                f"the heal never lowered the held-out loss below its start "
-                f"({judge.losses[0][1]:.3f}); the weights stay as they were. Give it longer, or "
-                "lower heal.learning_rate.",
+                "the heal never lowered the held-out loss; the weights stay as they were. Give it "
+                "longer, or lower heal.learning_rate.",
                 stacklevel=2,
             )
-    losses = dict(judge.losses)
     return Healing(
         n_windows=len(training),
         n_steps=trainer.state.global_step,
         n_tokens=trainer.state.global_step * settings.batch_size * windows.shape[1],
         resumed_at=budget.first_step,
         train_seconds=seconds,
-        loss_before=losses[0],
-        loss_after=losses[judge.best_step],
-        best_step=judge.best_step,
-        stopped_early=judge.stopped_early,
         losses=tuple(judge.losses),
+        stopped_early=judge.stopped_early,
     )
 
 
@@ -162,6 +167,25 @@ def narrowed(view: DecoderView) -> Iterator[None]:
         head.weight = tied
         for weight, data in zip(weights, wide, strict=True):
             weight.data = data
+
+
+@contextlib.contextmanager
+def eager(view: DecoderView) -> Iterator[None]:
+    """Compute attention on a CPU by plain products inside the block.
+
+    For heal's short windows they take a third of the time of PyTorch's fused kernel and its
+    backward pass, which would cost more than all linear sub-layers; (batch, heads, seq, seq) of
+    every layer are in memory instead.
+    """
+    before = view.model.config._attn_implementation
+    applies = view.device.type == "cpu" and before == "sdpa"
+    if applies:
+        view.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if applies:
+            view.model.set_attn_implementation(before)
 
 
 def _trainer(
@@ -199,7 +223,7 @@ def _trainer(
                 logging_nan_inf_filter=False,
                 disable_tqdm=True,
             ),
-            train_dataset=[{"input_ids": window} for window in windows],
+            train_dataset=[{"input_ids": ids, "window": i} for i, ids in enumerate(windows)],
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)

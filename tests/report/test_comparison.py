@@ -93,6 +93,16 @@ def test_tuned_stages_are_compared_with_each_other() -> None:
     assert compared_stages(whole) == ("dense", "pruned_tuned")
 
 
+def test_a_healed_model_is_compared_with_the_dense_one() -> None:
+    healed = replace(PRUNED, train_seconds=60.0, perplexity={"speeches": Figure(24.0, 0.5, 100)})
+    whole = result(dense=DENSE, pruned=PRUNED, healed=healed)
+    found = {row.label: row for row in rows(whole)}
+    assert columns(whole) == ("Dense", "Pruned", "Healed")
+    assert change_compares(whole) == "“Healed” with “Dense”"
+    assert found["Perplexity, speeches"].change == "× 1.20"  # 24 / 20
+    assert found["Heal, seconds"].cells == (MISSING, MISSING, "60.0")
+
+
 def test_a_model_that_was_only_tuned_is_compared_with_itself() -> None:
     alone = result(dense=DENSE, dense_tuned=replace(DENSE, train_seconds=100.0))
     assert columns(alone) == ("Before", "Tuned")

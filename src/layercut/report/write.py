@@ -130,7 +130,7 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
         "compared_title": "Dense and pruned" if "pruned" in result.stages else "Figures",
         "headline": headline(result),
         "recovery": labelled(result.recovery),
-        "heal": labelled(result.healing),
+        "heal": labelled({k: v for k, v in result.healing.items() if k != "losses"}),
         "seconds": {name: f"{spent:,.1f}" for name, spent in _stage_seconds(result).items()},
         "total": f"{result.seconds['total']:,.1f}" if "total" in result.seconds else None,
         "memory": _shown("peak_rss_bytes", result.peak_rss_bytes),
