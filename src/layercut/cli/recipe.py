@@ -60,7 +60,7 @@ def _lines(section: BaseModel, indent: str) -> Iterator[str]:
             yield from textwrap.indent(strict_yaml.dump(content), indent).splitlines()
         if value is None and (inner := section_type(field.annotation)):
             # What the section would hold: remove the marks, and the null above, to have it.
-            lines = [f"{key}:", *_lines(inner(), "  ")]
+            lines = [f"{key}:", *_lines(inner.model_construct(), "  ")]
             yield from (f"{indent}#   {line}".rstrip() for line in lines)
 
 

@@ -29,6 +29,7 @@ HIGHEST = 30
 """Ratios beyond are all rubble; drawn at this one, they leave room to tell the others apart."""
 
 TICKS = (0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, HIGHEST)
+MOST_TICKS = 12
 
 LEAST_SECONDS = 0.1
 """Where a method takes no time at all stands on an axis of powers of ten."""
@@ -191,7 +192,11 @@ def _ratio_axis(axis: Axes, lines: Sequence[Line], text: str) -> None:
     lowest, highest = min(shown) / 1.06, max(shown) * 1.1
     axis.set_yscale("log")
     axis.set_ylim(lowest, highest)
-    ticks = [tick for tick in TICKS if lowest <= tick <= highest]
+    apart = (highest / lowest) ** (1 / MOST_TICKS)
+    ticks: list[float] = []
+    for tick in TICKS:
+        if lowest <= tick <= highest and (not ticks or tick >= ticks[-1] * apart):
+            ticks.append(tick)
     names = [f"≥ {tick:g}" if tick == HIGHEST else f"× {tick:g}" for tick in ticks]
     axis.set_yticks(ticks, names)
     axis.minorticks_off()

@@ -81,7 +81,7 @@ def _compared(
     view = load(
         settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
     )
-    check_lengths(view, settings)
+    check_lengths(view, settings, drawn=batches is not None)
     for size in settings.drop_layers:
         check_request(view.n_layers, drop_layers=size)
     judge = Judge(view, settings.evaluation, speed=settings.speed)
@@ -99,16 +99,27 @@ def _compared(
             arena.layer_losses()
         assert model_hash(view) == before, "the model is no longer dense"
         shown = settings.model_dump(mode="json", exclude={"layer_losses"})
+        shown["calibration"] = {
+            "data": batches.source,
+            "n_sequences": batches.n_sequences,
+            "seq_len": batches.seq_len,
+            "gradient_batch": batches.gradient_batch,
+        }
         return gathered(store, shown, origin, dense)
 
 
-def check_lengths(view: DecoderView, settings: ComparisonSettings) -> None:
+def check_lengths(view: DecoderView, settings: ComparisonSettings, *, drawn: bool) -> None:
     """Refuse windows that are longer than the model's context.
+
+    Args:
+        view: the model.
+        settings: of the comparison.
+        drawn: whether there are calibration windows already.
 
     Raises:
         RecipeError: names the key.
     """
-    for key in ("calibration", "evaluation"):
+    for key in ("evaluation",) if drawn else ("calibration", "evaluation"):
         if (length := getattr(settings, key).seq_len) > view.context:
             raise RecipeError(
                 f"{key}.seq_len is {length}, but the model's context is {view.context} tokens. "
