@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from transformers import TrainerCallback
 
 from conftest import VOCABULARY, plan_of, save_tiny
@@ -274,20 +273,6 @@ def test_foreign_tokens_and_teachers_are_refused(
     other = load(str(save_tiny(tmp_path, vocab_size=VOCABULARY + 1)), dtype="float32")
     with pytest.raises(RecipeError, match="has 259 words and its teacher 260"):
         heal(pruned, other, windows, SETTINGS)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "neither is set; give either minutes or steps"),
-        ({"minutes": 1.0, "steps": 3}, "set together; give either minutes or steps"),
-        ({"minutes": 0.0}, "minutes or steps"),
-        ({"steps": 3, "learning_rat": 1.0}, "Extra inputs"),
-    ],
-)
-def test_impossible_settings_are_refused(given: dict[str, Any], message: str):
-    with pytest.raises(ValidationError, match=message):
-        HealSettings(**given)
 
 
 def test_windows_that_come_again_meet_the_same_teacher(
