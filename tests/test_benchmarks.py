@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import layercut
 from layercut import early_run
 from layercut.data.tasks import TaskRow
 from layercut.finetune import check_rows
@@ -68,3 +69,30 @@ def test_the_early_run_learns_the_drawn_rows(
     expected = [example["input_ids"] for example in check_rows(view, drawn, settings)]
     assert trainer.train_dataset["input_ids"][:] == expected
     assert trainer.state.max_steps == 4
+
+
+def test_the_page_of_all_methods_shows_what_is_there(
+    benchmark: Any, tiny_llama: Path, batches: CalibrationBatches, tmp_path: Path
+):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 50)
+    settings: dict[str, Any] = {
+        "model": str(tiny_llama),
+        "drop_layers": [1],
+        "methods": ["shortgpt"],
+        "evaluation": {"text": {"fox": str(text)}, "seq_len": 32, "max_tokens": 64},
+        "layer_losses": False,
+    }
+    rows = [TaskRow(f"{n} is", (" even", " odd"), n % 2) for n in range(4)]
+    source = benchmark("task_files").write_rows(rows, tmp_path / "rows.jsonl")
+    result = layercut.compare(settings, tmp_path / "out", batches=batches)
+    page = benchmark("benchmark_page").page
+    assert "| 1 | shortgpt |" in page(result, batches)
+    assert "Zero-shot" not in page(result, batches)
+    settings["evaluation"]["tasks"] = {"parity": source}
+    settings["methods"] = ["reverse-order"]
+    result = layercut.compare(settings, tmp_path / "out", batches=batches)
+    accuracy = page(result, batches).partition("## Zero-shot")[2].partition("## What")[0]
+    assert "| 0 | dense |" in accuracy
+    assert "| 1 | reverse-order |" in accuracy
+    assert "shortgpt" not in accuracy

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from layercut.comparison.run import compare
     from layercut.data.calibration import calibration_batches
     from layercut.data.tasks import read_rows
     from layercut.evaluation import evaluate
@@ -43,6 +44,7 @@ _HOMES = {
     "Recipe": "layercut.recipe",
     "apply": "layercut.surgery",
     "calibration_batches": "layercut.data.calibration",
+    "compare": "layercut.comparison.run",
     "evaluate": "layercut.evaluation",
     "fit": "layercut.recovery",
     "load": "layercut.models.load",
@@ -65,6 +67,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibration_batches",
+    "compare",
     "evaluate",
     "fit",
     "load",

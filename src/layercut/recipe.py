@@ -68,6 +68,7 @@ def _not_available(value: Any) -> Any:
     return value
 
 
+Device = Annotated[str, AfterValidator(_device)]
 NotYet = BeforeValidator(_not_available)
 # strict=False: YAML has lists, not tuples; the items stay strict.
 Layers = Annotated[
@@ -186,9 +187,7 @@ class Recipe(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto, float32 or bfloat16: how weights are loaded and computed"
     )
-    device: Annotated[str, AfterValidator(_device)] = Field(
-        default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu"
-    )
+    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
     calibration: CalibrationSection = Field(
         default_factory=CalibrationSection, description="the text that scores and repairs use"
     )

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from layercut.evaluation.generation import Generation
 
 
+@contextmanager
+def warnings_into(sentences: list[str]) -> Iterator[None]:
+    """Add what the block warns about to ``sentences``, each once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    sentences += dict.fromkeys(
+        str(w.message) for w in caught if issubclass(w.category, UserWarning)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Figure:
     """A measured mean with its standard error and the number of items behind it.
@@ -166,12 +177,8 @@ class RunResult:
     @contextmanager
     def collecting_warnings(self) -> Iterator[None]:
         """Turn what the stages of the block warn about into sentences of the result."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
+        with warnings_into(self.warnings):
             yield
-        self.warnings += dict.fromkeys(
-            str(w.message) for w in caught if issubclass(w.category, UserWarning)
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Content of ``result.json``."""

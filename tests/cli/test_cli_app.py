@@ -49,6 +49,8 @@ def recipe_file(tmp_path: Path) -> str:
         ["prune", "--help"],
         ["inspect", "--help"],
         ["export-check", "--help"],
+        ["compare", "--help"],
+        ["compare", "-m", "none", "-o", "none", "--methods", "shortgtp"],
         ["recipe"],
         ["run", "none.yaml", "-o", "x"],
     ],

@@ -15,7 +15,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 from layercut import __version__
-from layercut.cli import evaluate, export_check, finetune, inspect, prune, recipe, run
+from layercut.cli import compare, evaluate, export_check, finetune, inspect, prune, recipe, run
 from layercut.errors import LayercutError, ResourceError
 
 TERMINATED = 143
@@ -40,6 +40,7 @@ app.command(name="prune")(prune.prune)
 app.command(name="finetune")(finetune.finetune)
 app.command(name="export-check")(export_check.export_check)
 app.command(name="eval")(evaluate.measure)
+app.command(name="compare")(compare.compare)
 app.command(name="recipe", epilog=recipe.fields_help())(recipe.recipe)
 
 

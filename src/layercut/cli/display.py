@@ -19,6 +19,11 @@ from layercut.results import Evaluation, RunResult
 _ASCII = str.maketrans({"±": "+/-", "×": "x", "−": "-", "–": "-"})
 
 
+def to_ascii(text: str) -> str:
+    """±, ×, − and dashes in ASCII."""
+    return text.translate(_ASCII)
+
+
 @contextmanager
 def progress_display(*, quiet: bool = False) -> Iterator[None]:
     """Show the progress of the block on stderr: live in a terminal, as plain lines elsewhere."""

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 # Stand-ins that matplotlib can parse; in the SVG each becomes the CSS variable of its name.
 INK, MUTED, GRID, KEPT, DROPPED, PATCHED, SURFACE = (f"#01020{i}" for i in range(7))
 SHADES = tuple(f"#01021{i}" for i in range(7))
+LINES = tuple(f"#01022{i}" for i in range(8))
 _VARIABLES = {
     INK: "ink",
     MUTED: "muted",
@@ -21,7 +22,9 @@ _VARIABLES = {
     DROPPED: "dropped",
     PATCHED: "patched",
     SURFACE: "surface",
-} | {shade: f"shade-{i}" for i, shade in enumerate(SHADES)}
+}
+_VARIABLES |= {shade: f"shade-{i}" for i, shade in enumerate(SHADES)}
+_VARIABLES |= {line: f"line-{i}" for i, line in enumerate(LINES)}
 
 
 def style() -> AbstractContextManager[None]:

@@ -52,11 +52,11 @@ def write_report(
     if scores:
         content["scores.json"] = scores[-1].to_json(result.model)
     # Everything is rendered before the first byte is written: no half of a report is left behind.
-    texts = {name: _to_json(name, value) for name, value in content.items()}
+    texts = {name: json_text(name, value) for name, value in content.items()}
     texts["recipe.yaml"] = recipe_yaml
     texts["report.html"] = render_html(result, recipe_yaml=recipe_yaml)
     for name, text in texts.items():
-        _write(folder / name, text)
+        write_text(folder / name, text)
 
 
 def write_model_card(result: RunResult, path: Path, *, source: Path | None = None) -> None:
@@ -73,8 +73,8 @@ def write_model_card(result: RunResult, path: Path, *, source: Path | None = Non
     """
     recipe_yaml = yaml.safe_dump(dict(result.recipe), sort_keys=False, allow_unicode=True)
     front_matter = yaml.safe_dump(_metadata(result, source), sort_keys=False, allow_unicode=True)
-    template = _environment().get_template("model_card.md.jinja")
-    _write(
+    template = environment().get_template("model_card.md.jinja")
+    write_text(
         path,
         template.render(
             **_context(result, recipe_yaml),
@@ -97,14 +97,15 @@ def render_html(result: RunResult, *, recipe_yaml: str) -> str:
         plots["perplexities"] = figures.perplexities(perplexity)
     if spent := _stage_seconds(result):
         plots["seconds"] = figures.seconds(spent)
-    template = _environment().get_template("report.html.jinja")
+    template = environment().get_template("report.html.jinja")
     return template.render(
         **_context(result, recipe_yaml),
         plots={name: Markup(svg) for name, svg in plots.items()},  # our own SVG, already escaped
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Templates of this folder; what a page shows is escaped, what Markdown shows is not."""
     environment = Environment(
         loader=PackageLoader("layercut", "report"),
         autoescape=select_autoescape(enabled_extensions=("html.jinja",), default=False),
@@ -128,13 +129,13 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
         "compared": comparison.change_compares(result),
         "compared_title": "Dense and pruned" if "pruned" in result.stages else "Figures",
         "headline": headline(result),
-        "recovery": _labelled(result.recovery),
-        "heal": _labelled({k: v for k, v in result.healing.items() if k != "losses"}),
+        "recovery": labelled(result.recovery),
+        "heal": labelled({k: v for k, v in result.healing.items() if k != "losses"}),
         "seconds": {name: f"{spent:,.1f}" for name, spent in _stage_seconds(result).items()},
         "total": f"{result.seconds['total']:,.1f}" if "total" in result.seconds else None,
         "memory": _shown("peak_rss_bytes", result.peak_rss_bytes),
         "versions": dict(result.provenance.versions),
-        "hardware": _labelled(result.provenance.hardware),
+        "hardware": labelled(result.provenance.hardware),
         "recipe_yaml": recipe_yaml.strip(),
     }
 
@@ -158,7 +159,7 @@ def _stage_seconds(result: RunResult) -> dict[str, float]:
     return {name: spent for name, spent in result.seconds.items() if name != "total"}
 
 
-def _labelled(values: Mapping[str, Any]) -> dict[str, str]:
+def labelled(values: Mapping[str, Any]) -> dict[str, str]:
     """Keys as words, values as text."""
     return {
         key.removesuffix("_bytes").replace("_", " "): _shown(key, value)
@@ -216,7 +217,12 @@ def _fence(*blocks: str) -> str:
     return "`" * max(3, longest + 1)
 
 
-def _to_json(name: str, value: Any) -> str:
+def json_text(name: str, value: Any) -> str:
+    """``value`` as the content of the file ``name``.
+
+    Raises:
+        NumericsError: a figure is NaN or infinite, which JSON cannot hold.
+    """
     try:
         return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except ValueError as error:
@@ -226,7 +232,13 @@ def _to_json(name: str, value: Any) -> str:
         ) from None
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file and the folders above it.
+
+    Raises:
+        OutputError: it cannot be written.
+        ResourceError: the disk is full.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

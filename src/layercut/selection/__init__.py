@@ -10,12 +10,14 @@ from layercut import methods
 from layercut.errors import PlanError, RecipeError
 from layercut.models.droppable import check_dropped, fixed_layers
 from layercut.pattern import Kinds, pattern_to_keep
-from layercut.types import CalibrationBatches, Evidence, PruningPlan
+from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
 Rounds = Literal["one-shot", "each"]
+Scorer = Callable[..., LayerScores]
+"""What is called as `layercut.scoring.score` is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,7 @@ class Request:
         scoring_options: its options.
         rounds: score once, or again after every dropped layer.
         kinds: the pattern that kept layers must follow, if there is one to preserve.
+        scorer: what scores the layers, where that is not `layercut.scoring.score` itself.
     """
 
     protect: frozenset[int] = frozenset()
@@ -35,6 +38,7 @@ class Request:
     scoring_options: Mapping[str, Any] = field(default_factory=dict)
     rounds: Rounds = "one-shot"
     kinds: Kinds | None = None
+    scorer: Scorer | None = None
 
 
 Planner = Callable[[int], tuple[PruningPlan, Evidence]]

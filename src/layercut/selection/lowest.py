@@ -26,6 +26,7 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
     """Score ``view`` once, or after every drop; dropped layers are skipped, not cut."""
     memory: list[LayerScores] = []
     gradient_log: GradientLog | None = None
+    scorer = request.scorer or score
 
     def plan(n_drop: int) -> tuple[PruningPlan, Evidence]:
         nonlocal gradient_log
@@ -36,7 +37,7 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
             progress.figure(f"decision {len(rounds) + 1} of {n_drop // n_each}")
             if len(rounds) == len(memory):
                 with view.skipping(dropped):
-                    new = score(view, batches, method=request.scoring, **request.scoring_options)
+                    new = scorer(view, batches, method=request.scoring, **request.scoring_options)
                 # Later rounds no longer see the dropped layers, and each record is large.
                 gradient_log = gradient_log or new.gradient_log
                 memory.append(replace(new, gradient_log=None))

@@ -1,0 +1,125 @@
+"""docs/benchmarks.md from the rows of one comparison; some of the rows give some of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layercut.comparison.result import Comparison, Row
+from layercut.evaluation import BY_LENGTH
+from layercut.types import CalibrationBatches
+
+HEAD = """\
+# Every method side by side
+
+Written by `python benchmarks/compare.py --data ../shared/data`; do not edit. One model, one
+calibration text and one process for all; a method's seconds are what it would have taken alone to
+score, select and recover. Perplexity is a multiple of the dense model's, in windows of 512 tokens.
+"""
+
+
+def page(result: Comparison, batches: CalibrationBatches) -> str:
+    """The whole page."""
+    parts = [HEAD, origin(result, batches), perplexity(result)]
+    if result.dense["accuracy"]:
+        parts.append(accuracy(result))
+    parts += [failed(result), sources(result)]
+    return "\n".join(part for part in parts if part)
+
+
+def origin(result: Comparison, batches: CalibrationBatches) -> str:
+    dense = ", ".join(
+        f"{name} {f['value']:.2f} ± {f['stderr']:.2f} ({f['n_tokens']:,} tokens)"
+        for name, f in result.dense["perplexity"].items()
+    )
+    hardware = result.provenance.hardware
+    versions = ", ".join(f"{k} {v}" for k, v in result.provenance.versions.items())
+    model = f"{result.dense['model']}, {result.dense['n_parameters']:,} parameters"
+    tokens = f"{batches.input_ids.numel():,} tokens; seed {result.settings['seed']}"
+    forward = f"{result.dense['forward_seconds']:.0f} s"
+    return f"""\
+- Model: {model}. Dense perplexity: {dense}.
+- Calibration: {batches.source}, {tokens}.
+- One forward pass over it takes {forward}: the unit of “passes”.
+- Machine: {hardware["cpu"]}, {hardware["torch_threads"]} threads. Versions: {versions}.
+"""
+
+
+def perplexity(result: Comparison) -> str:
+    lines = ["## Perplexity over dense", ""]
+    head = ["layers", "method", *result.texts, "same token, %", "KL, nats", "loops, %"]
+    lines += table_head([*head, "seconds", "passes"])
+    for row in ran(result):
+        ratios = [f"{row['ratio'][t]:.3f}" if t in row["ratio"] else "–" for t in result.texts]
+        beside = [
+            f"{100 * row['fidelity']['agreement']['value']:.1f}",
+            f"{row['fidelity']['kl']['value']:.3f}",
+            f"{100 * row['generation']['loop']['value']:.0f}",
+        ]
+        cost = [f"{row['total_seconds']:,.0f}", f"{sum(row['passes'].values()):,.1f}"]
+        lines.append(line([str(row["layers"]), row["method"], *ratios, *beside, *cost]))
+    first = result.texts[0]
+    return "\n".join(lines) + (
+        f"\n\nAgreement, KL and loops (the share of greedy continuations that repeats itself; "
+        f"{100 * result.dense['generation']['loop']['value']:.0f} % when dense) are on {first}.\n"
+    )
+
+
+def accuracy(result: Comparison) -> str:
+    tasks = [name for name in result.dense["accuracy"] if not name.endswith(BY_LENGTH)]
+    lines = ["## Zero-shot accuracy, %", ""]
+    lines += table_head(["layers", "method", *tasks, "mean", "mean change from dense, points"])
+    for row in (result.dense, *ran(result)):
+        if any(task not in row["accuracy"] for task in tasks):
+            continue
+        figures = [row["accuracy"][task] for task in tasks]
+        cells = [f"{100 * f['value']:.1f} ± {100 * f['stderr']:.1f}" for f in figures]
+        mean = f"{100 * sum(f['value'] for f in figures) / len(figures):.1f}"
+        changes = [row["accuracy_change"][task] for task in tasks if row["layers"]]
+        lines.append(line([str(row["layers"]), row["method"], *cells, mean, mean_change(changes)]))
+    rows = max(f["n_rows"] for f in result.dense["accuracy"].values())
+    return "\n".join(lines) + (
+        f"\n\nAt most {rows} rows of each task, a fixed draw; ± is one standard error, that of the "
+        "change paired by row. Peers are the three with the lowest perplexity.\n"
+    )
+
+
+def mean_change(changes: Sequence[dict[str, float]]) -> str:
+    """Mean over tasks, whose errors are independent: √Σ se² / n."""
+    if not changes:
+        return ""
+    mean = sum(change["value"] for change in changes) / len(changes)
+    error = sum(change["stderr"] ** 2 for change in changes) ** 0.5 / len(changes)
+    return f"{100 * mean:+.1f} ± {100 * error:.1f}".replace("-", "−")
+
+
+def failed(result: Comparison) -> str:
+    reasons = [row for row in result.rows if row["reason"] is not None]
+    if not reasons:
+        return ""
+    lines = [f"- {row['method']}, {row['layers']} layers: {row['reason']}" for row in reasons]
+    return "\n".join(["## Could not run", "", *lines, ""])
+
+
+def sources(result: Comparison) -> str:
+    lines = [
+        "## What the names stand for",
+        "",
+        *table_head(["method", "pair", "source", "reading"]),
+    ]
+    known = {row["method"]: row for row in result.rows}
+    for name in sorted(known):
+        row = known[name]
+        lines.append(line([name, f"`{row['pair']}`", row["source"], row["reading"]]))
+    return "\n".join([*lines, ""])
+
+
+def ran(result: Comparison) -> list[Row]:
+    return [row for row in result.rows if row["reason"] is None]
+
+
+def table_head(titles: Sequence[str]) -> list[str]:
+    return [line(titles), line(["---"] * len(titles))]
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,139 @@
+"""Every method side by side, and docs/benchmarks.md from what is measured so far.
+
+Run  python benchmarks/compare.py --data ../shared/data [--output runs/benchmark] [--sizes 6 9 12]
+         [--methods published] [--tokens 131072] [--test-tokens 16896] [--task-rows 500]
+         [--page-only]
+Calibrates on WikiText-2 valid, the C4 sample and the embedded docs, as benchmarks/quality.py does;
+judges on WikiText-2 test (detokenised, windows of 512), speeches and reviews. Then the zero-shot
+tasks, at most --task-rows rows of each by a fixed draw, for dense, ours and the three peers with
+the lowest perplexity at the middle size. Finished rows stay in --output: the same call goes on, and
+the page is written after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import layercut
+from benchmark_page import page
+from layercut.comparison.contestants import parse_methods
+from layercut.comparison.result import Comparison
+from layercut.data.tasks import read_rows
+from layercut.results import Provenance
+from layercut.types import CalibrationBatches
+from quality import MODEL, SEQ_LEN, mixed_batches
+from task_files import write_rows
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+TASKS = {
+    "ARC-e": "arc/ARC-Easy.test.jsonl",
+    "ARC-c": "arc/ARC-Challenge.test.jsonl",
+    "PIQA": "piqa/piqa.val.jsonl",
+    "WinoGrande": "winogrande/winogrande.dev.jsonl",
+    "BoolQ": "boolq/boolq.val.jsonl",
+}
+OURS = "ours"
+N_PEERS = 3
+
+
+def main() -> None:
+    arguments = parsed()
+    texts = {
+        "wikitext2": str(arguments.data / "wikitext2/wiki.test.raw"),
+        "speeches": "embedded:speeches",
+        "reviews": "embedded:reviews@test",
+    }
+    settings: dict[str, Any] = {
+        "model": MODEL,
+        "seed": arguments.seed,
+        "drop_layers": arguments.sizes,
+        "methods": arguments.methods,
+        "evaluation": {"text": texts, "seq_len": SEQ_LEN, "max_tokens": arguments.test_tokens},
+    }
+    view = layercut.load(MODEL)
+    batches = mixed_batches(arguments.data, view, arguments.tokens, arguments.seed)
+    del view
+    result = part(settings, arguments, batches)
+    if arguments.task_rows and not arguments.page_only:
+        sources = drawn(arguments.data, arguments.output, arguments.task_rows)
+        settings["evaluation"]["tasks"] = sources
+        # One at a time: the page then has every row as soon as it is there.
+        for method in (OURS, *peers(result, arguments.sizes)):
+            settings["methods"] = [method]
+            result = part(settings, arguments, batches)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--sizes", type=int, nargs="*", default=[6, 9, 12])
+    parser.add_argument("--methods", nargs="*", default=["published"])
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--test-tokens", type=int, default=16384 + SEQ_LEN)
+    parser.add_argument("--task-rows", type=int, default=500, help="of each task; 0: no tasks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--page-only", action="store_true", help="measure nothing that is missing")
+    arguments = parser.parse_args()
+    parse_methods(arguments.methods)
+    return arguments
+
+
+def part(
+    settings: dict[str, Any], arguments: argparse.Namespace, batches: CalibrationBatches
+) -> Comparison:
+    """What is missing of these methods, one after the other; the page after each."""
+    names = [contestant.name for contestant in parse_methods(settings["methods"])]
+    for name in names if not arguments.page_only else names[:1]:
+        one = {**settings, "methods": [name]}
+        result = layercut.compare(
+            one, arguments.output, batches=batches, command="benchmarks/compare.py"
+        )
+        arguments.page.write_text(page(result, batches), encoding="utf-8")
+        print(f"{name}: {summary(result, name)}", flush=True)
+    show(result.provenance)
+    return result
+
+
+def drawn(data: Path, output: Path, n_rows: int) -> dict[str, str]:
+    """Files with a fixed draw of each task's rows, in the folder beside the comparison's."""
+    folder = output.with_name(f"{output.name}-tasks")
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {}
+    for name, path in TASKS.items():
+        rows = read_rows(str(data / path))
+        random.Random(0).shuffle(rows)
+        sources[name] = write_rows(rows[:n_rows], folder / f"{name}.jsonl")
+    return sources
+
+
+def peers(result: Comparison, sizes: Sequence[int]) -> list[str]:
+    """The published methods with the lowest perplexity at the middle size."""
+    middle = sorted(sizes)[len(sizes) // 2]
+    ran = [row for row in result.rows if row["layers"] == middle and row["reason"] is None]
+    published = [row["method"] for row in ran if row["source"].startswith("arXiv")]
+    return [name for name in published if name != OURS][:N_PEERS]
+
+
+def summary(result: Comparison, name: str) -> str:
+    """Ratios to dense on every text, size by size."""
+    return "; ".join(
+        f"{row['layers']}: "
+        + (row["reason"] or " ".join(f"{r:.3f}" for r in row["ratio"].values()))
+        for row in result.rows
+        if row["method"] == name
+    )
+
+
+def show(origin: Provenance) -> None:
+    """Where the figures come from."""
+    print({**origin.versions, **origin.hardware}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

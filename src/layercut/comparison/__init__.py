@@ -1,0 +1,1 @@
+"""Every method side by side, on one model, text and budget."""

@@ -1,0 +1,97 @@
+"""Contestants that are healed after their recovery, and the dense model in the same way.
+
+A heal changes weights, so it has a copy of its own, which is really cut; the dense model teaches.
+What healing the dense model brings is adaptation to the text, not recovery: it stands beside them.
+Without a share of the text's own next token in the loss it brings nothing, and is not computed: a
+model's divergence from itself is 0, and so is its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from layercut.comparison.choosing import CANNOT
+from layercut.comparison.judging import EMPTY, Judge
+from layercut.comparison.settings import ComparisonSettings
+from layercut.comparison.store import digest
+from layercut.data.unseen import check_windows, heal_windows
+from layercut.models.load import reload
+from layercut.surgery import apply
+from layercut.types import CalibrationBatches, PruningPlan, WeightPatch
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+KEPT = ("pair", "source", "reading", "layers", "dropped", "cuts", "reason")
+
+
+ITSELF = {
+    "pair": "",
+    "source": "",
+    "reading": "the dense model as it is: distilled from itself alone, it would not change",
+}
+
+
+class Healer:
+    """The text and budget of every heal.
+
+    Attributes:
+        digest: hash of the settings and of the text.
+    """
+
+    def __init__(
+        self, view: DecoderView, batches: CalibrationBatches, settings: ComparisonSettings
+    ) -> None:
+        """Draw the windows, without those of the calibration.
+
+        Raises:
+            DataError: the text cannot be read or is too short.
+            RecipeError: windows longer than the model's context.
+        """
+        assert settings.heal is not None
+        seed = settings.seed % 2**32
+        self.view = view
+        own = settings.heal.seed
+        self.settings = settings.heal.model_copy(update={"seed": seed if own is None else own})
+        self.windows = heal_windows(
+            self.settings, settings.calibration, batches, view.tokenizer, seed=seed
+        )
+        check_windows(view, self.windows, self.settings)
+        shown = self.settings.model_dump(mode="json", exclude={"data", "text_column"})
+        self.digest = digest(shown, self.windows.tolist())
+
+    def row(
+        self, old: dict[str, Any], cut: tuple[PruningPlan, WeightPatch] | None, judge: Judge
+    ) -> dict[str, Any]:
+        """The healed model's row.
+
+        Args:
+            old: the row of the same model before.
+            cut: what makes it from the dense one; ``None`` for that one itself.
+            judge: of all rows.
+
+        Returns:
+            The figures, or the reason why there are none.
+        """
+        from layercut.heal import heal  # PEFT takes seconds, and most comparisons do not train
+
+        if cut is None and self.settings.label_weight == 0:
+            return old | {"method": f"{old['method']}, healed", "seconds": {"heal": 0.0}} | ITSELF
+        copy = reload(self.view)
+        if cut is not None:
+            apply(copy, *cut)
+        begun = {"pair": "", "source": "", "reading": "", **EMPTY}
+        begun |= {key: old[key] for key in KEPT if key in old}
+        begun["method"] = f"{old['method']}, healed"
+        try:
+            healing = heal(copy, self.view, self.windows, self.settings)
+            measured = judge.measure(EMPTY, copy)
+        except CANNOT as error:
+            return begun | {"reason": str(error)}
+        return {
+            **begun,
+            "n_parameters": copy.n_parameters,
+            "seconds": {**old.get("seconds", {}), "heal": healing.train_seconds},
+            "heal": healing.to_json(),
+            **measured,
+        }

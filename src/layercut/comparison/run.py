@@ -1,0 +1,151 @@
+"""The whole comparison: choose, recover and judge every contestant at every size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from layercut import progress
+from layercut.comparison.arena import Arena
+from layercut.comparison.contestants import parse_methods
+from layercut.comparison.judging import Judge
+from layercut.comparison.page import write_files
+from layercut.comparison.result import Comparison, gathered
+from layercut.comparison.settings import ComparisonSettings
+from layercut.comparison.store import check_folder, opened
+from layercut.data.calibration import calibration_batches
+from layercut.errors import RecipeError
+from layercut.evaluation.perplexity import check_vocabulary
+from layercut.models.load import load
+from layercut.models.view import DecoderView
+from layercut.report.machine import provenance
+from layercut.results import Provenance, warnings_into
+from layercut.resume import model_hash
+from layercut.selection import check_request
+from layercut.types import CalibrationBatches
+from layercut.validation import validated
+
+
+def compare(
+    settings: ComparisonSettings | Mapping[str, Any],
+    output_dir: str | Path,
+    *,
+    batches: CalibrationBatches | None = None,
+    overwrite: bool = False,
+    command: str = "layercut.compare(…)",
+) -> Comparison:
+    """Prune one model by many methods and measure each, in memory; no checkpoint is written.
+
+    The model is loaded once and stays dense; scorings and plans are shared and recorded. A method
+    that cannot run on the model is a row that says why.
+
+    Args:
+        settings: what is compared, or a mapping with its keys.
+        output_dir: the comparison's folder; the same call goes on in it after an interruption,
+            and a later one can add methods, sizes, texts and tasks.
+        batches: calibration text instead of what ``settings.calibration`` draws.
+        overwrite: discard the folder's earlier comparison.
+        command: what the report says produced it.
+
+    Returns:
+        All rows of the folder, as in ``compare.json``.
+
+    Raises:
+        OutputError: the folder holds something else, or a comparison with other settings.
+        LayercutError: see errors.py; finished rows stay.
+    """
+    if not isinstance(settings, ComparisonSettings):
+        settings = validated(ComparisonSettings, dict(settings), "comparison")
+    output_dir = Path(output_dir)
+    told: list[str] = []
+    with warnings_into(told):
+        result = _compared(settings, output_dir, batches, overwrite, provenance(command))
+    result = replace(result, warnings=tuple(told))
+    write_files(result, output_dir)
+    return result
+
+
+def _compared(
+    settings: ComparisonSettings,
+    folder: Path,
+    batches: CalibrationBatches | None,
+    overwrite: bool,
+    origin: Provenance,
+) -> Comparison:
+    """Everything but the files that are made from the rows."""
+    contestants = parse_methods(settings.methods)
+    check_folder(folder, overwrite=overwrite)
+    progress.stage("load")
+    view = load(
+        settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
+    )
+    check_lengths(view, settings, drawn=batches is not None)
+    for size in settings.drop_layers:
+        check_request(view.n_layers, drop_layers=size)
+    judge = Judge(view, settings.evaluation, speed=settings.speed)
+    if batches is None:
+        batches = calibration_batches(settings.calibration, view.tokenizer, seed=settings.seed)
+    check_vocabulary(view, batches.input_ids)
+    with opened(folder, overwrite=overwrite) as store:
+        store.claim(identity(view, batches, judge, settings))
+        before = model_hash(view)
+        arena = Arena(view, batches, store, judge, settings)
+        dense = arena.dense()
+        for contestant in contestants:
+            arena.run(contestant)
+        if settings.layer_losses:
+            arena.layer_losses()
+        assert model_hash(view) == before, "the model is no longer dense"
+        shown = settings.model_dump(mode="json", exclude={"layer_losses"})
+        shown["calibration"] = {
+            "data": batches.source,
+            "n_sequences": batches.n_sequences,
+            "seq_len": batches.seq_len,
+            "gradient_batch": batches.gradient_batch,
+        }
+        return gathered(store, shown, origin, dense)
+
+
+def check_lengths(view: DecoderView, settings: ComparisonSettings, *, drawn: bool) -> None:
+    """Refuse windows that are longer than the model's context.
+
+    Args:
+        view: the model.
+        settings: of the comparison.
+        drawn: whether there are calibration windows already.
+
+    Raises:
+        RecipeError: names the key.
+    """
+    for key in ("evaluation",) if drawn else ("calibration", "evaluation"):
+        if (length := getattr(settings, key).seq_len) > view.context:
+            raise RecipeError(
+                f"{key}.seq_len is {length}, but the model's context is {view.context} tokens. "
+                "Lower it."
+            )
+
+
+def identity(
+    view: DecoderView, batches: CalibrationBatches, judge: Judge, settings: ComparisonSettings
+) -> dict[str, Any]:
+    """What every record of a folder depends on, texts and tasks by their content."""
+    return {
+        "schema": 1,
+        "model": view.name,
+        "weights": view.fingerprint,
+        "dtype": str(view.model.dtype),
+        "device": view.device.type,
+        "seed": settings.seed,
+        "calibration": {
+            "text": batches.fingerprint,
+            "gradient_batch": batches.gradient_batch,
+            "shape": list(batches.input_ids.shape),
+        },
+        "evaluation": {
+            "seq_len": settings.evaluation.seq_len,
+            "max_tokens": settings.evaluation.max_tokens,
+            **judge.contents,
+        },
+    }

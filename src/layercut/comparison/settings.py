@@ -1,0 +1,64 @@
+"""What a comparison depends on, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from layercut.comparison.contestants import DEFAULT, parse_methods
+from layercut.errors import RecipeError
+from layercut.evaluation_settings import EvaluationSection
+from layercut.heal_settings import HealSettings
+from layercut.recipe import CalibrationSection, Device
+from layercut.section import Count, Name, Section
+
+
+def _methods(names: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        parse_methods(names)
+    except RecipeError as error:
+        raise ValueError(str(error)) from None
+    return names
+
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(sizes)))
+
+
+def _no_harness(section: EvaluationSection) -> EvaluationSection:
+    if section.harness:
+        raise ValueError("harness is not part of a comparison; give files of task rows in tasks")
+    return section
+
+
+Sizes = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), AfterValidator(_ascending)]
+Methods = Annotated[tuple[Name, ...], Field(strict=False, min_length=1), AfterValidator(_methods)]
+
+
+class ComparisonSettings(Section):
+    """One model and text, sizes, and the methods that compete."""
+
+    model: Name = Field(description="a local folder, a Hub name, or embedded:smollm2-135m")
+    revision: Name | None = Field(default=None, description="branch, tag or commit on the Hub")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of every choice")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto")
+    device: Device = Field(default="auto")
+    calibration: CalibrationSection = Field(default_factory=CalibrationSection)
+    drop_layers: Sizes = Field(default=(3, 6, 9, 12), description="the sizes to compare at")
+    methods: Methods = Field(
+        default=DEFAULT, description="presets, SCORE+RECOVERY pairs, published, or all"
+    )
+    evaluation: Annotated[EvaluationSection, AfterValidator(_no_harness)] = Field(
+        default_factory=EvaluationSection
+    )
+    layer_losses: bool = Field(
+        default=True, description="also measure the loss without each layer, one pass each"
+    )
+    heal: HealSettings | None = Field(
+        default=None, description="distil contestants from the dense model, for a short budget"
+    )
+    heal_methods: Methods | None = Field(
+        default=None, description="the contestants that are healed as well; null: all of them"
+    )
+    speed: bool = Field(default=False, description="measure prompt tokens per second")
