@@ -44,7 +44,7 @@ PLANNERS: dict[tuple[Any, ...], Planner] = {}
 with the first row that needs it."""
 
 DISTILL: dict[str, Any] = {"over": "choices"}
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, Any] = {
     "ours": {"scoring": "reverse-order", "recovery": "refit", "distill": DISTILL},
     "ours-labels": {"scoring": "reverse-order", "recovery": "refit"},
     "reverse+distill": {"scoring": "reverse-order", "recovery": "none", "distill": DISTILL},

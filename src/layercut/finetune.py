@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -30,11 +29,11 @@ from layercut.finetune_checks import check_rows, choice_tokens, pad_token
 from layercut.finetune_settings import FinetuneSettings
 from layercut.models.view import DecoderView
 from layercut.resume import (
-    check_work_dir,
     last_checkpoint,
     model_hash,
     rows_hash,
     settings_hash,
+    trainer_folder,
 )
 from layercut.watch import Watch
 
@@ -105,11 +104,7 @@ def tune(
     settings = settings or FinetuneSettings()
     watch = Watch()
     with contextlib.ExitStack() as stack:
-        if work_dir is None:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="layercut-tune-"))
-            settings = settings.model_copy(update={"save_steps": None})
-        folder = Path(scratch) if work_dir is None else work_dir
-        check_work_dir(folder)
+        folder, settings = stack.enter_context(trainer_folder(work_dir, settings))
         models = [model_hash(model) for model in (view, teacher) if model is not None]
         trainer = build_trainer(
             view, rows, settings, output_dir=folder, callbacks=[watch, *callbacks], teacher=teacher

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from layercut.errors import RecipeError
 from layercut.heal_settings import HealSettings
 from layercut.heal_trainer import Budget, HealTrainer, Judge
 from layercut.models.view import DecoderView
-from layercut.resume import check_work_dir, last_checkpoint, model_hash, settings_hash
+from layercut.resume import last_checkpoint, model_hash, settings_hash, trainer_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +106,7 @@ def heal(
     training, held_out = hold_out(windows, settings.held_out)
     divergence = Divergence(view, teacher, settings.temperature, settings.label_weight)
     with contextlib.ExitStack() as stack:
-        if work_dir is None:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="layercut-heal-"))
-            settings = settings.model_copy(update={"save_steps": None})
-        folder = Path(scratch) if work_dir is None else work_dir
-        check_work_dir(folder)
+        folder, settings = stack.enter_context(trainer_folder(work_dir, settings))
         hashes = [model_hash(view), model_hash(teacher), settings_hash(settings), _hash(windows)]
         budget = Budget(settings)
         judge = Judge(divergence, held_out, settings, budget, folder)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from layercut.errors import OutputError
 from layercut.models.view import DecoderView
 from layercut.section import Section
+
+Saving = TypeVar("Saving", bound=Section)
+"""Settings with a key ``save_steps``."""
 
 RUN_FILE = "layercut-run.json"
 """In a folder that layercut made for checkpoints: what they belong to."""
@@ -26,6 +31,21 @@ def training_folder(output_dir: Path) -> Path:
     """Where the checkpoints of a run's trainings stay until it is complete: beside its output."""
     home = output_dir.resolve()
     return home.with_name(f"{home.name}.training")
+
+
+@contextmanager
+def trainer_folder(work_dir: Path | None, settings: Saving) -> Iterator[tuple[Path, Saving]]:
+    """Where a trainer works, and its settings: without ``work_dir``, apart and with no checkpoints.
+
+    Raises:
+        OutputError: ``work_dir`` holds something else than layercut's checkpoints.
+    """
+    if work_dir is not None:
+        check_work_dir(work_dir)
+        yield work_dir, settings
+        return
+    with tempfile.TemporaryDirectory(prefix="layercut-train-") as scratch:
+        yield Path(scratch), settings.model_copy(update={"save_steps": None})
 
 
 def remove_claimed(folder: Path) -> None:
