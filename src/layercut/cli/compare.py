@@ -51,6 +51,12 @@ def compare(
     heal_steps: Annotated[
         int | None, typer.Option(min=1, help="Or for so many optimiser steps.")
     ] = None,
+    heal_label_weight: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of a heal's loss that the text's own next token gets."
+        ),
+    ] = 0.0,
     heal_methods: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Heal these alone.")
     ] = None,
@@ -101,7 +107,8 @@ def compare(
     if names is not None:
         content["methods"] = [name.strip() for name in names.split(",")]
     if heal_minutes is not None or heal_steps is not None:
-        content["heal"] = {"minutes": heal_minutes, "steps": heal_steps}
+        budget = {"minutes": heal_minutes, "steps": heal_steps}
+        content["heal"] = {**budget, "label_weight": heal_label_weight}
     if heal_methods is not None:
         content["heal_methods"] = [name.strip() for name in heal_methods.split(",")]
     from layercut.comparison.settings import ComparisonSettings

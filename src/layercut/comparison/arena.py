@@ -119,7 +119,7 @@ class Arena:
         """The calibration loss without each layer: what every score tries to foretell."""
         progress.stage("measure the loss without each layer")
         choice = CHOICES["perplexity"]
-        if not self.view.layout.rules.unscorable:
+        if not self.view.layout.unscorable:
             options = self.chooser.options(choice)
             self.chooser.scorings(self.view, self.batches, method=choice.scoring, **options)
 
