@@ -19,10 +19,10 @@ score, select and recover. Perplexity is a multiple of the dense model's, in win
 
 def page(result: Comparison, batches: CalibrationBatches) -> str:
     """The whole page."""
-    parts = [HEAD, origin(result, batches), perplexity(result)]
+    parts = [HEAD, origin(result, batches), perplexity(result), against_peers(result)]
     if result.dense["accuracy"]:
         parts.append(accuracy(result))
-    parts += [failed(result), sources(result)]
+    parts += [healed(result), failed(result), sources(result)]
     return "\n".join(part for part in parts if part)
 
 
@@ -49,6 +49,8 @@ def perplexity(result: Comparison) -> str:
     head = ["layers", "method", *result.texts, "same token, %", "KL, nats", "loops, %"]
     lines += table_head([*head, "seconds", "passes"])
     for row in ran(result):
+        if "heal" in row:
+            continue
         ratios = [f"{row['ratio'][t]:.3f}" if t in row["ratio"] else "–" for t in result.texts]
         beside = [
             f"{100 * row['fidelity']['agreement']['value']:.1f}",
@@ -61,6 +63,30 @@ def perplexity(result: Comparison) -> str:
     return "\n".join(lines) + (
         f"\n\nAgreement, KL and loops (the share of greedy continuations that repeats itself; "
         f"{100 * result.dense['generation']['loop']['value']:.0f} % when dense) are on {first}.\n"
+    )
+
+
+def against_peers(result: Comparison) -> str:
+    """Ours beside the best published method of each size, and beside SLEB's time."""
+    first = result.texts[0]
+    lines = ["## Ours and the best published peer", ""]
+    titles = ["layers", "ours", "best peer", "excess over dense, ours / peer's"]
+    lines += table_head([*titles, "seconds, SLEB / ours"])
+    rows = [row for row in ran(result) if "heal" not in row]
+    for size in sorted({row["layers"] for row in rows}):
+        here = {row["method"]: row for row in rows if row["layers"] == size}
+        ours = here.pop("ours", None)
+        published = [row for row in here.values() if not row["source"].startswith("control")]
+        if ours is None or not published:
+            continue
+        peer = min(published, key=lambda row: row["ratio"][first])
+        mine, its = ours["ratio"][first], peer["ratio"][first]
+        sleb = here.get("sleb")
+        times = f"{sleb['total_seconds'] / ours['total_seconds']:.1f}" if sleb else "–"
+        cells = [str(size), f"{mine:.3f}", f"{its:.3f} ({peer['method']})"]
+        lines.append(line([*cells, f"{(mine - 1) / (its - 1):.2f}", times]))
+    return (
+        "\n".join(lines) + f"\n\nPerplexity over dense on {first}; seconds to the repaired model.\n"
     )
 
 
@@ -80,6 +106,31 @@ def accuracy(result: Comparison) -> str:
     return "\n".join(lines) + (
         f"\n\nAt most {rows} rows of each task, a fixed draw; ± is one standard error, that of the "
         "change paired by row. Peers are the three with the lowest perplexity.\n"
+    )
+
+
+def healed(result: Comparison) -> str:
+    """Healed models beside the dense one healed in the same way."""
+    rows = [row for row in ran(result) if "heal" in row]
+    if not rows:
+        return ""
+    dense = next((row for row in rows if row["layers"] == 0), None)
+    lines = ["## After a heal: perplexity over dense", ""]
+    over = [f"{name} over dense, healed" for name in result.texts] if dense else []
+    lines += table_head(["layers", "method", *result.texts, *over, "seconds", "steps", "tokens"])
+    for row in rows:
+        ratios = [row["ratio"][text] for text in result.texts]
+        if dense:
+            ratios += [row["ratio"][text] / dense["ratio"][text] for text in result.texts]
+        took = row["heal"]
+        cost = [f"{took['train_seconds']:,.0f}", str(took["n_steps"]), f"{took['n_tokens']:,}"]
+        cells = [str(row["layers"]), row["method"], *(f"{ratio:.3f}" for ratio in ratios)]
+        lines.append(line([*cells, *cost]))
+    weight = result.settings["heal"]["label_weight"] if result.settings.get("heal") else None
+    share = "" if weight is None else f" {100 * weight:.0f} % of the loss is the text's own tokens."
+    return "\n".join(lines) + (
+        "\n\nDistilled from the dense model on text that is in no table; the columns “over dense, "
+        f"healed” leave the adaptation to that text out.{share}\n"
     )
 
 

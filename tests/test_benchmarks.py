@@ -96,3 +96,38 @@ def test_the_page_of_all_methods_shows_what_is_there(
     assert "| 0 | dense |" in accuracy
     assert "| 1 | reverse-order |" in accuracy
     assert "shortgpt" not in accuracy
+
+
+def test_the_page_shows_ours_beside_the_best_peer_and_healed(
+    benchmark: Any, tiny_llama: Path, batches: CalibrationBatches, tmp_path: Path
+):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 50)
+    settings: dict[str, Any] = {
+        "model": str(tiny_llama),
+        "drop_layers": [1],
+        "methods": ["ours", "sleb", "uidl"],
+        "heal_methods": ["ours"],
+        "heal": {
+            "steps": 2,
+            "data": str(text),
+            "seq_len": 16,
+            "batch_size": 1,
+            "held_out": 1,
+            "label_weight": 0.5,
+        },
+        "evaluation": {"text": {"fox": str(text)}, "seq_len": 32, "max_tokens": 64},
+        "layer_losses": False,
+    }
+    result = layercut.compare(settings, tmp_path / "out", batches=batches)
+    page = benchmark("benchmark_page").page(result, batches)
+    of = {row["method"]: row for row in result.rows}
+    best = min(("sleb", "uidl"), key=lambda name: of[name]["ratio"]["fox"])
+    mine, its = (of[name]["ratio"]["fox"] for name in ("ours", best))
+    peers = page.partition("## Ours and")[2].partition("## ")[0]
+    assert f"| {its:.3f} ({best}) | {(mine - 1) / (its - 1):.2f} |" in peers
+    healed = page.partition("## After a heal")[2].partition("## ")[0]
+    dense = of["dense, healed"]["ratio"]["fox"]
+    ratio = of["ours, healed"]["ratio"]["fox"]
+    assert f"| 1 | ours, healed | {ratio:.3f} | {ratio / dense:.3f} |" in healed
+    assert "healed" not in page.partition("## Perplexity")[2].partition("## ")[0]
