@@ -4,8 +4,9 @@ Run  python benchmarks/gradpruner.py [--rows dense ours igia+merge …] [--sizes
          [--train-rows 6016] [--train SOURCE --test SOURCE] [--learning-rate 1e-4]
 Every row of the table is one model, tuned on the same training rows in the same steps. Finished
 rows are kept in benchmarks/results/gradpruner.json; the same call goes on behind them. `--rows`
-takes any of METHODS; merge-10 … merge-50 sweep the share that GradPruner merges. Calibration
-text is the training rows themselves. Several processes may work on different rows at once.
+takes any of METHODS; merge-10 … merge-50 sweep the share that GradPruner merges, of every dropped
+layer or of three. Calibration text is the training rows themselves. Several processes may work on
+different rows at once.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ METHODS: dict[str, Any] = {
     }
     for share in (10, 20, 30, 40, 50)
 }
+METHODS["merge-20-of-3"] = METHODS["merge-20"] | {"n_merged": 3}
+"""The released script's number of merged layers: the three highest-scored of those dropped."""
 
 
 def main() -> None:
@@ -225,6 +228,8 @@ def prune(
             PLANNERS[shared] = planner(own, batches, strategy=strategy, request=request)
         plan, evidence = PLANNERS[shared](size)
     options = how.get("recovery_options", {})
+    if "n_merged" in how:
+        options = options | {"merge": "beyond-safe", "n_safe": size - how["n_merged"]}
     patch = layercut.fit(view, plan, evidence, batches, method=how["recovery"], **options)
     layercut.apply(view, plan, patch)
     return plan

@@ -68,6 +68,6 @@ def bits(row: dict[str, Any]) -> tuple[bool, ...]:
 
 
 def mean_of(seeds: dict[str, Any], name: str) -> float:
-    """NaN where a row has not measured it."""
-    values = [row[name] for row in seeds.values()]
-    return math.nan if None in values else statistics.fmean(values)
+    """Over the rows that have measured it; NaN where none has."""
+    values = [row[name] for row in seeds.values() if row[name] is not None]
+    return statistics.fmean(values) if values else math.nan
