@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 import layercut
 from conftest import save_tiny
 from layercut.errors import DataError, ModelError, RecipeError
+from layercut.evaluation.choices import accuracy
 from layercut.finetune import tune
-from layercut.results import RunResult
+from layercut.results import Evaluation, RunResult
+from layercut.tuning import warn_if_worse
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 100
 
@@ -265,3 +267,19 @@ def test_distilling_needs_a_pruned_model(recipe: dict, tmp_path: Path):
     recipe["finetune"]["distill"] = {"weight": 0.5}
     with pytest.raises(RecipeError, match="but nothing is pruned here"):
         layercut.tune_checkpoint(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("n_lost", "is_told"), [(3, False), (12, True)])
+def test_a_tuning_that_makes_a_task_clearly_worse_is_told(
+    n_lost: int, is_told: bool, recwarn: pytest.WarningsRecorder
+):
+    # Of 100 rows n are lost and none won: −n/100 ± √(n (100 − n) / 99) / 100 is 1.8 and 3.7 errors.
+    right = (True,) * 80 + (False,) * 20
+    fewer = (False,) * n_lost + right[n_lost:]
+    before, after = (
+        Evaluation(1, 1, accuracy={"parity": accuracy(outcomes)}) for outcomes in (right, fewer)
+    )
+    warn_if_worse(before, after, "pruned")
+    assert [w.category for w in recwarn] == [UserWarning] * is_told
+    if is_told:
+        assert "pruned model's accuracy on parity from 0.800 to 0.680" in str(recwarn[0].message)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from layercut import strict_yaml
 from layercut.data.tasks import TaskRow, read_rows
 from layercut.errors import RecipeError
-from layercut.evaluation import check_tasks, compared, evaluate
+from layercut.evaluation import BY_LENGTH, check_tasks, compared, evaluate
+from layercut.evaluation.choices import paired_change
 from layercut.evaluation.harness import check_harness
 from layercut.finetune_settings import FinetuneSettings
 from layercut.models.checkpoint import write_checkpoint
@@ -26,7 +27,7 @@ from layercut.models.verification import verify_checkpoint
 from layercut.recipe import Recipe, load_recipe
 from layercut.report.machine import peak_rss_bytes, provenance, reset_peak_rss
 from layercut.report.write import write_model_card, write_report
-from layercut.results import RunResult
+from layercut.results import Evaluation, RunResult
 from layercut.resume import check_work_dir, claim, remove_claimed, training_folder
 from layercut.types import PruningPlan, WeightPatch
 
@@ -196,8 +197,31 @@ class TuningStage:
         with self.result.timed("evaluate", f"evaluate the tuned {name} model"):
             measured = evaluate(view, **self.measured)
         stages = self.result.stages
+        warn_if_worse(stages[name], measured, name)
         measured = compared(measured, stages.get("dense_tuned", stages["dense"]))
         stages[f"{name}_tuned"] = replace(measured, train_seconds=tuning.train_seconds)
+
+
+def warn_if_worse(before: Evaluation, after: Evaluation, name: str) -> None:
+    """Say which tasks a fine-tuning has made worse, by more than two standard errors.
+
+    Args:
+        before: the same model's figures before it was tuned.
+        after: those afterwards.
+        name: ``dense`` or ``pruned``.
+    """
+    for task, tuned in after.accuracy.items():
+        untuned = before.accuracy.get(task)
+        if untuned is None or task.endswith(BY_LENGTH):
+            continue
+        change = paired_change(untuned.outcomes, tuned.outcomes)
+        if change.value < -2 * change.stderr:
+            warnings.warn(
+                f"fine-tuning lowered the {name} model's accuracy on {task} from "
+                f"{untuned.value:.3f} to {tuned.value:.3f}. Lower finetune.learning_rate, or see "
+                "what recovery.method: none leaves.",
+                stacklevel=2,
+            )
 
 
 def tune_checkpoint(
