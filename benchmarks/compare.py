@@ -58,6 +58,7 @@ def main() -> None:
         "seed": arguments.seed,
         "drop_layers": arguments.sizes,
         "methods": arguments.methods,
+        "layer_losses": False,
         "evaluation": {"text": texts, "seq_len": SEQ_LEN, "max_tokens": arguments.test_tokens},
     }
     view = layercut.load(MODEL)
