@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from layercut.comparison.contestants import OURS, PUBLISHED
 from layercut.comparison.result import Comparison, Row
 from layercut.evaluation import BY_LENGTH
 from layercut.types import CalibrationBatches
@@ -69,25 +70,33 @@ def perplexity(result: Comparison) -> str:
 def against_peers(result: Comparison) -> str:
     """Ours beside the best published method of each size, and beside SLEB's time."""
     first = result.texts[0]
-    lines = ["## Ours and the best published peer", ""]
     titles = ["layers", "ours", "best peer", "excess over dense, ours / peer's"]
-    lines += table_head([*titles, "seconds, SLEB / ours"])
+    lines = table_head([*titles, "seconds, SLEB / ours"])
+    n_head = len(lines)
     rows = [row for row in ran(result) if "heal" not in row]
     for size in sorted({row["layers"] for row in rows}):
         here = {row["method"]: row for row in rows if row["layers"] == size}
-        ours = here.pop("ours", None)
-        published = [row for row in here.values() if not row["source"].startswith("control")]
+        ours, published = here.get(OURS.name), peers(result, size)
         if ours is None or not published:
             continue
-        peer = min(published, key=lambda row: row["ratio"][first])
+        peer = here[published[0]]
         mine, its = ours["ratio"][first], peer["ratio"][first]
         sleb = here.get("sleb")
         times = f"{sleb['total_seconds'] / ours['total_seconds']:.1f}" if sleb else "–"
         cells = [str(size), f"{mine:.3f}", f"{its:.3f} ({peer['method']})"]
         lines.append(line([*cells, f"{(mine - 1) / (its - 1):.2f}", times]))
-    return (
-        "\n".join(lines) + f"\n\nPerplexity over dense on {first}; seconds to the repaired model.\n"
-    )
+    if len(lines) == n_head:
+        return ""
+    note = f"Perplexity over dense on {first}; seconds to the repaired model."
+    return "\n".join(["## Ours and the best published peer", "", *lines, "", note, ""])
+
+
+def peers(result: Comparison, size: int) -> list[str]:
+    """The published methods that ran at this size, the lowest perplexity first."""
+    names = {contestant.name for contestant in PUBLISHED}
+    return [
+        row["method"] for row in ran(result) if row["layers"] == size and row["method"] in names
+    ]
 
 
 def accuracy(result: Comparison) -> str:

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import layercut
-from benchmark_page import page
-from layercut.comparison.contestants import parse_methods
+from benchmark_page import page, peers
+from layercut.comparison.contestants import OURS, parse_methods
 from layercut.comparison.result import Comparison
 from layercut.data.tasks import read_rows
 from layercut.results import Provenance
@@ -42,7 +41,6 @@ HEAL_TEXTS = ("wikitext2/wiki.valid.raw", "c4/c4-sample.jsonl")
 HEAL = {"label_weight": 0.5}
 """Other than the defaults: with no label the dense model has nothing to learn from itself."""
 
-OURS = "ours"
 N_PEERS = 3
 
 
@@ -70,14 +68,15 @@ def main() -> None:
     if arguments.task_rows:
         sources = drawn(arguments.data, arguments.output, arguments.task_rows)
         settings["evaluation"]["tasks"] = sources
+        best = peers(result, sorted(arguments.sizes)[len(arguments.sizes) // 2])[:N_PEERS]
         # One at a time: the page then has every row as soon as it is there.
-        for method in (OURS, *peers(result, arguments.sizes)):
+        for method in (OURS.name, *best):
             settings["methods"] = [method]
             result = part(settings, arguments, batches)
     if arguments.heal_minutes:
         texts_to_heal_on = [str(arguments.data / name) for name in HEAL_TEXTS]
         settings["heal"] = {"minutes": arguments.heal_minutes, "data": texts_to_heal_on, **HEAL}
-        settings["methods"] = [OURS]
+        settings["methods"] = [OURS.name]
         part(settings, arguments, batches)
 
 
@@ -125,14 +124,6 @@ def drawn(data: Path, output: Path, n_rows: int) -> dict[str, str]:
         random.Random(0).shuffle(rows)
         sources[name] = write_rows(rows[:n_rows], folder / f"{name}.jsonl")
     return sources
-
-
-def peers(result: Comparison, sizes: Sequence[int]) -> list[str]:
-    """The published methods with the lowest perplexity at the middle size."""
-    middle = sorted(sizes)[len(sizes) // 2]
-    ran = [row for row in result.rows if row["layers"] == middle and row["reason"] is None]
-    published = [row["method"] for row in ran if row["source"].startswith("arXiv")]
-    return [name for name in published if name != OURS][:N_PEERS]
 
 
 def summary(result: Comparison, name: str) -> str:

@@ -71,24 +71,29 @@ def test_the_early_run_learns_the_drawn_rows(
     assert trainer.state.max_steps == 4
 
 
-def test_the_page_of_all_methods_shows_what_is_there(
-    benchmark: Any, tiny_llama: Path, batches: CalibrationBatches, tmp_path: Path
-):
-    text = tmp_path / "text.txt"
+def about_a_fox(model: Path, folder: Path) -> dict[str, Any]:
+    """Settings of a comparison on one short text, without methods."""
+    text = folder / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 50)
-    settings: dict[str, Any] = {
-        "model": str(tiny_llama),
+    return {
+        "model": str(model),
         "drop_layers": [1],
-        "methods": ["shortgpt"],
         "evaluation": {"text": {"fox": str(text)}, "seq_len": 32, "max_tokens": 64},
         "layer_losses": False,
     }
+
+
+def test_the_page_of_all_methods_shows_what_is_there(
+    benchmark: Any, tiny_llama: Path, batches: CalibrationBatches, tmp_path: Path
+):
+    settings = about_a_fox(tiny_llama, tmp_path) | {"methods": ["shortgpt"]}
     rows = [TaskRow(f"{n} is", (" even", " odd"), n % 2) for n in range(4)]
     source = benchmark("task_files").write_rows(rows, tmp_path / "rows.jsonl")
     result = layercut.compare(settings, tmp_path / "out", batches=batches)
     page = benchmark("benchmark_page").page
     assert "| 1 | shortgpt |" in page(result, batches)
     assert "Zero-shot" not in page(result, batches)
+    assert "## Ours" not in page(result, batches)
     settings["evaluation"]["tasks"] = {"parity": source}
     settings["methods"] = ["reverse-order"]
     result = layercut.compare(settings, tmp_path / "out", batches=batches)
@@ -101,23 +106,17 @@ def test_the_page_of_all_methods_shows_what_is_there(
 def test_the_page_shows_ours_beside_the_best_peer_and_healed(
     benchmark: Any, tiny_llama: Path, batches: CalibrationBatches, tmp_path: Path
 ):
-    text = tmp_path / "text.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 50)
-    settings: dict[str, Any] = {
-        "model": str(tiny_llama),
-        "drop_layers": [1],
+    settings = about_a_fox(tiny_llama, tmp_path) | {
         "methods": ["ours", "sleb", "uidl"],
         "heal_methods": ["ours"],
         "heal": {
             "steps": 2,
-            "data": str(text),
+            "data": str(tmp_path / "text.txt"),
             "seq_len": 16,
             "batch_size": 1,
             "held_out": 1,
             "label_weight": 0.5,
         },
-        "evaluation": {"text": {"fox": str(text)}, "seq_len": 32, "max_tokens": 64},
-        "layer_losses": False,
     }
     result = layercut.compare(settings, tmp_path / "out", batches=batches)
     page = benchmark("benchmark_page").page(result, batches)

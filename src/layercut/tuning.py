@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from layercut import strict_yaml
 from layercut.data.tasks import TaskRow, read_rows
 from layercut.errors import RecipeError
-from layercut.evaluation import BY_LENGTH, check_tasks, compared, evaluate
-from layercut.evaluation.choices import paired_change
+from layercut.evaluation import check_tasks, compared, evaluate
 from layercut.evaluation.harness import check_harness
 from layercut.finetune_settings import FinetuneSettings
 from layercut.models.checkpoint import write_checkpoint
@@ -210,18 +209,18 @@ def warn_if_worse(before: Evaluation, after: Evaluation, name: str) -> None:
         after: those afterwards.
         name: ``dense`` or ``pruned``.
     """
-    for task, tuned in after.accuracy.items():
-        untuned = before.accuracy.get(task)
-        if untuned is None or task.endswith(BY_LENGTH):
-            continue
-        change = paired_change(untuned.outcomes, tuned.outcomes)
-        if change.value < -2 * change.stderr:
-            warnings.warn(
-                f"fine-tuning lowered the {name} model's accuracy on {task} from "
-                f"{untuned.value:.3f} to {tuned.value:.3f}. Lower finetune.learning_rate, or see "
-                "what recovery.method: none leaves.",
-                stacklevel=2,
-            )
+    changes = compared(after, before).accuracy_change
+    worse = {task: c for task, c in changes.items() if c.value < -2 * c.stderr}
+    if worse:
+        told = ", ".join(
+            f"{task} by {-100 * c.value:.1f} ± {100 * c.stderr:.1f} points"
+            for task, c in worse.items()
+        )
+        warnings.warn(
+            f"fine-tuning lowered the {name} model's accuracy on {told}. Lower "
+            "finetune.learning_rate, or see what recovery.method: none leaves.",
+            stacklevel=2,
+        )
 
 
 def tune_checkpoint(
