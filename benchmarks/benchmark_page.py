@@ -1,33 +1,52 @@
-"""docs/benchmarks.md from the rows of one comparison; some of the rows give some of the page."""
+"""docs/benchmarks.md from finished comparisons; some of the rows give some of the page."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from layercut.comparison.contestants import OURS, PUBLISHED
 from layercut.comparison.result import Comparison, Row
 from layercut.evaluation import BY_LENGTH
-from layercut.types import CalibrationBatches
+from layercut.results import Provenance
 
 HEAD = """\
 # Every method side by side
 
-Written by `python benchmarks/compare.py --data ../shared/data`; do not edit. One model, one
-calibration text and one process for all; a method's seconds are what it would have taken alone to
+Written by `python benchmarks/compare.py --data ../shared/data`; do not edit. One model, and in
+each part one calibration text for all; a method's seconds are what it would have taken alone to
 score, select and recover. Perplexity is a multiple of the dense model's, in windows of 512 tokens.
 """
 
 
-def page(result: Comparison, batches: CalibrationBatches) -> str:
-    """The whole page."""
-    parts = [HEAD, origin(result, batches), perplexity(result), against_peers(result)]
-    if result.dense["accuracy"]:
-        parts.append(accuracy(result))
-    parts += [healed(result), failed(result), sources(result)]
+def read(path: Path) -> Comparison:
+    """What a comparison's ``compare.json`` holds."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    origin = Provenance(**{k: content[k] for k in ("layercut", "versions", "hardware", "command")})
+    return Comparison(content["settings"], origin, content["dense"], tuple(content["rows"]))
+
+
+def page(results: Sequence[Comparison]) -> str:
+    """The whole page, the comparison with the most calibration text first."""
+    parts = [HEAD]
+    for result in sorted(results, key=n_tokens, reverse=True):
+        parts += [f"## {n_tokens(result):,} calibration tokens\n", origin(result)]
+        parts += [perplexity(result), against_peers(result)]
+        if result.dense["accuracy"]:
+            parts.append(accuracy(result))
+        parts += [healed(result), failed(result)]
+    parts.append(sources(results))
     return "\n".join(part for part in parts if part)
 
 
-def origin(result: Comparison, batches: CalibrationBatches) -> str:
+def n_tokens(result: Comparison) -> int:
+    """Calibration tokens."""
+    drawn = result.settings["calibration"]
+    return int(drawn["n_sequences"] * drawn["seq_len"])
+
+
+def origin(result: Comparison) -> str:
     dense = ", ".join(
         f"{name} {f['value']:.2f} ± {f['stderr']:.2f} ({f['n_tokens']:,} tokens)"
         for name, f in result.dense["perplexity"].items()
@@ -35,18 +54,18 @@ def origin(result: Comparison, batches: CalibrationBatches) -> str:
     hardware = result.provenance.hardware
     versions = ", ".join(f"{k} {v}" for k, v in result.provenance.versions.items())
     model = f"{result.dense['model']}, {result.dense['n_parameters']:,} parameters"
-    tokens = f"{batches.input_ids.numel():,} tokens; seed {result.settings['seed']}"
+    text = f"{result.settings['calibration']['data']}; seed {result.settings['seed']}"
     forward = f"{result.dense['forward_seconds']:.0f} s"
     return f"""\
 - Model: {model}. Dense perplexity: {dense}.
-- Calibration: {batches.source}, {tokens}.
+- Calibration: {text}.
 - One forward pass over it takes {forward}: the unit of “passes”.
 - Machine: {hardware["cpu"]}, {hardware["torch_threads"]} threads. Versions: {versions}.
 """
 
 
 def perplexity(result: Comparison) -> str:
-    lines = ["## Perplexity over dense", ""]
+    lines = ["### Perplexity over dense", ""]
     head = ["layers", "method", *result.texts, "same token, %", "KL, nats", "loops, %"]
     lines += table_head([*head, "seconds", "passes"])
     for row in ran(result):
@@ -88,7 +107,7 @@ def against_peers(result: Comparison) -> str:
     if len(lines) == n_head:
         return ""
     note = f"Perplexity over dense on {first}; seconds to the repaired model."
-    return "\n".join(["## Ours and the best published peer", "", *lines, "", note, ""])
+    return "\n".join(["### Ours and the best published peer", "", *lines, "", note, ""])
 
 
 def peers(result: Comparison, size: int) -> list[str]:
@@ -101,7 +120,7 @@ def peers(result: Comparison, size: int) -> list[str]:
 
 def accuracy(result: Comparison) -> str:
     tasks = [name for name in result.dense["accuracy"] if not name.endswith(BY_LENGTH)]
-    lines = ["## Zero-shot accuracy, %", ""]
+    lines = ["### Zero-shot accuracy, %", ""]
     lines += table_head(["layers", "method", *tasks, "mean", "mean change from dense, points"])
     for row in (result.dense, *ran(result)):
         if any(task not in row["accuracy"] for task in tasks):
@@ -124,7 +143,7 @@ def healed(result: Comparison) -> str:
     if not rows:
         return ""
     dense = next((row for row in rows if row["layers"] == 0), None)
-    lines = ["## After a heal: perplexity over dense", ""]
+    lines = ["### After a heal: perplexity over dense", ""]
     over = [f"{name} over dense, healed" for name in result.texts] if dense else []
     lines += table_head(["layers", "method", *result.texts, *over, "seconds", "steps", "tokens"])
     for row in rows:
@@ -135,11 +154,12 @@ def healed(result: Comparison) -> str:
         cost = [f"{took['train_seconds']:,.0f}", str(took["n_steps"]), f"{took['n_tokens']:,}"]
         cells = [str(row["layers"]), row["method"], *(f"{ratio:.3f}" for ratio in ratios)]
         lines.append(line([*cells, *cost]))
-    weight = result.settings["heal"]["label_weight"] if result.settings.get("heal") else None
-    share = "" if weight is None else f" {100 * weight:.0f} % of the loss is the text's own tokens."
+    shares = {row["heal"]["settings"]["label_weight"] for row in rows}
+    share = " or ".join(f"{100 * weight:.0f}" for weight in sorted(shares))
     return "\n".join(lines) + (
         "\n\nDistilled from the dense model on text that is in no table; the columns “over dense, "
-        f"healed” leave the adaptation to that text out.{share}\n"
+        f"healed” leave the adaptation to that text out. {share} % of the loss is the text's own "
+        "next token.\n"
     )
 
 
@@ -157,16 +177,16 @@ def failed(result: Comparison) -> str:
     if not reasons:
         return ""
     lines = [f"- {row['method']}, {row['layers']} layers: {row['reason']}" for row in reasons]
-    return "\n".join(["## Could not run", "", *lines, ""])
+    return "\n".join(["### Could not run", "", *lines, ""])
 
 
-def sources(result: Comparison) -> str:
+def sources(results: Sequence[Comparison]) -> str:
     lines = [
         "## What the names stand for",
         "",
         *table_head(["method", "pair", "source", "reading"]),
     ]
-    known = {row["method"]: row for row in result.rows}
+    known = {row["method"]: row for result in results for row in result.rows if row["pair"]}
     for name in sorted(known):
         row = known[name]
         lines.append(line([name, f"`{row['pair']}`", row["source"], row["reading"]]))

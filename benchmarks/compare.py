@@ -1,26 +1,29 @@
 """Every method side by side, and docs/benchmarks.md from what is measured so far.
 
-Run  python benchmarks/compare.py --data ../shared/data [--output runs/benchmark] [--sizes 6 9 12]
+Run  python benchmarks/compare.py --data ../shared/data [--output runs] [--sizes 6 9 12]
          [--methods published] [--tokens 131072] [--test-tokens 16896] [--task-rows 500]
          [--heal-minutes 15] [--page-only]
 Calibrates on WikiText-2 valid, the C4 sample and the embedded docs, as benchmarks/quality.py does;
 judges on WikiText-2 test (detokenised, windows of 512), speeches and reviews. Then the zero-shot
 tasks, at most --task-rows rows of each by a fixed draw, for dense, ours and the three peers with
 the lowest perplexity at the middle size. Then ours is healed at every size, and the dense model in
-the same way, on WikiText-2 valid and the C4 sample. Finished rows stay in --output: the same call
-goes on, and the page is written after every part. --task-rows 0 and --heal-minutes 0 leave theirs
-out; a method that takes long can be left for a call of its own with fewer --sizes.
+the same way, on WikiText-2 valid and the C4 sample. Finished rows stay in --output, in a folder per
+--tokens: the same call goes on, and one with other methods or sizes adds to them. After every part
+benchmarks/results/ gets the rows and the page is written from all that is there. --task-rows 0 and
+--heal-minutes 0 leave theirs out; a method that takes long can have a call of its own with fewer
+--tokens or --sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import layercut
-from benchmark_page import page, peers
+from benchmark_page import page, peers, read
 from layercut.comparison.contestants import OURS, parse_methods
 from layercut.comparison.result import Comparison
 from layercut.data.tasks import read_rows
@@ -30,6 +33,7 @@ from quality import MODEL, SEQ_LEN, mixed_batches
 from task_files import write_rows
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+RESULTS = Path(__file__).parent / "results"
 TASKS = {
     "ARC-e": "arc/ARC-Easy.test.jsonl",
     "ARC-c": "arc/ARC-Challenge.test.jsonl",
@@ -46,6 +50,9 @@ N_PEERS = 3
 
 def main() -> None:
     arguments = parsed()
+    if arguments.page_only:
+        write_page()
+        return
     texts = {
         "wikitext2": str(arguments.data / "wikitext2/wiki.test.raw"),
         "speeches": "embedded:speeches",
@@ -63,8 +70,6 @@ def main() -> None:
     batches = mixed_batches(arguments.data, view, arguments.tokens, arguments.seed)
     del view
     result = part(settings, arguments, batches)
-    if arguments.page_only:
-        return
     if arguments.task_rows:
         sources = drawn(arguments.data, arguments.output, arguments.task_rows)
         settings["evaluation"]["tasks"] = sources
@@ -83,7 +88,7 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--output", type=Path, default=Path("runs"))
     parser.add_argument("--sizes", type=int, nargs="*", default=[6, 9, 12])
     parser.add_argument("--methods", nargs="*", default=["published"])
     parser.add_argument("--tokens", type=int, default=131072)
@@ -91,7 +96,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--task-rows", type=int, default=500, help="of each task; 0: no tasks")
     parser.add_argument("--heal-minutes", type=float, default=15, help="of each; 0: no heals")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--page-only", action="store_true", help="measure nothing that is missing")
     arguments = parser.parse_args()
     parse_methods(arguments.methods)
@@ -102,21 +106,26 @@ def part(
     settings: dict[str, Any], arguments: argparse.Namespace, batches: CalibrationBatches
 ) -> Comparison:
     """What is missing of these methods, one after the other; the page after each."""
-    names = [contestant.name for contestant in parse_methods(settings["methods"])]
-    for name in names if not arguments.page_only else names[:1]:
+    folder = arguments.output / f"benchmark-{arguments.tokens}"
+    for name in (contestant.name for contestant in parse_methods(settings["methods"])):
         one = {**settings, "methods": [name]}
-        result = layercut.compare(
-            one, arguments.output, batches=batches, command="benchmarks/compare.py"
-        )
-        arguments.page.write_text(page(result, batches), encoding="utf-8")
+        result = layercut.compare(one, folder, batches=batches, command="benchmarks/compare.py")
+        shutil.copyfile(folder / "compare.json", RESULTS / f"compare-{arguments.tokens}.json")
+        write_page()
         print(f"{name}: {summary(result, name)}", flush=True)
     show(result.provenance)
     return result
 
 
+def write_page() -> None:
+    """docs/benchmarks.md from every comparison in benchmarks/results/."""
+    results = [read(path) for path in RESULTS.glob("compare-*.json")]
+    PAGE.write_text(page(results), encoding="utf-8")
+
+
 def drawn(data: Path, output: Path, n_rows: int) -> dict[str, str]:
-    """Files with a fixed draw of each task's rows, in the folder beside the comparison's."""
-    folder = output.with_name(f"{output.name}-tasks")
+    """Files with a fixed draw of each task's rows, in a folder beside the comparison's."""
+    folder = output / "benchmark-tasks"
     folder.mkdir(parents=True, exist_ok=True)
     sources = {}
     for name, path in TASKS.items():

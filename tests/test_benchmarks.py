@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,38 @@ def test_the_page_of_all_methods_shows_what_is_there(
     source = benchmark("task_files").write_rows(rows, tmp_path / "rows.jsonl")
     result = layercut.compare(settings, tmp_path / "out", batches=batches)
     page = benchmark("benchmark_page").page
-    assert "| 1 | shortgpt |" in page(result, batches)
-    assert "Zero-shot" not in page(result, batches)
-    assert "## Ours" not in page(result, batches)
+    assert "| 1 | shortgpt |" in page([result])
+    assert "Zero-shot" not in page([result])
+    assert "### Ours" not in page([result])
     settings["evaluation"]["tasks"] = {"parity": source}
     settings["methods"] = ["reverse-order"]
     result = layercut.compare(settings, tmp_path / "out", batches=batches)
-    accuracy = page(result, batches).partition("## Zero-shot")[2].partition("## What")[0]
+    accuracy = page([result]).partition("### Zero-shot")[2].partition("## What")[0]
     assert "| 0 | dense |" in accuracy
     assert "| 1 | reverse-order |" in accuracy
     assert "shortgpt" not in accuracy
+
+
+def test_the_page_is_the_same_from_files_and_has_a_part_per_budget(
+    benchmark: Any, tiny_llama: Path, batches: CalibrationBatches, tmp_path: Path
+):
+    settings = about_a_fox(tiny_llama, tmp_path) | {"methods": ["shortgpt"]}
+    half = replace(batches, input_ids=batches.input_ids[::2], fingerprint="half")
+    results = [
+        layercut.compare(settings, tmp_path / name, batches=drawn)
+        for name, drawn in (("half", half), ("all", batches))
+    ]
+    module = benchmark("benchmark_page")
+    whole = module.page(results)
+    assert whole == module.page(
+        [module.read(tmp_path / n / "compare.json") for n in ("all", "half")]
+    )
+    n_tokens = batches.input_ids.numel()
+    first, second = whole.split(" calibration tokens\n\n")[:2]
+    assert first.endswith(f"## {n_tokens:,}")
+    assert second.endswith(f"## {n_tokens // 2:,}")
+    assert whole.count("| 1 | shortgpt |") == 2
+    assert whole.count("## What the names stand for") == 1
 
 
 def test_the_page_shows_ours_beside_the_best_peer_and_healed(
@@ -119,14 +142,14 @@ def test_the_page_shows_ours_beside_the_best_peer_and_healed(
         },
     }
     result = layercut.compare(settings, tmp_path / "out", batches=batches)
-    page = benchmark("benchmark_page").page(result, batches)
+    page = benchmark("benchmark_page").page([result])
     of = {row["method"]: row for row in result.rows}
     best = min(("sleb", "uidl"), key=lambda name: of[name]["ratio"]["fox"])
     mine, its = (of[name]["ratio"]["fox"] for name in ("ours", best))
-    peers = page.partition("## Ours and")[2].partition("## ")[0]
+    peers = page.partition("### Ours and")[2].partition("## ")[0]
     assert f"| {its:.3f} ({best}) | {(mine - 1) / (its - 1):.2f} |" in peers
-    healed = page.partition("## After a heal")[2].partition("## ")[0]
+    healed = page.partition("### After a heal")[2].partition("## ")[0]
     dense = of["dense, healed"]["ratio"]["fox"]
     ratio = of["ours, healed"]["ratio"]["fox"]
     assert f"| 1 | ours, healed | {ratio:.3f} | {ratio / dense:.3f} |" in healed
-    assert "healed" not in page.partition("## Perplexity")[2].partition("## ")[0]
+    assert "healed" not in page.partition("### Perplexity")[2].partition("## ")[0]

@@ -36,7 +36,8 @@ class Healer:
     """The text and budget of every heal.
 
     Attributes:
-        digest: hash of the settings and of the text.
+        shown: the settings, as the rows tell them.
+        digest: hash of them and of the text.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Healer:
         )
         check_windows(view, self.windows, self.settings)
         shown = self.settings.model_dump(mode="json", exclude={"data", "text_column"})
+        self.shown = shown
         self.digest = digest(shown, self.windows.tolist())
 
     def row(
@@ -92,6 +94,6 @@ class Healer:
             **begun,
             "n_parameters": copy.n_parameters,
             "seconds": {**old.get("seconds", {}), "heal": healing.train_seconds},
-            "heal": healing.to_json(),
+            "heal": {**healing.to_json(), "settings": self.shown},
             **measured,
         }
