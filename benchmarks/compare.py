@@ -132,6 +132,8 @@ def part(
 def write_page() -> None:
     """docs/benchmarks.md from every comparison in benchmarks/results/."""
     results = [read(path) for path in RESULTS.glob("compare-*.json")]
+    if not results:
+        raise SystemExit(f"{RESULTS} holds no comparison yet. Leave --page-only out.")
     PAGE.write_text(page(results), encoding="utf-8")
 
 
