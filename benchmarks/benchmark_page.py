@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layercut.comparison.contestants import OURS, PUBLISHED
-from layercut.comparison.result import Comparison, Row
+from layercut.comparison.result import Comparison, Row, change
 from layercut.evaluation import BY_LENGTH
-from layercut.evaluation.choices import paired_change
 from layercut.results import Provenance
 
 HEAD = """\
@@ -74,7 +73,7 @@ def perplexity(result: Comparison) -> str:
     for row in ran(result):
         if "heal" in row:
             continue
-        ratios = [times(row["ratio"].get(text)) for text in result.texts]
+        ratios = [shown(row["ratio"].get(text)) for text in result.texts]
         beside = [
             f"{100 * row['fidelity']['agreement']['value']:.1f}",
             f"{row['fidelity']['kl']['value']:.3f}",
@@ -109,10 +108,10 @@ def against_peers(result: Comparison) -> str:
         lines.append(line([*cells, f"{(mine - 1) / (its - 1):.2f}", times]))
     if len(lines) == n_head:
         return ""
-    note = (
-        f"Perplexity over dense on {first}; seconds to the repaired model, SLEB's with the two "
-        f"layers that it scores and never drops (about 7 %).{unmeasured(rows)}"
-    )
+    note = f"Perplexity over dense on {first}; seconds to the repaired model"
+    if any(row["method"] == "sleb" for row in rows):
+        note += ", SLEB's with the first and last layer, which it scores and never drops"
+    note = f"{note}.{unmeasured(rows)}"
     return "\n".join(["### Ours and the best published peer", "", *lines, "", note, ""])
 
 
@@ -170,28 +169,21 @@ def to_ours(result: Comparison, row: Row, tasks: Sequence[str]) -> list[dict[str
     return []
 
 
-def change(before: str, after: str) -> dict[str, float]:
-    """The paired change between two strings of outcomes, ``1`` for each right answer."""
-    first, second = (tuple(bit == "1" for bit in bits) for bits in (before, after))
-    return paired_change(first, second).to_json("n_rows")
-
-
 def healed(result: Comparison) -> str:
     """Healed models beside the dense one healed in the same way."""
     rows = [row for row in ran(result) if "heal" in row]
     if not rows:
         return ""
-    dense = next((row for row in rows if row["layers"] == 0), None)
     lines = ["### After a heal: perplexity over dense", ""]
-    over = [f"{name} over dense, healed" for name in result.texts] if dense else []
+    over = [f"{name} over dense, healed" for name in result.texts]
     lines += table_head(["layers", "method", *result.texts, *over, "seconds", "steps", "tokens"])
     for row in rows:
-        ratios = [row["ratio"][text] for text in result.texts]
-        if dense:
-            ratios += [row["ratio"][text] / dense["ratio"][text] for text in result.texts]
+        alike = dense_healed_as(row, rows)
+        ratios = [row["ratio"].get(text) for text in result.texts]
+        ratios += [alike and over_dense(row, alike, text) for text in result.texts]
         took = row["heal"]
         cost = [f"{took['train_seconds']:,.0f}", str(took["n_steps"]), f"{took['n_tokens']:,}"]
-        cells = [str(row["layers"]), row["method"], *(f"{ratio:.3f}" for ratio in ratios)]
+        cells = [str(row["layers"]), row["method"], *map(shown, ratios)]
         lines.append(line([*cells, *cost]))
     shares = {row["heal"]["settings"]["label_weight"] for row in rows}
     share = " or ".join(f"{100 * weight:.0f}" for weight in sorted(shares))
@@ -200,6 +192,19 @@ def healed(result: Comparison) -> str:
         "wikitext2's sibling; the columns “over dense, healed” leave the adaptation to it out. "
         f"{share} % of the loss is the text's own next token.\n"
     )
+
+
+def dense_healed_as(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The dense model healed with the settings of this healed row."""
+    settings = row["heal"]["settings"]
+    alike = (r for r in rows if r["layers"] == 0 and r["heal"]["settings"] == settings)
+    return next(alike, None)
+
+
+def over_dense(row: Row, dense: Row, text: str) -> float | None:
+    """Its perplexity over that of the healed dense model, where both were measured."""
+    both = row["ratio"].get(text), dense["ratio"].get(text)
+    return None if None in both else both[0] / both[1]
 
 
 def mean_change(changes: Sequence[dict[str, float]]) -> str:
@@ -211,7 +216,7 @@ def mean_change(changes: Sequence[dict[str, float]]) -> str:
     return f"{100 * mean:+.1f} ± {100 * error:.1f}".replace("-", "−")
 
 
-def times(ratio: float | None) -> str:
+def shown(ratio: float | None) -> str:
     """A ratio; what is beyond all use in powers of ten."""
     if ratio is None:
         return "–"

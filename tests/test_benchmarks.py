@@ -153,3 +153,19 @@ def test_the_page_shows_ours_beside_the_best_peer_and_healed(
     ratio = of["ours, healed"]["ratio"]["fox"]
     assert f"| 1 | ours, healed | {ratio:.3f} | {ratio / dense:.3f} |" in healed
     assert "healed" not in page.partition("### Perplexity")[2].partition("## ")[0]
+
+
+def test_a_healed_row_is_divided_by_the_dense_model_healed_alike(benchmark: Any):
+    module = benchmark("benchmark_page")
+    short, long = ({"settings": {"steps": steps}} for steps in (2, 9))
+    rows = [
+        {"layers": 0, "heal": short, "ratio": {"fox": 0.8}},
+        {"layers": 0, "heal": long, "ratio": {"fox": 0.5}},
+        {"layers": 3, "heal": long, "ratio": {"fox": 1.5}},
+        {"layers": 3, "heal": {"settings": {"steps": 1}}, "ratio": {"fox": 2.0}},
+    ]
+    alike = module.dense_healed_as(rows[2], rows)
+    assert alike is rows[1]
+    assert module.over_dense(rows[2], alike, "fox") == 3.0
+    assert module.over_dense(rows[2], alike, "a text that came later") is None
+    assert module.dense_healed_as(rows[3], rows) is None

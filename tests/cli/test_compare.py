@@ -43,6 +43,9 @@ def test_the_table_has_dense_and_every_method_by_size(
         (["--drop-layers", "0"], "drop_layers"),
         (["--drop-layers", "6"], "cannot drop 6 of 6 layers"),
         (["--heal-minutes", "1", "--heal-steps", "5"], "minutes"),
+        (["--heal-label-weight", "0.5"], "give either minutes or steps"),
+        (["--heal-methods", "reverse-order"], "heal has no minutes or steps"),
+        (["--heal-steps", "5", "--heal-methods", "sleb"], "sleb is not among the methods"),
     ],
 )
 def test_mistakes_end_with_2_before_anything_is_written(

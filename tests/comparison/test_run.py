@@ -19,7 +19,7 @@ import layercut
 from conftest import save_tiny
 from layercut.comparison import choosing
 from layercut.comparison.store import Store
-from layercut.errors import OutputError, PlanError, RecipeError
+from layercut.errors import NumericsError, OutputError, PlanError, RecipeError
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
 
@@ -119,6 +119,37 @@ def test_a_heal_that_learns_the_text_trains_the_dense_model_too(
     rows = {row["method"]: row for row in layercut.compare(settings, tmp_path / "out").rows}
     assert rows["dense, healed"]["heal"]["n_steps"] == 2
     assert rows["dense, healed"]["ratio"]["fox"] != 1.0
+
+
+def test_a_heal_that_failed_is_tried_again(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    heal = {"steps": 2, "seq_len": 16, "batch_size": 2, "held_out": 2, "evaluations": 1}
+    settings |= {"methods": ["shortgpt"], "drop_layers": [2], "heal": heal}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise NumericsError("the held-out loss is nan at step 1.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("layercut.heal.heal", fail)
+        first = layercut.compare(settings, tmp_path / "out")
+    failed = {row["method"]: row for row in first.rows}["shortgpt, healed"]
+    assert failed["reason"] == "the held-out loss is nan at step 1."
+    second = layercut.compare(settings, tmp_path / "out")
+    healed = {row["method"]: row for row in second.rows}["shortgpt, healed"]
+    assert healed["reason"] is None
+    assert healed["heal"]["settings"]["steps"] == healed["heal"]["n_steps"] == 2
+    assert len(second.rows) == len(first.rows)
+
+
+def test_other_arithmetic_is_another_comparison(settings: dict[str, Any], tmp_path: Path):
+    settings |= {"methods": ["reverse-order"], "drop_layers": [1], "dtype": "float32"}
+    layercut.compare(settings, tmp_path / "out")
+    identity = json.loads((tmp_path / "out/settings.json").read_text())
+    identity["mixed_precision"] = True
+    (tmp_path / "out/settings.json").write_text(json.dumps(identity))
+    with pytest.raises(OutputError, match="mixed_precision True there, False now"):
+        layercut.compare(settings, tmp_path / "out")
 
 
 def test_warnings_are_sentences_of_the_result(settings: dict[str, Any], tmp_path: Path):

@@ -106,7 +106,7 @@ def compare(
         content["evaluation"]["text"] = texts
     if names is not None:
         content["methods"] = [name.strip() for name in names.split(",")]
-    if heal_minutes is not None or heal_steps is not None:
+    if heal_minutes is not None or heal_steps is not None or heal_label_weight:
         budget = {"minutes": heal_minutes, "steps": heal_steps}
         content["heal"] = {**budget, "label_weight": heal_label_weight}
     if heal_methods is not None:

@@ -111,7 +111,7 @@ class Arena:
             return
         for old, cut in ((self.dense(), None), (row, (plan, patch))):
             key = digest(old["key"], self.healer.digest)
-            if self.store.rows.get(key) is None:
+            if not self._finished(key):
                 progress.stage(f"{old['method']}: heal and measure, {old['layers']} layers dropped")
                 self.store.rows.add(key, self.healer.row(old, cut, self.judge))
 
@@ -191,9 +191,14 @@ class Arena:
             self.healer is not None
             and row["pair"] in self.healed_pairs
             and not row["pair"].endswith(UNFOLDABLE)
-            and self.store.rows.get(digest(row["key"], self.healer.digest)) is None
+            and not self._finished(digest(row["key"], self.healer.digest))
         )
         return row["reason"] is not None or unhealed or self.judge.missing(row)
+
+    def _finished(self, key: str) -> bool:
+        """Whether there is a healed row that is more than the reason why there is none."""
+        row = self.store.rows.get(key)
+        return row is not None and row["reason"] is None
 
     def _key(self, contestant: Contestant, size: int) -> str:
         """Everything of a row that the folder's identity leaves open."""

@@ -36,8 +36,7 @@ class Healer:
     """The text and budget of every heal.
 
     Attributes:
-        shown: the settings, as the rows tell them.
-        digest: hash of them and of the text.
+        digest: hash of the settings and of the text.
     """
 
     def __init__(
@@ -59,7 +58,6 @@ class Healer:
         )
         check_windows(view, self.windows, self.settings)
         shown = self.settings.model_dump(mode="json", exclude={"data", "text_column"})
-        self.shown = shown
         self.digest = digest(shown, self.windows.tolist())
 
     def row(
@@ -94,6 +92,6 @@ class Healer:
             **begun,
             "n_parameters": copy.n_parameters,
             "seconds": {**old.get("seconds", {}), "heal": healing.train_seconds},
-            "heal": {**healing.to_json(), "settings": self.shown},
+            "heal": {**healing.to_json(), "settings": self.settings.model_dump(mode="json")},
             **measured,
         }

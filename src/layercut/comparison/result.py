@@ -111,8 +111,7 @@ def completed(row: Row, dense: Row) -> Row:
     changes = {}
     for name, outcomes in row["outcomes"].items():
         if (before := dense["outcomes"].get(name)) is not None:
-            change = paired_change(*(tuple(bit == "1" for bit in s) for s in (before, outcomes)))
-            changes[name] = change.to_json("n_rows")
+            changes[name] = change(before, outcomes)
     passes = {stage: s / dense["forward_seconds"] for stage, s in row["seconds"].items()}
     return row | {
         "ratio": ratio,
@@ -120,6 +119,12 @@ def completed(row: Row, dense: Row) -> Row:
         "passes": passes,
         "total_seconds": sum(row["seconds"].values()),
     }
+
+
+def change(before: str, after: str) -> dict[str, float]:
+    """The change in accuracy between a row's and another's ``outcomes`` of one task, paired."""
+    first, second = (tuple(bit == "1" for bit in outcomes) for outcomes in (before, after))
+    return paired_change(first, second).to_json("n_rows")
 
 
 def ordered(rows: Sequence[Row], text: str | None) -> tuple[Row, ...]:

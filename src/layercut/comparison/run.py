@@ -136,6 +136,7 @@ def identity(
         "model": view.name,
         "weights": view.fingerprint,
         "dtype": str(view.model.dtype),
+        "mixed_precision": view.mixed_precision,
         "device": view.device.type,
         "seed": settings.seed,
         "calibration": {

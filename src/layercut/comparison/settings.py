@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from layercut.comparison.contestants import DEFAULT, parse_methods
 from layercut.errors import RecipeError
@@ -62,3 +62,15 @@ class ComparisonSettings(Section):
         default=None, description="the contestants that are healed as well; null: all of them"
     )
     speed: bool = Field(default=False, description="measure prompt tokens per second")
+
+    @model_validator(mode="after")
+    def _healed_take_part(self) -> Self:
+        if self.heal_methods is None:
+            return self
+        if self.heal is None:
+            raise ValueError("heal_methods names who is healed, but heal has no minutes or steps")
+        pairs = {contestant.pair for contestant in parse_methods(self.methods)}
+        absent = [c.name for c in parse_methods(self.heal_methods) if c.pair not in pairs]
+        if absent:
+            raise ValueError(f"heal_methods: {', '.join(absent)} is not among the methods; add it")
+        return self
