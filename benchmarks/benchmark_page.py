@@ -18,7 +18,8 @@ Written by `python benchmarks/compare.py --data ../shared/data`; do not edit. On
 each part one calibration text for all; a method's seconds are what it would have taken alone to
 score, select and recover. Perplexity is a multiple of the dense model's, in windows of 512 tokens.
 A forward pass is timed once per part and other jobs share the machine: seconds and passes are good
-to a factor of two, between rows of one part.
+to a factor of two, between rows of one part. ± is one standard error over windows, paired with
+the dense model's; rows measured before windows were kept have none.
 """
 
 
@@ -73,7 +74,7 @@ def perplexity(result: Comparison) -> str:
     for row in ran(result):
         if "heal" in row:
             continue
-        ratios = [shown(row["ratio"].get(text)) for text in result.texts]
+        ratios = [with_error(row, text) for text in result.texts]
         beside = [
             f"{100 * row['fidelity']['agreement']['value']:.1f}",
             f"{row['fidelity']['kl']['value']:.3f}",
@@ -176,14 +177,17 @@ def healed(result: Comparison) -> str:
         return ""
     lines = ["### After a heal: perplexity over dense", ""]
     over = [f"{name} over dense, healed" for name in result.texts]
-    lines += table_head(["layers", "method", *result.texts, *over, "seconds", "steps", "tokens"])
+    cost = ["seconds", "threads", "steps", "tokens"]
+    lines += table_head(["layers", "method", *result.texts, *over, *cost])
     for row in rows:
         alike = dense_healed_as(row, rows)
-        ratios = [row["ratio"].get(text) for text in result.texts]
-        ratios += [alike and over_dense(row, alike, text) for text in result.texts]
+        ratios = [with_error(row, text) for text in result.texts]
+        ratios += [shown(alike and over_dense(row, alike, text)) for text in result.texts]
         took = row["heal"]
-        cost = [f"{took['train_seconds']:,.0f}", str(took["n_steps"]), f"{took['n_tokens']:,}"]
-        cells = [str(row["layers"]), row["method"], *map(shown, ratios)]
+        threads = row.get("measured_with", {}).get("threads", 1)
+        cost = [f"{took['train_seconds']:,.0f}", str(threads)]
+        cost += [str(took["n_steps"]), f"{took['n_tokens']:,}"]
+        cells = [str(row["layers"]), row["method"], *ratios]
         lines.append(line([*cells, *cost]))
     shares = {row["heal"]["settings"]["label_weight"] for row in rows}
     share = " or ".join(f"{100 * weight:.0f}" for weight in sorted(shares))
@@ -214,6 +218,13 @@ def mean_change(changes: Sequence[dict[str, float]]) -> str:
     mean = sum(change["value"] for change in changes) / len(changes)
     error = sum(change["stderr"] ** 2 for change in changes) ** 0.5 / len(changes)
     return f"{100 * mean:+.1f} ± {100 * error:.1f}".replace("-", "−")
+
+
+def with_error(row: Row, text: str) -> str:
+    """The ratio and its standard error over windows, where that is known and no rubble."""
+    ratio = row["ratio"].get(text)
+    error = row.get("ratio_stderr", {}).get(text)
+    return shown(ratio) if error is None or ratio >= 1000 else f"{ratio:.3f} ± {error:.3f}"
 
 
 def shown(ratio: float | None) -> str:

@@ -32,13 +32,15 @@ def warnings_into(sentences: list[str]) -> Iterator[None]:
 class Figure:
     """A measured mean with its standard error and the number of items behind it.
 
-    ``outcomes`` says of each row of a task whether it is right, for paired comparisons.
+    For paired comparisons, ``outcomes`` says of each row of a task whether it is right, and
+    ``losses`` tells a perplexity's mean loss in each window, in nats per token.
     """
 
     value: float
     stderr: float
     n: int
     outcomes: tuple[bool, ...] = field(default=(), repr=False)
+    losses: tuple[float, ...] = field(default=(), repr=False)
 
     def to_json(self, unit: str) -> dict[str, Any]:
         """``{"value", "stderr", unit: n}``; ``unit`` is ``n_tokens``, ``n_rows``, ``n_prompts``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import importlib.util
 import json
 import os
 import signal
@@ -18,8 +19,12 @@ import pytest
 import layercut
 from conftest import save_tiny
 from layercut.comparison import choosing
+from layercut.comparison.contestants import PRESETS
+from layercut.comparison.result import cells, completed, titles
 from layercut.comparison.store import Store
+from layercut.data.calibration import evaluation_windows
 from layercut.errors import NumericsError, OutputError, PlanError, RecipeError
+from layercut.heal_trainer import HealTrainer
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
 
@@ -75,6 +80,80 @@ def test_a_row_equals_the_single_stages_on_a_model_that_is_cut(
         assert row["accuracy"]["parity"]["value"] == figures.accuracy["parity"].value
 
 
+def test_the_error_of_a_ratio_is_paired_by_window(
+    settings: dict[str, Any], view: DecoderView, tmp_path: Path
+):
+    settings |= {"methods": ["reverse-order"], "drop_layers": [2]}
+    result = layercut.compare(settings, tmp_path / "out")
+    (row,) = result.rows
+    cut = {key: settings["evaluation"][key] for key in ("seq_len", "max_tokens")}
+    source = settings["evaluation"]["text"]["fox"]
+    windows = evaluation_windows(source, view.tokenizer, detokenize=False, **cut)
+    before = view.token_losses(windows).mean(dim=1)
+    with view.skipping(row["dropped"]):
+        change = view.token_losses(windows).mean(dim=1) - before
+    error = float(change.std()) / len(change) ** 0.5
+    assert row["ratio_stderr"]["fox"] == pytest.approx(row["ratio"]["fox"] * error, rel=0.01)
+    # A row from before losses were kept has a ratio and no error.
+    del row["losses"]
+    assert completed(row, result.dense)["ratio_stderr"] == {}
+
+
+def test_speeds_and_windows_are_told_where_they_were_measured(
+    settings: dict[str, Any], tmp_path: Path
+):
+    settings |= {"methods": ["shortgpt", "random"], "drop_layers": [1], "speed": True}
+    result = layercut.compare(settings, tmp_path / "out")
+    assert result.speeds == ("prefill_tokens_per_second", "decode_tokens_per_second")
+    shown = [dict(zip(titles(result), cells(result, row), strict=True)) for row in result.rows]
+    for row, told in zip(result.rows, shown, strict=True):
+        assert float(told["Prefill, tokens/s"].replace(",", "")) > 0
+        # Without layer 0 the library's cache does not know how many tokens it has seen.
+        assert (told["Decoding, tokens/s"] == "–") == (0 in row["dropped"])
+    assert "fox: 4 windows of 32 tokens" in (tmp_path / "out/report.html").read_text()
+
+
+def test_every_preset_runs(settings: dict[str, Any], tmp_path: Path):
+    # Some protect the first four layers and the last two.
+    settings["model"] = str(save_tiny(tmp_path / "deep", num_hidden_layers=10))
+    settings |= {"methods": ["published"], "drop_layers": [2]}
+    result = layercut.compare(settings, tmp_path / "out")
+    assert [row["reason"] for row in result.rows if row["reason"] is not None] == []
+    assert {row["method"] for row in result.rows} == set(PRESETS)
+    assert all(len(row["dropped"]) == 2 for row in result.rows)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm_eval is not installed")
+def test_tasks_of_the_harness_are_measured_and_added_once(settings: dict[str, Any], tmp_path: Path):
+    settings |= {"methods": ["shortgpt"], "drop_layers": [1]}
+    layercut.compare(settings, tmp_path / "out")
+    task = harness_task(tmp_path)
+    evaluation = {**settings["evaluation"], "harness": [task], "harness_limit": 4}
+    result = layercut.compare({**settings, "evaluation": evaluation}, tmp_path / "out")
+    (row,) = result.rows
+    assert row["harness"]["parity"]["acc"]["n_rows"] == 4
+    assert row["accuracy_change"]["parity (acc)"]["n_rows"] == 4
+    assert "Zero-shot, parity" in titles(result)
+    before = (tmp_path / "out/rows.jsonl").read_bytes()
+    layercut.compare({**settings, "evaluation": evaluation}, tmp_path / "out")
+    assert (tmp_path / "out/rows.jsonl").read_bytes() == before
+    other = {**evaluation, "harness_limit": 5}
+    with pytest.raises(OutputError, match=r"harness\.parity 4 there, 5 now"):
+        layercut.compare({**settings, "evaluation": other}, tmp_path / "out")
+
+
+def harness_task(folder: Path) -> str:
+    """The rows of the fixture as a task of lm-evaluation-harness."""
+    path = folder / "parity.yaml"
+    path.write_text(
+        "task: parity\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: prompt\n"
+        "doc_to_choice: choices\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
+    )
+    return str(path)
+
+
 @pytest.mark.parametrize("recovery", ["ghost", "linear-patch"])
 def test_what_cannot_be_folded_pays_for_its_extra_matrices(
     settings: dict[str, Any], tmp_path: Path, recovery: str
@@ -96,13 +175,13 @@ def test_a_heal_is_a_row_of_its_own_and_dense_is_healed_beside_it(
     result = layercut.compare(settings, tmp_path / "out")
     rows = {(row["method"], row["layers"]): row for row in result.rows}
     assert set(rows) == {
-        ("dense, healed", 0),
+        ("dense, healed 2 steps", 0),
         ("shortgpt", 2),
-        ("shortgpt, healed", 2),
+        ("shortgpt, healed 2 steps", 2),
         ("block-influence+ghost", 2),
     }
-    healed = rows["shortgpt, healed", 2]
-    assert rows["dense, healed", 0]["ratio"] == {"fox": 1.0}
+    healed = rows["shortgpt, healed 2 steps", 2]
+    assert rows["dense, healed 2 steps", 0]["ratio"] == {"fox": 1.0}
     assert healed["dropped"] == rows["shortgpt", 2]["dropped"]
     assert healed["n_parameters"] == rows["shortgpt", 2]["n_parameters"]
     assert healed["seconds"]["heal"] == healed["heal"]["train_seconds"] > 0
@@ -117,8 +196,38 @@ def test_a_heal_that_learns_the_text_trains_the_dense_model_too(
     heal = {"steps": 2, "seq_len": 16, "batch_size": 2, "held_out": 2, "evaluations": 1}
     settings |= {"methods": ["shortgpt"], "drop_layers": [2], "heal": {**heal, "label_weight": 1.0}}
     rows = {row["method"]: row for row in layercut.compare(settings, tmp_path / "out").rows}
-    assert rows["dense, healed"]["heal"]["n_steps"] == 2
-    assert rows["dense, healed"]["ratio"]["fox"] != 1.0
+    assert rows["dense, healed 2 steps"]["heal"]["n_steps"] == 2
+    assert rows["dense, healed 2 steps"]["ratio"]["fox"] != 1.0
+
+
+def test_a_heal_that_was_cut_off_goes_on_from_its_checkpoint(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    heal = {"steps": 6, "seq_len": 16, "batch_size": 2, "held_out": 2, "save_steps": 2}
+    settings |= {"methods": ["shortgpt"], "drop_layers": [2], "heal": {**heal, "evaluations": 3}}
+    whole = layercut.compare(settings, tmp_path / "whole")
+    original, n_losses = HealTrainer.compute_loss, 0
+
+    def cut_off(*given: Any, **options: Any) -> Any:
+        nonlocal n_losses
+        n_losses += 1
+        if n_losses == 4:
+            raise KeyboardInterrupt
+        return original(*given, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(HealTrainer, "compute_loss", cut_off)
+        layercut.compare(settings, tmp_path / "out")
+    assert (tmp_path / "out/healing/checkpoint-2").is_dir()
+    result = layercut.compare(settings, tmp_path / "out")
+    assert not (tmp_path / "out/healing").exists()
+    healed, expected = (
+        {row["method"]: row for row in found.rows}["shortgpt, healed 6 steps"]
+        for found in (result, whole)
+    )
+    assert healed["heal"]["resumed_at"] == 2
+    assert healed["heal"]["losses"] == expected["heal"]["losses"]
+    assert healed["ratio"] == expected["ratio"]
 
 
 def test_a_heal_that_failed_is_tried_again(
@@ -133,10 +242,10 @@ def test_a_heal_that_failed_is_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr("layercut.heal.heal", fail)
         first = layercut.compare(settings, tmp_path / "out")
-    failed = {row["method"]: row for row in first.rows}["shortgpt, healed"]
+    failed = {row["method"]: row for row in first.rows}["shortgpt, healed 2 steps"]
     assert failed["reason"] == "the held-out loss is nan at step 1."
     second = layercut.compare(settings, tmp_path / "out")
-    healed = {row["method"]: row for row in second.rows}["shortgpt, healed"]
+    healed = {row["method"]: row for row in second.rows}["shortgpt, healed 2 steps"]
     assert healed["reason"] is None
     assert healed["heal"]["settings"]["steps"] == healed["heal"]["n_steps"] == 2
     assert len(second.rows) == len(first.rows)

@@ -9,7 +9,14 @@ from typing import Annotated, Any, Literal
 import typer
 
 from layercut.cli.run import set_up_libraries
-from layercut.cli.sources import TaskOption, TextOption, named_sources
+from layercut.cli.sources import (
+    HarnessBatchOption,
+    HarnessLimitOption,
+    HarnessOption,
+    TaskOption,
+    TextOption,
+    named_sources,
+)
 from layercut.errors import RecipeError
 
 
@@ -40,6 +47,9 @@ def compare(
     ] = None,
     text: TextOption = None,
     task: TaskOption = None,
+    harness: HarnessOption = None,
+    harness_limit: HarnessLimitOption = None,
+    harness_batch_size: HarnessBatchOption = 8,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text, at most.")] = 8192,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window of a text.")] = 512,
     layer_losses: Annotated[
@@ -60,7 +70,7 @@ def compare(
     heal_methods: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Heal these alone.")
     ] = None,
-    speed: Annotated[bool, typer.Option(help="Measure prompt tokens per second, too.")] = False,
+    speed: Annotated[bool, typer.Option(help="Measure tokens per second, too.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="How weights are computed.")
@@ -94,6 +104,9 @@ def compare(
         "drop_layers": parse_sizes(drop_layers),
         "evaluation": {
             "tasks": named_sources(task, "--task"),
+            "harness": harness or (),
+            "harness_limit": harness_limit,
+            "harness_batch_size": harness_batch_size,
             "seq_len": window,
             "max_tokens": max_tokens,
         },

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from layercut.cli.run import set_up_libraries
-from layercut.cli.sources import TaskOption, TextOption, named_sources
+from layercut.cli.sources import (
+    HarnessBatchOption,
+    HarnessLimitOption,
+    HarnessOption,
+    TaskOption,
+    TextOption,
+    named_sources,
+)
 from layercut.errors import OutputError
 
 if TYPE_CHECKING:
@@ -24,20 +31,9 @@ def measure(
     task: TaskOption = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens per window of a text.")] = 512,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text, at most.")] = 8192,
-    harness: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--harness",
-            metavar="NAME",
-            help="A task of lm-evaluation-harness, its YAML file, or gradmap7; may be repeated.",
-        ),
-    ] = None,
-    harness_limit: Annotated[
-        int | None, typer.Option(min=1, help="Rows of each such task, from its start.")
-    ] = None,
-    harness_batch_size: Annotated[
-        int, typer.Option(min=1, help="Requests of such a task in memory at once.")
-    ] = 8,
+    harness: HarnessOption = None,
+    harness_limit: HarnessLimitOption = None,
+    harness_batch_size: HarnessBatchOption = 8,
     compare_to: Annotated[
         str | None,
         typer.Option(

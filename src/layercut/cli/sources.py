@@ -1,4 +1,4 @@
-"""``NAME=SOURCE`` options of the commands that measure."""
+"""Options of the commands that measure: texts, tasks and the harness."""
 
 from __future__ import annotations
 
@@ -16,6 +16,20 @@ TextOption = Annotated[
 TaskOption = Annotated[
     list[str] | None,
     typer.Option("--task", metavar="NAME=SOURCE", help="Task rows for accuracy; may be repeated."),
+]
+HarnessOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--harness",
+        metavar="NAME",
+        help="A task of lm-evaluation-harness, its YAML file, or gradmap7; may be repeated.",
+    ),
+]
+HarnessLimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Rows of each such task, from its start.")
+]
+HarnessBatchOption = Annotated[
+    int, typer.Option(min=1, help="Requests of such a task in memory at once.")
 ]
 DEFAULT_NAMES = {"--text": "text", "--task": "task"}
 

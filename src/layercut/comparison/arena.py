@@ -16,10 +16,11 @@ from layercut.comparison.healing import Healer
 from layercut.comparison.judging import EMPTY, Judge, forward_seconds
 from layercut.comparison.result import DENSE
 from layercut.comparison.settings import ComparisonSettings
-from layercut.comparison.store import Store, digest
+from layercut.comparison.store import HEALING, Store, digest
 from layercut.evaluation.unfoldable import Unfoldable, fit_unfoldable, unfolded
 from layercut.models.view import DecoderView
 from layercut.recovery import fit
+from layercut.resume import remove_claimed
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 Repair = WeightPatch | dict[int, Tensor]
@@ -57,7 +58,7 @@ class Arena:
         self.settings = settings
         self.healer = None
         if settings.heal is not None:
-            self.healer = Healer(view, batches, settings)
+            self.healer = Healer(view, batches, settings, store.folder / HEALING)
         named = parse_methods(settings.heal_methods or settings.methods)
         self.healed_pairs = {contestant.pair for contestant in named}
         self.chooser = Chooser(view, batches, store, seed=settings.seed)
@@ -114,6 +115,7 @@ class Arena:
             if not self._finished(key):
                 progress.stage(f"{old['method']}: heal and measure, {old['layers']} layers dropped")
                 self.store.rows.add(key, self.healer.row(old, cut, self.judge))
+                remove_claimed(self.healer.work_dir)
 
     def layer_losses(self) -> None:
         """The calibration loss without each layer: what every score tries to foretell."""

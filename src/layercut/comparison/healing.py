@@ -8,6 +8,7 @@ model's divergence from itself is 0, and so is its gradient.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercut.comparison.choosing import CANNOT
@@ -40,9 +41,19 @@ class Healer:
     """
 
     def __init__(
-        self, view: DecoderView, batches: CalibrationBatches, settings: ComparisonSettings
+        self,
+        view: DecoderView,
+        batches: CalibrationBatches,
+        settings: ComparisonSettings,
+        work_dir: Path,
     ) -> None:
         """Draw the windows, without those of the calibration.
+
+        Args:
+            view: the dense model.
+            batches: the calibration.
+            settings: of the comparison, with a heal.
+            work_dir: where the running heal keeps its checkpoints, to go on after a kill.
 
         Raises:
             DataError: the text cannot be read or is too short.
@@ -51,6 +62,7 @@ class Healer:
         assert settings.heal is not None
         seed = settings.seed % 2**32
         self.view = view
+        self.work_dir = work_dir
         own = settings.heal.seed
         self.settings = settings.heal.model_copy(update={"seed": seed if own is None else own})
         self.windows = heal_windows(
@@ -59,6 +71,13 @@ class Healer:
         check_windows(view, self.windows, self.settings)
         shown = self.settings.model_dump(mode="json", exclude={"data", "text_column"})
         self.digest = digest(shown, self.windows.tolist())
+
+    @property
+    def budget(self) -> str:
+        """Behind the name of what it healed: heals of other budgets are other rows."""
+        if self.settings.minutes is None:
+            return f"{self.settings.steps} steps"
+        return f"{self.settings.minutes:g} min"
 
     def row(
         self, old: dict[str, Any], cut: tuple[PruningPlan, WeightPatch] | None, judge: Judge
@@ -75,16 +94,17 @@ class Healer:
         """
         from layercut.heal import heal  # PEFT takes seconds, and most comparisons do not train
 
+        method = f"{old['method']}, healed {self.budget}"
         if cut is None and self.settings.label_weight == 0:
-            return old | {"method": f"{old['method']}, healed", "seconds": {"heal": 0.0}} | ITSELF
+            return old | {"method": method, "seconds": {"heal": 0.0}} | ITSELF
         copy = reload(self.view)
         if cut is not None:
             apply(copy, *cut)
         begun = {"pair": "", "source": "", "reading": "", **EMPTY}
         begun |= {key: old[key] for key in KEPT if key in old}
-        begun["method"] = f"{old['method']}, healed"
+        begun["method"] = method
         try:
-            healing = heal(copy, self.view, self.windows, self.settings)
+            healing = heal(copy, self.view, self.windows, self.settings, work_dir=self.work_dir)
             measured = judge.measure(EMPTY, copy)
         except CANNOT as error:
             return begun | {"reason": str(error)}

@@ -10,23 +10,27 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from layercut import __version__
+from layercut.comparison.result import SPEEDS
 from layercut.data.calibration import evaluation_windows
+from layercut.data.sources import is_detokenized
 from layercut.data.tasks import read_rows
-from layercut.evaluation import evaluate
+from layercut.evaluation import evaluate, judged
 from layercut.evaluation.choices import texts_of
-from layercut.evaluation.cost import prefill_tokens_per_second
+from layercut.evaluation.cost import decode_tokens_per_second, prefill_tokens_per_second
 from layercut.evaluation.fidelity import DenseReference, compare_to_dense
 from layercut.evaluation.flops import flops_per_token
 from layercut.evaluation.generation import (
     NEW_TOKENS,
     PROMPT_TOKENS,
     Generation,
+    can_cache,
     generation_check,
     prompts_of,
 )
@@ -41,18 +45,33 @@ TIMES = 3
 EMPTY: dict[str, Any] = {"perplexity": {}, "accuracy": {}}
 """What a row starts with."""
 
-SPEED = "prefill_tokens_per_second"
+DIGITS = 5
+"""Of a window's loss in nats; its error is a thousand times as large."""
 
 
 class Judge:
     """Measures whatever ``view`` is at the moment, by one set of texts and tasks.
 
     Attributes:
-        contents: name → hash of a text's tokens or a task's rows.
+        contents: name → hash of a text's tokens or a task's rows; of a task of
+            lm-evaluation-harness, how many of its rows are used; and of a text, how it is cut.
     """
 
-    def __init__(self, view: DecoderView, section: EvaluationSection, *, speed: bool) -> None:
+    def __init__(
+        self,
+        view: DecoderView,
+        section: EvaluationSection,
+        harness: Sequence[str] = (),
+        *,
+        speed: bool,
+    ) -> None:
         """Read everything once.
+
+        Args:
+            view: the dense model.
+            section: texts and tasks.
+            harness: the tasks that ``section.harness`` stands for, by their own names.
+            speed: whether tokens per second are measured.
 
         Raises:
             DataError: a text or task cannot be read or does not fit the model.
@@ -60,7 +79,14 @@ class Judge:
         self.view = view
         self.section = section
         self.speed = speed
-        self.contents: dict[str, dict[str, str]] = {"text": {}, "tasks": {}}
+        self.harness = tuple(harness)
+        limit = "all" if section.harness_limit is None else str(section.harness_limit)
+        self.contents: dict[str, dict[str, str]] = {
+            "text": {},
+            "windows": {},
+            "tasks": {},
+            "harness": dict.fromkeys(harness, limit),
+        }
         self._windows: Tensor | None = None
         self._reference: DenseReference | None = None
         self._continued: Tensor | None = None
@@ -73,6 +99,9 @@ class Judge:
                 detokenize=section.detokenize,
             )
             self.contents["text"][name] = _hash(windows.tolist())
+            restored = ", detokenized" if is_detokenized(source, section.detokenize) else ""
+            cut = f"{len(windows)} windows of {windows.shape[1]:,} tokens{restored}"
+            self.contents["windows"][name] = cut
             if self._windows is None:
                 self._windows = windows
         for name, source in section.tasks.items():
@@ -93,7 +122,8 @@ class Judge:
         wanted = [("perplexity", self.section.text), ("accuracy", self.section.tasks)]
         lacking = any(name not in row[part] for part, names in wanted for name in names)
         unseen = self._windows is not None and "generation" not in row
-        return lacking or unseen or (self.speed and SPEED not in row)
+        unasked = self._unasked(row)
+        return lacking or unseen or unasked or (self.speed and any(s not in row for s in SPEEDS))
 
     def measure(self, row: Mapping[str, Any], view: DecoderView | None = None) -> dict[str, Any]:
         """What ``row`` lacks, together with what it has.
@@ -116,20 +146,33 @@ class Judge:
             max_tokens=self.section.max_tokens,
             detokenize=self.section.detokenize,
             speed=False,
+            harness=self.section.harness if self._unasked(row) else (),
+            harness_limit=self.section.harness_limit,
+            harness_batch_size=self.section.harness_batch_size,
         )
         found = figures.to_json()
         measured = {
             "perplexity": {**row["perplexity"], **found["perplexity"]},
             "accuracy": {**row["accuracy"], **found["accuracy"]},
             "flops_per_token": flops_per_token(view),
+            "measured_with": {"layercut": __version__, "threads": torch.get_num_threads()},
+            "losses": row.get("losses", {})
+            | {n: [round(x, DIGITS) for x in f.losses] for n, f in figures.perplexity.items()},
             "outcomes": row.get("outcomes", {})
-            | {n: "".join("01"[o] for o in f.outcomes) for n, f in figures.accuracy.items()},
+            | {n: "".join("01"[o] for o in f) for n, f in judged(figures).items()},
         }
+        if figures.harness:
+            measured["harness"] = {**row.get("harness", {}), **found["harness"]}
         if self._windows is not None and "generation" not in row:
             measured |= self._beside_dense(view)
-        if self.speed and SPEED not in row:
-            measured[SPEED] = prefill_tokens_per_second(view)
+        if self.speed and any(speed not in row for speed in SPEEDS):
+            decode = decode_tokens_per_second(view) if can_cache(view) else None
+            measured |= zip(SPEEDS, (prefill_tokens_per_second(view), decode), strict=True)
         return measured
+
+    def _unasked(self, row: Mapping[str, Any]) -> bool:
+        """Whether a task of the harness is still to be measured; all of them are, together."""
+        return any(task not in row.get("harness", {}) for task in self.harness)
 
     def _beside_dense(self, view: DecoderView) -> dict[str, Any]:
         """Predictions on the first text and what is written after its starts, against dense."""

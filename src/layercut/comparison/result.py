@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +20,11 @@ DENSE = "dense"
 TRUTH = "loss without the layer"
 MISSING = "–"
 LAYERS = "Layers"
+SPEEDS = {
+    "prefill_tokens_per_second": "Prefill, tokens/s",
+    "decode_tokens_per_second": "Decoding, tokens/s",
+}
+"""What a comparison measures with ``speed``, and its columns' titles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,7 @@ class Comparison:
             run are last, with their ``reason``.
         scores: name → one score per layer of the intact model, higher = keep.
         warnings: what the user should know of the last call, in full sentences.
+        windows: text → how it is cut, in words.
     """
 
     settings: Mapping[str, Any]
@@ -40,11 +48,17 @@ class Comparison:
     rows: tuple[Row, ...]
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    windows: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Names of the texts, in the order in which they were first measured."""
         return tuple(self.dense["perplexity"])
+
+    @property
+    def speeds(self) -> tuple[str, ...]:
+        """Which of ``SPEEDS`` some row has."""
+        return tuple(key for key in SPEEDS if any(key in row for row in (self.dense, *self.rows)))
 
     @property
     def truth(self) -> tuple[float, ...] | None:
@@ -76,6 +90,7 @@ class Comparison:
             "scores": {name: list(values) for name, values in self.scores.items()},
             "correlations": self.correlations(),
             "warnings": list(self.warnings),
+            "windows": dict(self.windows),
         }
 
 
@@ -92,14 +107,16 @@ def gathered(
             name = record["method"]
             name = name if record["strategy"] == "lowest" else f"{name}, {record['strategy']}"
             scores[TRUTH if name == "perplexity" else name] = tuple(record["scores"])
-    return Comparison(settings, origin, dense, rows, scores)
+    windows = store.identity["evaluation"].get("windows", {})
+    return Comparison(settings, origin, dense, rows, scores, windows=windows)
 
 
 def completed(row: Row, dense: Row) -> Row:
     """A stored row with what follows from it and the dense one.
 
-    ``ratio``: perplexity over the dense one; ``accuracy_change``: paired by row, with its error;
-    ``passes``: its seconds in units of one forward pass over the calibration text.
+    ``ratio``: perplexity over the dense one, ``ratio_stderr``: its error over windows, where both
+    rows have the windows' losses; ``accuracy_change``: paired by row, with its error; ``passes``:
+    its seconds in units of one forward pass over the calibration text.
     """
     if row["reason"] is not None:
         return row
@@ -108,6 +125,11 @@ def completed(row: Row, dense: Row) -> Row:
         for name, figure in row["perplexity"].items()
         if name in dense["perplexity"]
     }
+    errors = {
+        name: value * error
+        for name, value in ratio.items()
+        if (error := _paired_error(row, dense, name)) is not None
+    }
     changes = {}
     for name, outcomes in row["outcomes"].items():
         if (before := dense["outcomes"].get(name)) is not None:
@@ -115,10 +137,24 @@ def completed(row: Row, dense: Row) -> Row:
     passes = {stage: s / dense["forward_seconds"] for stage, s in row["seconds"].items()}
     return row | {
         "ratio": ratio,
+        "ratio_stderr": errors,
         "accuracy_change": changes,
         "passes": passes,
         "total_seconds": sum(row["seconds"].values()),
     }
+
+
+def _paired_error(row: Row, dense: Row, text: str) -> float | None:
+    """Standard error of the difference of mean losses, s_d / √n over windows, in nats.
+
+    Both models read the same windows, whose difficulty cancels out; times the ratio it is the
+    ratio's error (delta method).
+    """
+    after, before = (r.get("losses", {}).get(text, ()) for r in (row, dense))
+    if len(after) != len(before) or len(after) < 2:
+        return None
+    differences: list[float] = [x - y for x, y in zip(after, before, strict=True)]
+    return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def change(before: str, after: str) -> dict[str, float]:
@@ -144,7 +180,10 @@ def titles(result: Comparison) -> list[str]:
     if result.texts:
         found += ["Same token, %", "KL, nats", "Loops, %"]
     found += [f"Accuracy, {name}" for name in result.dense["accuracy"]]
-    return [*found, "Parameters, M", "MFLOPs per token", "Seconds", "Passes"]
+    found += [f"Zero-shot, {name}" for name in result.dense.get("harness", {})]
+    found += ["Parameters, M", "MFLOPs per token"]
+    found += [SPEEDS[speed] for speed in result.speeds]
+    return [*found, "Seconds", "Passes"]
 
 
 def cells(result: Comparison, row: Row) -> list[str]:
@@ -153,7 +192,8 @@ def cells(result: Comparison, row: Row) -> list[str]:
     found = [name, str(row["layers"])]
     found += [_figure(row["perplexity"].get(text), 2) for text in result.texts]
     ratios = row.get("ratio", dict.fromkeys(result.texts, 1.0))
-    found += [f"{ratios[t]:.3f}" if t in ratios else MISSING for t in result.texts]
+    errors = row.get("ratio_stderr", {})
+    found += [_ratio(ratios.get(text), errors.get(text)) for text in result.texts]
     if result.texts:
         fidelity = row.get("fidelity")
         found.append(f"{100 * fidelity['agreement']['value']:.1f}" if fidelity else MISSING)
@@ -161,15 +201,25 @@ def cells(result: Comparison, row: Row) -> list[str]:
         written = row.get("generation")
         found.append(f"{100 * written['loop']['value']:.0f}" if written else MISSING)
     for task in result.dense["accuracy"]:
-        figure = row["accuracy"].get(task)
-        found.append(_figure(figure and {k: 100 * figure[k] for k in ("value", "stderr")}, 1))
+        found.append(_points(row["accuracy"].get(task)))
+    for task in result.dense.get("harness", {}):
+        # Not every task has an accuracy; the first metric is the one that it is known by.
+        metrics = row.get("harness", {}).get(task, {})
+        found.append(_points(metrics.get("acc", next(iter(metrics.values()), None))))
     found.append(f"{row['n_parameters'] / 1e6:,.1f}")
     flops = row["flops_per_token"]
     found.append(MISSING if flops is None else f"{flops / 1e6:,.0f}")
+    for speed in result.speeds:
+        value = row.get(speed)
+        found.append(MISSING if value is None else f"{value:,.1f}")
     spent = row.get("total_seconds")
     found.append(MISSING if spent is None else f"{spent:,.1f}")
     found.append(MISSING if spent is None else f"{sum(row['passes'].values()):,.1f}")
     return found
+
+
+def _points(figure: Mapping[str, Any] | None) -> str:
+    return _figure(figure and {k: 100 * figure[k] for k in ("value", "stderr")}, 1)
 
 
 def to_csv(result: Comparison) -> str:
@@ -186,7 +236,7 @@ def to_csv(result: Comparison) -> str:
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in row.items():
-        if name in ("outcomes", "notes", "key"):
+        if name in ("outcomes", "losses", "notes", "key"):
             continue
         if isinstance(value, Mapping):
             found |= _flat(value, f"{prefix}{name}.")
@@ -197,6 +247,12 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
                 else value
             )
     return found
+
+
+def _ratio(ratio: float | None, error: float | None) -> str:
+    if ratio is None:
+        return MISSING
+    return f"{ratio:,.3f}" if error is None else f"{ratio:,.3f} ± {error:.3f}"
 
 
 def _figure(figure: Mapping[str, Any] | None, digits: int) -> str:

@@ -17,6 +17,7 @@ from layercut.comparison.settings import ComparisonSettings
 from layercut.comparison.store import check_folder, opened
 from layercut.data.calibration import calibration_batches
 from layercut.errors import RecipeError
+from layercut.evaluation.harness import check_harness
 from layercut.evaluation.perplexity import check_vocabulary
 from layercut.models.load import load
 from layercut.models.view import DecoderView
@@ -77,6 +78,7 @@ def _compared(
     """Everything but the files that are made from the rows."""
     contestants = parse_methods(settings.methods)
     check_folder(folder, overwrite=overwrite)
+    tasks = check_harness(settings.evaluation.harness)
     progress.stage("load")
     view = load(
         settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
@@ -84,7 +86,7 @@ def _compared(
     check_lengths(view, settings, drawn=batches is not None)
     for size in settings.drop_layers:
         check_request(view.n_layers, drop_layers=size)
-    judge = Judge(view, settings.evaluation, speed=settings.speed)
+    judge = Judge(view, settings.evaluation, tasks, speed=settings.speed)
     if batches is None:
         batches = calibration_batches(settings.calibration, view.tokenizer, seed=settings.seed)
     check_vocabulary(view, batches.input_ids)

@@ -26,12 +26,6 @@ def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-def _no_harness(section: EvaluationSection) -> EvaluationSection:
-    if section.harness:
-        raise ValueError("harness is not part of a comparison; give files of task rows in tasks")
-    return section
-
-
 Sizes = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), AfterValidator(_ascending)]
 Methods = Annotated[tuple[Name, ...], Field(strict=False, min_length=1), AfterValidator(_methods)]
 
@@ -49,9 +43,7 @@ class ComparisonSettings(Section):
     methods: Methods = Field(
         default=DEFAULT, description="presets, SCORE+RECOVERY pairs, published, or all"
     )
-    evaluation: Annotated[EvaluationSection, AfterValidator(_no_harness)] = Field(
-        default_factory=EvaluationSection
-    )
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     layer_losses: bool = Field(
         default=True, description="also measure the loss without each layer, one pass each"
     )
@@ -61,7 +53,7 @@ class ComparisonSettings(Section):
     heal_methods: Methods | None = Field(
         default=None, description="the contestants that are healed as well; null: all of them"
     )
-    speed: bool = Field(default=False, description="measure prompt tokens per second")
+    speed: bool = Field(default=False, description="measure tokens per second")
 
     @model_validator(mode="after")
     def _healed_take_part(self) -> Self:

@@ -17,15 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from layercut.errors import OutputError
+from layercut.resume import remove_claimed
 
 IDENTITY_FILE = "settings.json"
 RECORDS = ("rows", "plans", "scores")
+HEALING = "healing"
+"""Checkpoints of the heal that is running; gone when its row is there."""
+
 WRITTEN = (
     IDENTITY_FILE,
     *(f"{name}.jsonl" for name in RECORDS),
     "compare.csv",
     "compare.json",
     "report.html",
+    HEALING,
 )
 """Everything that a comparison puts into its folder, and may replace there."""
 
@@ -143,7 +148,8 @@ def opened(folder: Path, *, overwrite: bool) -> Iterator[Store]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if overwrite:
-            for name in WRITTEN:
+            remove_claimed(folder / HEALING)
+            for name in set(WRITTEN) - {HEALING}:
                 (folder / name).unlink(missing_ok=True)
         yield Store(folder)
     except BlockingIOError:

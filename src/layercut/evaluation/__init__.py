@@ -113,12 +113,12 @@ def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Figure
 
 def compared(after: Evaluation, before: Evaluation) -> Evaluation:
     """``after`` with the change in accuracy of every task that ``before`` answered as well."""
-    old, new = _judged(before), _judged(after)
+    old, new = judged(before), judged(after)
     changes = {name: paired_change(old[name], rows) for name, rows in new.items() if name in old}
     return replace(after, accuracy_change=changes)
 
 
-def _judged(stage: Evaluation) -> dict[str, tuple[bool, ...]]:
+def judged(stage: Evaluation) -> dict[str, tuple[bool, ...]]:
     """Which rows of each task are right, where that is known of every row."""
     figures = {
         harness_name(task, metric): figure

@@ -131,7 +131,7 @@ def continuations(view: DecoderView, prompts: Tensor, new_tokens: int) -> Tensor
     Raises:
         NumericsError: a logit is not finite.
     """
-    cached = _can_cache(view)
+    cached = can_cache(view)
     text = step = prompts.to(view.device)
     cache: Any = None
     for position in progress.track(range(new_tokens), new_tokens):
@@ -174,7 +174,7 @@ def loop_share(tokens: list[int]) -> float:
     return longest / len(tokens)
 
 
-def _can_cache(view: DecoderView) -> bool:
+def can_cache(view: DecoderView) -> bool:
     """Whether keys and values can be kept from token to token.
 
     The library asks the cache of the first layer of each kind how many tokens it has seen; one that

@@ -46,20 +46,24 @@ BATCH_SIZE = 8
 FILES = (".yaml", ".yml")
 
 
-def check_harness(names: Sequence[str]) -> None:
+def check_harness(names: Sequence[str]) -> tuple[str, ...]:
     """Refuse tasks that cannot be run, before any compute; reads or fetches their data.
 
     Args:
         names: the harness's tasks, groups and tags, those of ``GROUPS``, and paths of YAML files.
+
+    Returns:
+        The tasks' own names, groups resolved.
 
     Raises:
         RecipeError: the harness is not installed, or does not know a task.
         DataError: a task's file or data cannot be read.
         NetworkError: a task's data are on the Hub, which cannot be reached.
     """
-    if names:
-        with _random_state():
-            _tasks(tuple(names))
+    if not names:
+        return ()
+    with _random_state():
+        return tuple(_tasks(tuple(names)))
 
 
 def run_harness(

@@ -25,7 +25,8 @@ def perplexity(view: DecoderView, windows: Tensor) -> Figure:
 
     Returns:
         The perplexity and its standard error over windows (delta method: ppl × se of the mean
-        loss; 0 for a single window, which shows no spread); ``n`` is the number of tokens scored.
+        loss; 0 for a single window, which shows no spread); ``n`` is the number of tokens scored,
+        ``losses`` has every window's mean.
 
     Raises:
         DataError: a token id is outside the model's vocabulary.
@@ -39,7 +40,8 @@ def perplexity(view: DecoderView, windows: Tensor) -> Figure:
     mean = _finite(float(losses.mean()))
     per_window = losses.mean(dim=1)
     spread = float(per_window.std()) / len(per_window) ** 0.5 if len(per_window) > 1 else 0.0
-    return Figure(value=math.exp(mean), stderr=math.exp(mean) * spread, n=losses.numel())
+    ppl = math.exp(mean)
+    return Figure(ppl, ppl * spread, n=losses.numel(), losses=tuple(per_window.tolist()))
 
 
 def mean_loss(view: DecoderView, windows: Tensor, micro_batch: int) -> float:
