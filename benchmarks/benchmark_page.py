@@ -182,7 +182,7 @@ def healed(result: Comparison) -> str:
     for row in rows:
         alike = dense_healed_as(row, rows)
         ratios = [with_error(row, text) for text in result.texts]
-        ratios += [shown(alike and over_dense(row, alike, text)) for text in result.texts]
+        ratios += [shown(over_dense(row, alike, text)) for text in result.texts]
         took = row["heal"]
         threads = row.get("measured_with", {}).get("threads", 1)
         cost = [f"{took['train_seconds']:,.0f}", str(threads)]
@@ -205,9 +205,9 @@ def dense_healed_as(row: Row, rows: Sequence[Row]) -> Row | None:
     return next(alike, None)
 
 
-def over_dense(row: Row, dense: Row, text: str) -> float | None:
+def over_dense(row: Row, dense: Row | None, text: str) -> float | None:
     """Its perplexity over that of the healed dense model, where both were measured."""
-    both = row["ratio"].get(text), dense["ratio"].get(text)
+    both = row["ratio"].get(text), dense["ratio"].get(text) if dense else None
     return None if None in both else both[0] / both[1]
 
 
