@@ -10,7 +10,8 @@ Rule     from the first cut on, every kept layer (layers: following) or those be
          cuts); its attention output first (modules: both), then its down-projection. λ from a grid
          on held-out sequences; a change that does not lower their error is not made. In the end
          W + s·D, with the s that has the lowest held-out cross-entropy: least squares overshoots
-         where text is short. No patch at all if none lowers it.
+         where text is short. No change at all if none lowers it. Then gradient_steps steps on the
+         held-out sequences (gradient_step.py), half of them for each, the other half its judge.
 Cost     one dense and one to two pruned forward passes without the head, in² sums per weight
 Limits   needs a kept layer before every cut; exact only where the output is added to the stream
          without a norm in between
@@ -18,6 +19,7 @@ Limits   needs a kept layer before every cut; exact only where the output is add
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -28,6 +30,7 @@ from layercut import progress
 from layercut.activations import ResidualStream, Spool
 from layercut.errors import DataError
 from layercut.evaluation.perplexity import mean_loss
+from layercut.gradient_step import descend
 from layercut.methods import MethodOptions
 from layercut.models.forward import capture
 from layercut.models.mlp_output import (
@@ -47,11 +50,12 @@ STEP_GRID = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 
 
 class Options(MethodOptions):
-    """Which layers and weights are refitted, and the share of sequences held out."""
+    """Which layers and weights are refitted, the share of sequences held out, and the steps."""
 
     layers: Literal["cuts", "following"] = "following"
     modules: Literal["down", "both"] = "both"
     held_out_every: int = Field(default=8, ge=2)
+    gradient_steps: int = Field(default=2, ge=0)
 
     def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
         """Refuse a model whose MLPs are not one down-projection each, added to the stream."""
@@ -68,7 +72,11 @@ def fit(
     """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
     held_out = held_out_rows(batches, options.held_out_every)
     tensors = walk(view, plan, ResidualStream(view, batches), held_out, options)
-    return _best_step(view, plan, tensors, batches, options)
+    sequences = batches.input_ids[held_out[:: batches.seq_len]]
+    patch = _best_step(view, plan, tensors, sequences, batches.micro_batch)
+    if options.gradient_steps and len(sequences) > 1:
+        patch = _stepped(view, plan, patch, sequences, batches.micro_batch, options.gradient_steps)
+    return patch
 
 
 def check_refit(view: DecoderView) -> None:
@@ -209,18 +217,16 @@ def _best_step(
     view: DecoderView,
     plan: PruningPlan,
     tensors: dict[str, Tensor],
-    batches: CalibrationBatches,
-    options: Options,
+    sequences: Tensor,
+    micro_batch: int,
 ) -> WeightPatch:
     """The patch, as large a part of every change as lowers the held-out cross-entropy most."""
-    chosen = held_out_rows(batches, options.held_out_every)[:: batches.seq_len]
-    sequences = batches.input_ids[chosen]
     losses: dict[float, float] = {}
     with view.skipping(plan.dropped):
-        without = mean_loss(view, sequences, batches.micro_batch)
+        without = mean_loss(view, sequences, micro_batch)
         for step in STEP_GRID:
             with view.patched(partly(view, tensors, step)):
-                losses[step] = mean_loss(view, sequences, batches.micro_batch)
+                losses[step] = mean_loss(view, sequences, micro_batch)
             progress.figure(f"{step:.0%} of the change: loss {losses[step]:.3f}")
             if losses[step] > min(losses.values()):
                 break
@@ -234,6 +240,33 @@ def _best_step(
         "tensors_changed": len(tensors) if accepted else 0,
     }
     return WeightPatch(partly(view, tensors, best) if accepted else {}, "refit", notes)
+
+
+def _stepped(
+    view: DecoderView,
+    plan: PruningPlan,
+    patch: WeightPatch,
+    sequences: Tensor,
+    micro_batch: int,
+    n_steps: int,
+) -> WeightPatch:
+    """The patch after gradient steps, and what all of it does to the held-out cross-entropy."""
+    tensors, lengths = descend(
+        view, plan, patch.tensors, sequences, n_steps=n_steps, micro_batch=micro_batch
+    )
+    with view.skipping(plan.dropped), view.patched(tensors):
+        loss = mean_loss(view, sequences, micro_batch)
+    before = patch.notes["held_out_loss_with" if patch.tensors else "held_out_loss_without"]
+    if loss >= before:
+        return replace(patch, notes={**patch.notes, "gradient_steps": ()})
+    notes = {
+        **patch.notes,
+        "held_out_loss_with": loss,
+        "accepted": True,
+        "tensors_changed": len(tensors),
+        "gradient_steps": lengths,
+    }
+    return replace(patch, tensors=tensors, notes=notes)
 
 
 def partly(view: DecoderView, tensors: dict[str, Tensor], step: float) -> dict[str, Tensor]:
