@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from layercut.models.view import DecoderView, LayerInputs
-from layercut.types import CalibrationBatches
+from layercut.types import CalibrationBatches, Evidence
 
 MEMORY_LIMIT_BYTES = 1024**3
 """One set of activations larger than this is spooled to a temporary file."""
@@ -85,6 +86,7 @@ class ResidualStream:
         states: the rows, sequences in order.
         history: with ``remember``, the rows of every boundary passed so far, so that `rewind` can
             go back to one and `advance` from there costs nothing.
+        saved_seconds: what that has saved so far.
     """
 
     def __init__(
@@ -93,6 +95,8 @@ class ResidualStream:
         self.view = view
         self.layer = 0
         self.history: list[Spool] | None = None
+        self.saved_seconds = 0.0
+        self._seconds: list[float] = []
         n_tokens = batches.n_sequences * batches.seq_len
         self.states = Spool(n_tokens, view.hidden_size)
         self._inputs: dict[int, tuple[Any, torch.dtype]] = {}
@@ -128,9 +132,11 @@ class ResidualStream:
         In the pruned model, call it with the kept layers only: the dropped ones do not change
         the stream.
         """
+        begun = time.perf_counter()
         if self.history is not None:
             if layer + 1 < len(self.history):
                 self.rewind(layer + 1)
+                self.saved_seconds += self._seconds[layer]
                 return
             self.states = Spool(len(self.states), self.view.hidden_size)
             self.states.write(0, self.history[layer].rows)
@@ -142,3 +148,23 @@ class ResidualStream:
             inputs = LayerInputs(hidden, rest)
             self.states.write(start, self.view.run_layer(layer, hidden, inputs).float())
         self.layer = layer + 1
+        if self.history is not None:
+            self._seconds.append(time.perf_counter() - begun)
+
+
+def dense_stream(
+    view: DecoderView, batches: CalibrationBatches, evidence: Evidence | None
+) -> ResidualStream:
+    """The intact model's stream at layer 0: the shared one where there is one.
+
+    It is only read and advanced; what changes a stream's rows works on a `fork`.
+    """
+    if evidence is None or evidence.dense is None:
+        return ResidualStream(view, batches)
+    evidence.dense.rewind(0)
+    return evidence.dense
+
+
+def history_bytes(view: DecoderView, batches: CalibrationBatches) -> int:
+    """What a stream with ``remember`` holds after the last layer."""
+    return (view.n_layers + 1) * batches.input_ids.numel() * view.hidden_size * 4

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from layercut.activations import ResidualStream
     from layercut.gradient_log import GradientLog
 
 
@@ -186,10 +187,13 @@ class Evidence:
     Attributes:
         scores: those of every round.
         gradient_log: the record of the first round, which saw every layer; igia's alone.
+        dense: the intact model's stream over the same calibration set, with its history, where
+            several recoveries share it.
     """
 
     scores: tuple[LayerScores, ...]
     gradient_log: GradientLog | None = None
+    dense: ResidualStream | None = None
 
 
 @dataclass(frozen=True, slots=True)

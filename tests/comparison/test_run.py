@@ -308,6 +308,31 @@ def test_a_scoring_is_made_once_and_booked_to_all(
     assert len(again.rows) == len(result.rows) + 2
 
 
+def test_dense_activations_are_shared_and_booked_to_all(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recoveries = ("projection", "refit", "linear-map", "magnitude-rescale", "ghost", "linear-patch")
+    settings["methods"] = [f"block-influence+{name}" for name in recoveries]
+    walked: list[int] = []
+    original = DecoderView.run_layer
+
+    def slow(view: DecoderView, layer: int, *rest: Any) -> Any:
+        walked.append(layer)
+        time.sleep(0.002)
+        return original(view, layer, *rest)
+
+    monkeypatch.setattr(DecoderView, "run_layer", slow)
+    shared = layercut.compare(settings, tmp_path / "shared")
+    n_shared = len(walked)
+    monkeypatch.setattr("layercut.comparison.arena.SHARED_BYTES", 0)
+    apart = layercut.compare(settings, tmp_path / "apart")
+    assert n_shared < len(walked) - n_shared
+    assert timeless(shared.rows) == timeless(apart.rows)
+    # What magnitude-rescale reads is there already: it would take the time of two layers alone.
+    spent = {row["pair"]: row["seconds"]["recover"] for row in shared.rows if row["layers"] == 2}
+    assert spent["block-influence+magnitude-rescale"] > 0.004
+
+
 def test_a_second_call_goes_on_behind_the_rows_that_are_there(
     settings: dict[str, Any], tmp_path: Path
 ):
@@ -367,6 +392,25 @@ def test_a_bug_in_a_method_is_not_swallowed(
     monkeypatch.setattr("layercut.comparison.arena.fit", broken)
     with pytest.raises(ZeroDivisionError):
         layercut.compare(settings, tmp_path / "out")
+
+
+def test_layer_losses_that_fail_leave_the_rest(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original = choosing.score
+
+    def failing(*given: Any, method: str, **options: Any) -> Any:
+        if method == "perplexity":
+            raise NumericsError("the loss is nan.")
+        return original(*given, method=method, **options)
+
+    monkeypatch.setattr(choosing, "score", failing)
+    settings |= {"methods": ["shortgpt"], "drop_layers": [1], "layer_losses": True}
+    result = layercut.compare(settings, tmp_path / "out")
+    assert result.truth is None
+    assert result.rows[0]["reason"] is None
+    assert any("loss without each layer is not known" in told for told in result.warnings)
+    assert (tmp_path / "out/report.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,11 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path):
         opened(tmp_path, overwrite=False),
     ):
         pass
+
+
+def test_what_a_kill_left_of_the_first_claim_is_no_foreign_file(tmp_path: Path):
+    (tmp_path / "settings.json.partial").write_text('{"seed"')
+    check_folder(tmp_path, overwrite=False)
+    with opened(tmp_path, overwrite=False) as store:
+        store.claim({"seed": 0})
+    assert Store(tmp_path).identity == {"seed": 0}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor
 
 from layercut import methods, progress
+from layercut.activations import ResidualStream, history_bytes
 from layercut.comparison.choosing import CANNOT, Chooser, Chosen, seeded
 from layercut.comparison.contestants import CHOICES, UNFOLDABLE, Contestant, parse_methods
 from layercut.comparison.healing import Healer
@@ -25,6 +28,10 @@ from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatc
 
 Repair = WeightPatch | dict[int, Tensor]
 """What makes up for dropped layers: weights, or a matrix behind the layer before each cut."""
+
+SHARED_BYTES = 4 * 1024**3
+"""The dense activations of all layers are kept for all recoveries up to this; beyond it, each
+recovery walks through the dense model anew."""
 
 
 def started(contestant: Contestant, size: int) -> dict[str, Any]:
@@ -56,6 +63,7 @@ class Arena:
         self.store = store
         self.judge = judge
         self.settings = settings
+        self.stream: ResidualStream | None = None
         self.healer = None
         if settings.heal is not None:
             self.healer = Healer(view, batches, settings, store.folder / HEALING)
@@ -123,7 +131,10 @@ class Arena:
         choice = CHOICES["perplexity"]
         if not self.view.layout.unscorable:
             options = self.chooser.options(choice)
-            self.chooser.scorings(self.view, self.batches, method=choice.scoring, **options)
+            try:
+                self.chooser.scorings(self.view, self.batches, method=choice.scoring, **options)
+            except CANNOT as error:
+                warnings.warn(f"the loss without each layer is not known: {error}", stacklevel=2)
 
     def _judged(
         self, contestant: Contestant, chosen: Chosen, row: dict[str, Any]
@@ -133,9 +144,9 @@ class Arena:
         chosen_part = {"dropped": list(plan.dropped), "cuts": [list(cut) for cut in plan.cuts]}
         try:
             evidence = self._evidence(contestant)
-            start = time.perf_counter()
+            begun = time.perf_counter() + self._saved()
             repair = self._fitted(contestant, plan, evidence)
-            seconds = {**chosen.seconds, "recover": time.perf_counter() - start}
+            seconds = {**chosen.seconds, "recover": time.perf_counter() + self._saved() - begun}
             with self._worn(plan, repair):
                 measured = self.judge.measure(row)
         except CANNOT as error:
@@ -156,12 +167,22 @@ class Arena:
 
     def _evidence(self, contestant: Contestant) -> Evidence:
         wanted = contestant.recovery == "sign-merge"
-        return self.chooser.evidence(contestant.choice, gradients=wanted)
+        evidence = self.chooser.evidence(contestant.choice, gradients=wanted)
+        fits = history_bytes(self.view, self.batches) <= SHARED_BYTES
+        walks = contestant.recovery != "none" and not self.view.layout.unscorable
+        if self.stream is None and walks and fits:
+            self.stream = ResidualStream(self.view, self.batches, remember=True)
+        return replace(evidence, dense=self.stream)
+
+    def _saved(self) -> float:
+        """Seconds that contestants did not spend because others had."""
+        return 0.0 if self.stream is None else self.stream.saved_seconds
 
     def _fitted(self, contestant: Contestant, plan: PruningPlan, evidence: Evidence) -> Repair:
         name = contestant.recovery
         if name in UNFOLDABLE:
-            return fit_unfoldable(self.view, plan, self.batches, cast(Unfoldable, name))
+            kind = cast(Unfoldable, name)
+            return fit_unfoldable(self.view, plan, self.batches, kind, evidence=evidence)
         options = seeded("recovery", name, {}, self.settings.seed)
         return fit(self.view, plan, evidence, self.batches, method=name, **options)
 

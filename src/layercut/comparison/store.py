@@ -26,6 +26,7 @@ HEALING = "healing"
 
 WRITTEN = (
     IDENTITY_FILE,
+    f"{IDENTITY_FILE}.partial",
     *(f"{name}.jsonl" for name in RECORDS),
     "compare.csv",
     "compare.json",

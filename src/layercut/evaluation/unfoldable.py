@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from layercut import progress
-from layercut.activations import ResidualStream, Spool
+from layercut.activations import Spool, dense_stream
 from layercut.errors import PlanError, RecipeError, suggestion
 from layercut.methods import check_runs_alone
 from layercut.models.droppable import check_dropped
 from layercut.models.view import DecoderView
 from layercut.recovery.magnitude_rescale import channel_ratios
 from layercut.recovery.projection import solve_closed_form
-from layercut.types import CalibrationBatches, PruningPlan
+from layercut.types import CalibrationBatches, Evidence, PruningPlan
 
 Unfoldable = Literal["ghost", "linear-patch"]
 
@@ -43,6 +43,7 @@ def fit_unfoldable(
     method: Unfoldable,
     *,
     epsilon: float = 1e-4,
+    evidence: Evidence | None = None,
 ) -> dict[int, Tensor]:
     """Fit one matrix per cut, in order, each in the model that the earlier ones repaired.
 
@@ -52,6 +53,7 @@ def fit_unfoldable(
         batches: calibration text.
         method: ``linear-patch`` or ``ghost``.
         epsilon: ghost's ridge penalty, as a share of the stream's mean square.
+        evidence: may hold the intact model's stream.
 
     Returns:
         Kept layer before a cut → A, (d, d) float32, to be used with `unfolded`.
@@ -64,7 +66,7 @@ def fit_unfoldable(
     """
     _check(view, plan, method, epsilon)
     first = plan.cuts[0][0] - 1
-    dense = ResidualStream(view, batches)
+    dense = dense_stream(view, batches, evidence)
     while dense.layer < first:
         dense.advance(dense.layer)
     pruned = dense.fork()

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from layercut import progress
-from layercut.activations import ResidualStream, Spool
+from layercut.activations import Spool, dense_stream
 from layercut.errors import NumericsError
 from layercut.methods import MethodOptions
 from layercut.models.forward import capture
@@ -59,7 +59,7 @@ def fit(
 ) -> WeightPatch:
     """Walk the dense and the pruned model side by side and fit a map at every cut."""
     first = plan.cuts[0][0] - 1
-    dense = ResidualStream(view, batches)
+    dense = dense_stream(view, batches, evidence)
     while dense.layer < first:
         dense.advance(dense.layer)
     pruned = dense.fork()

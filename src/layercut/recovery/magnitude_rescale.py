@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from layercut import progress
-from layercut.activations import ResidualStream, Spool
+from layercut.activations import Spool, dense_stream
 from layercut.errors import ModelError, NumericsError
 from layercut.methods import MethodOptions
 from layercut.models.mlp_output import PROBE_TOKENS, PROBE_TOLERANCE, attention_output, mlp_output
@@ -52,7 +52,7 @@ def fit(
     options: Options,
 ) -> WeightPatch:
     """Measure α at every cut in the dense model and scale all that is written behind it."""
-    alphas = magnitude_gaps(view, plan, batches)
+    alphas = magnitude_gaps(view, plan, batches, evidence)
     tensors: dict[str, Tensor] = {}
     for layer in plan.kept:
         factor = math.prod(1 / alpha for first, alpha in alphas.items() if first < layer)
@@ -63,14 +63,17 @@ def fit(
 
 
 def magnitude_gaps(
-    view: DecoderView, plan: PruningPlan, batches: CalibrationBatches
+    view: DecoderView,
+    plan: PruningPlan,
+    batches: CalibrationBatches,
+    evidence: Evidence | None = None,
 ) -> dict[int, float]:
     """First layer of every cut → α.
 
     Raises:
         NumericsError: a channel is silent in front of a cut, or the stream is not finite.
     """
-    dense = ResidualStream(view, batches)
+    dense = dense_stream(view, batches, evidence)
     alphas = {}
     for first, length in progress.track(plan.cuts, total=len(plan.cuts)):
         while dense.layer < first:

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from layercut import progress
-from layercut.activations import ResidualStream, Spool
+from layercut.activations import Spool, dense_stream
 from layercut.errors import DataError, NumericsError
 from layercut.methods import MethodOptions
 from layercut.models.forward import capture
@@ -69,7 +69,7 @@ def fit(
     options: Options,
 ) -> WeightPatch:
     """Find the largest mean shift, fit P there and fold it."""
-    shift = largest_mean_shift(view, plan, batches)
+    shift = largest_mean_shift(view, plan, batches, evidence)
     penalty = options.penalty
     if penalty == "held-out":
         penalty = _held_out_penalty(shift, batches)
@@ -89,9 +89,15 @@ def fit(
     )
 
 
-def largest_mean_shift(view: DecoderView, plan: PruningPlan, batches: CalibrationBatches) -> Shift:
+def largest_mean_shift(
+    view: DecoderView,
+    plan: PruningPlan,
+    batches: CalibrationBatches,
+    evidence: Evidence | None = None,
+) -> Shift:
     """Walk the dense and the pruned model side by side and compare every kept layer's output."""
-    dense, pruned = ResidualStream(view, batches), ResidualStream(view, batches)
+    dense = dense_stream(view, batches, evidence)
+    pruned = dense.fork()
     n_tokens = len(dense.states)
     best = Shift(-1, -1.0, *(Spool(n_tokens, view.hidden_size) for _ in range(2)))
     output = Spool(n_tokens, view.hidden_size)

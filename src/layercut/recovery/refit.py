@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from layercut import progress
-from layercut.activations import ResidualStream, Spool
+from layercut.activations import ResidualStream, Spool, dense_stream
 from layercut.errors import DataError
 from layercut.evaluation.perplexity import mean_loss
 from layercut.gradient_step import descend
@@ -71,7 +71,7 @@ def fit(
 ) -> WeightPatch:
     """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
     held_out = held_out_rows(batches, options.held_out_every)
-    tensors = walk(view, plan, ResidualStream(view, batches), held_out, options)
+    tensors = walk(view, plan, dense_stream(view, batches, evidence), held_out, options)
     sequences = batches.input_ids[held_out[:: batches.seq_len]]
     patch = _best_step(view, plan, tensors, sequences, batches.micro_batch)
     if options.gradient_steps and len(sequences) > 1:
