@@ -1,11 +1,11 @@
 """A few large gradient steps of a pruned model towards the dense one, each as long as pays.
 
-Source   ours; METHODS §3. Orthogonalised gradients: Muon, arXiv:2502.16982
+Source   ours; docs/LOG.md, 2026-11-25. Orthogonalised gradients: Muon, arXiv:2502.16982
 Formula  W ← W − η ‖W‖_F/√r · U Vᵀ,  with U S Vᵀ = ∂/∂W mean_t KL(q_t ‖ p_t), r = min(out, in)
          q, p: next-token distributions of the dense and of the pruned model; η is the length of
          the step as a part of ‖W‖_F, the same for all weights
-Rule     sequences that nothing was fitted to, in two halves: the gradient is taken on one half, η
-         is halved or doubled from ETA on while that lowers the cross-entropy on the other half;
+Rule     sequences that no weight was fitted to, in two halves: the gradient is taken on one half,
+         η is halved or doubled from ETA on while that lowers the cross-entropy on the other half;
          then the halves change places. A step that lowers it nowhere is not made.
          A model's divergence from itself has no gradient: no step learns the text itself.
 Cost     per step a dense forward and a pruned forward-backward pass over one half, about five
@@ -33,7 +33,7 @@ from layercut.types import PruningPlan
 ETA = 0.001
 SHORTEST = ETA / 8
 SMALLEST = 1e-8
-"""Singular values below this part of the largest are noise, and are not raised to 1."""
+"""Part of the largest squared singular value below which one is noise, and not raised to 1."""
 
 
 def descend(
@@ -216,4 +216,4 @@ def _longest(
             losses[eta] = loss_at(eta)
     best = min(losses, key=lambda tried: losses[tried])
     progress.figure(f"a step of {best:.2%}: loss {losses[0.0]:.3f} → {losses[best]:.3f}")
-    return best, moved(view, tensors, directions, best)
+    return best, moved(view, tensors, directions, best) if best else dict(tensors)
