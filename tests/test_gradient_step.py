@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from conftest import plan_of, save_tiny
 from layercut import gradient_step
@@ -14,6 +15,7 @@ from layercut.errors import NumericsError
 from layercut.evaluation.perplexity import mean_loss
 from layercut.gradient_step import descend, divergence_gradients, learned, polar
 from layercut.models.load import load, reload
+from layercut.models.patch import dithered
 from layercut.models.view import DecoderView
 from layercut.recovery import fit
 from layercut.surgery import apply
@@ -165,10 +167,47 @@ def test_a_refit_ends_with_steps_that_lower_the_held_out_loss(
         cut = reload(view)
         apply(cut, plan, patch)
         losses.append(mean_loss(cut, held_out, 2))
-        key = "held_out_loss_with" if patch.notes["accepted"] else "held_out_loss_without"
-        assert patch.notes[key] == pytest.approx(losses[-1], rel=1e-5)
     assert not plain.notes["accepted"]  # random weights, four sequences: the steps alone help
+    assert plain.notes["held_out_loss_without"] == pytest.approx(losses[0], rel=1e-5)
     assert stepped.notes["accepted"]
+    assert stepped.notes["loss_after_steps"] == pytest.approx(losses[1], rel=1e-5)
     assert "gradient_steps" not in plain.notes
     assert any(stepped.notes["gradient_steps"])
     assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dithering_keeps_small_changes_on_average(dtype: torch.dtype):
+    on_grid = torch.randn(200_000, generator=torch.manual_seed(0)).to(dtype)
+    change = 0.05 * torch.finfo(dtype).eps * on_grid.float().abs()
+    assert torch.equal((on_grid.float() + change).to(dtype), on_grid)
+    found = dithered(on_grid.float() + change, dtype, "a")
+    gained = (found.double() - on_grid.double()).sum()
+    assert float(gained / change.double().sum()) == pytest.approx(1, abs=0.05)
+    # What the dtype can hold stays, to either side no entry moves by more than its spacing.
+    assert torch.equal(dithered(on_grid.float(), dtype, "a"), on_grid)
+    moved = (found.float() - on_grid.float()).abs()
+    assert bool((moved <= torch.finfo(dtype).eps * on_grid.float().abs()).all())
+    assert torch.equal(dithered(on_grid.float() + change, dtype, "a"), found)
+    assert not torch.equal(dithered(on_grid.float() + change, dtype, "b"), found)
+
+
+def test_dithering_survives_zero_tiny_and_wider_numbers():
+    edge = torch.tensor([0.0, 1e-42, -1e-30, 3e38, -0.0])
+    found = dithered(edge, torch.bfloat16, "a")
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), edge, rtol=0.01, atol=1e-39)
+    assert torch.equal(dithered(edge, torch.float32, "a"), edge)
+
+
+def test_steps_help_in_a_checkpoint_of_bfloat16(tmp_path: Path, ids: torch.Tensor):
+    folder = save_tiny(tmp_path / "narrow")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    view = load(str(folder), dtype="float32")
+    batches = CalibrationBatches(ids, gradient_batch=2, micro_batch=2, source="t", fingerprint="0")
+    patch = fit(view, plan_of(2, 3), None, batches, method="refit", held_out_every=2)
+    assert any(patch.notes["gradient_steps"])
+    assert {tensor.dtype for tensor in patch.tensors.values()} == {torch.bfloat16}
+    cut = reload(view)
+    apply(cut, plan_of(2, 3), patch)
+    assert mean_loss(cut, ids[1::2], 2) < patch.notes["held_out_loss_without"]

@@ -87,6 +87,7 @@ class ResidualStream:
         history: with ``remember``, the rows of every boundary passed so far, so that `rewind` can
             go back to one and `advance` from there costs nothing.
         saved_seconds: what that has saved so far.
+        layer_seconds: what every layer took when its rows were not known.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class ResidualStream:
         self.layer = 0
         self.history: list[Spool] | None = None
         self.saved_seconds = 0.0
-        self._seconds: list[float] = []
+        self.layer_seconds: list[float] = []
         n_tokens = batches.n_sequences * batches.seq_len
         self.states = Spool(n_tokens, view.hidden_size)
         self._inputs: dict[int, tuple[Any, torch.dtype]] = {}
@@ -136,7 +137,7 @@ class ResidualStream:
         if self.history is not None:
             if layer + 1 < len(self.history):
                 self.rewind(layer + 1)
-                self.saved_seconds += self._seconds[layer]
+                self.saved_seconds += self.layer_seconds[layer]
                 return
             self.states = Spool(len(self.states), self.view.hidden_size)
             self.states.write(0, self.history[layer].rows)
@@ -149,7 +150,7 @@ class ResidualStream:
             self.states.write(start, self.view.run_layer(layer, hidden, inputs).float())
         self.layer = layer + 1
         if self.history is not None:
-            self._seconds.append(time.perf_counter() - begun)
+            self.layer_seconds.append(time.perf_counter() - begun)
 
 
 def dense_stream(

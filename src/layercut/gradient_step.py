@@ -4,9 +4,10 @@ Source   ours; docs/LOG.md, 2026-11-25. Orthogonalised gradients: Muon, arXiv:25
 Formula  W ← W − η ‖W‖_F/√r · U Vᵀ,  with U S Vᵀ = ∂/∂W mean_t KL(q_t ‖ p_t), r = min(out, in)
          q, p: next-token distributions of the dense and of the pruned model; η is the length of
          the step as a part of ‖W‖_F, the same for all weights
-Rule     sequences that no weight was fitted to, in two halves: the gradient is taken on one half,
-         η is halved or doubled from ETA on while that lowers the cross-entropy on the other half;
-         then the halves change places. A step that lowers it nowhere is not made.
+Rule     sequences in two halves: the gradient is taken on one half, η is halved or doubled from
+         ETA on while that lowers the cross-entropy on the other half; then the halves change
+         places. A step that does not lower it is not made. Where the pruned model was fitted to
+         the sequences, its gradient there says little: give it others.
          A model's divergence from itself has no gradient: no step learns the text itself.
 Cost     per step a dense forward and a pruned forward-backward pass over one half, about five
          forward passes over the other, and r³ per weight
@@ -27,6 +28,7 @@ from layercut.attention import eager
 from layercut.distillation import Divergence
 from layercut.errors import NumericsError
 from layercut.evaluation.perplexity import mean_loss
+from layercut.models.patch import Names, dithered
 from layercut.models.view import DecoderView
 from layercut.types import PruningPlan
 
@@ -56,7 +58,8 @@ def descend(
         micro_batch: sequences in memory at once.
 
     Returns:
-        The replaced weights after the steps, float32, and each step's η; 0 for one not made.
+        The replaced weights after the steps, in the model's dtype, and each step's η; 0 for one
+        not made.
 
     Raises:
         NumericsError: the loss or a gradient is not finite.
@@ -98,7 +101,12 @@ def divergence_gradients(
     loss = Divergence(view, view)
     parts = sequences.split(micro_batch)
     guides = [loss.guide(ids) for ids in parts]
-    with view.skipping(plan.dropped), view.patched(tensors), _learning(view, plan) as weights:
+    with (
+        view.skipping(plan.dropped),
+        view.patched(tensors),
+        torch.enable_grad(),
+        _learning(view, plan) as weights,
+    ):
         for ids, guide in progress.track(zip(parts, guides, strict=True), total=len(parts)):
             value = loss(ids, guide) * (len(ids) / len(sequences))
             if not math.isfinite(value.item()):
@@ -122,11 +130,15 @@ def moved(
     directions: Mapping[str, Tensor],
     eta: float,
 ) -> dict[str, Tensor]:
-    """``tensors`` and the model's own weights where there are none, each less η · direction."""
+    """``tensors`` and the model's own weights where there are none, each less η · direction.
+
+    In the model's dtype; where that is narrow, rounded at random, or the step would be lost.
+    """
     found = dict(tensors)
     for name, direction in directions.items():
-        weight = tensors.get(name, view.model.get_parameter(name).data)
-        found[name] = weight.float() - eta * direction.to(weight.device)
+        own = view.model.get_parameter(name).data
+        weight = tensors.get(name, own).to(own.device)
+        found[name] = dithered(weight.float() - eta * direction.to(own.device), own.dtype, name)
     return found
 
 
@@ -162,7 +174,8 @@ def _learning(view: DecoderView, plan: PruningPlan) -> Iterator[dict[str, torch.
 
 
 def learned(view: DecoderView, plan: PruningPlan) -> dict[str, torch.nn.Parameter]:
-    """The kept layers' linear weights by name, without those that layers share."""
+    """The kept layers' linear weights by name: stored as such, and not shared by layers."""
+    names = Names(view.path, view.layout)
     found = {
         name: view.model.get_parameter(name)
         for layer in range(view.n_layers)
@@ -170,7 +183,11 @@ def learned(view: DecoderView, plan: PruningPlan) -> dict[str, torch.nn.Paramete
     }
     times = Counter(id(weight) for weight in found.values())
     gone = {name for layer in plan.dropped for name in view.linear_modules(layer)}
-    return {n: w for n, w in found.items() if n not in gone and times[id(w)] == 1}
+    return {
+        name: weight
+        for name, weight in found.items()
+        if name not in gone and times[id(weight)] == 1 and names.on_disk(name, weight) is not None
+    }
 
 
 def _directions(

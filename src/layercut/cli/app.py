@@ -22,7 +22,7 @@ TERMINATED = 143
 REMEDY = {
     "disk": "the disk is full. Free space, or choose another --output-dir; nothing was kept.",
     "memory": "memory ran out. Lower calibration.micro_batch, calibration.seq_len or "
-    "finetune.batch_size, or set dtype: bfloat16.",
+    "finetune.batch_size, set dtype: bfloat16, or refit with options: {gradient_steps: 0}.",
 }
 
 app = typer.Typer(

@@ -108,6 +108,11 @@ class Arena:
                 done: dict[str, Any] = {"reason": plan}
             else:
                 done, repair = self._judged(contestant, plan, row)
+            known = rows[size]
+            if done["reason"] is not None and known is not None and known["reason"] is None:
+                told = f"{contestant.name}, {size} layers, stays as it was: {done['reason']}"
+                warnings.warn(told, stacklevel=2)
+                continue
             row = self.store.rows.add(keys[size], row | done)
             if isinstance(plan, Chosen) and isinstance(repair, WeightPatch):
                 self._heal(contestant, plan.plan, repair, row)
@@ -225,4 +230,8 @@ class Arena:
 
     def _key(self, contestant: Contestant, size: int) -> str:
         """Everything of a row that the folder's identity leaves open."""
-        return digest(contestant.choice.to_json(), contestant.recovery, size)
+        revision = []
+        if contestant.recovery not in UNFOLDABLE:
+            module = methods.load_method("recovery", contestant.recovery)
+            revision = [number for number in [getattr(module, "REVISION", 1)] if number > 1]
+        return digest(contestant.choice.to_json(), contestant.recovery, size, *revision)

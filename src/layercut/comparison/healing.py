@@ -17,6 +17,7 @@ from layercut.comparison.settings import ComparisonSettings
 from layercut.comparison.store import digest
 from layercut.data.unseen import check_windows, heal_windows
 from layercut.models.load import reload
+from layercut.resume import check_work_dir
 from layercut.surgery import apply
 from layercut.types import CalibrationBatches, PruningPlan, WeightPatch
 
@@ -58,7 +59,9 @@ class Healer:
         Raises:
             DataError: the text cannot be read or is too short.
             RecipeError: windows longer than the model's context.
+            OutputError: ``work_dir`` holds something else than layercut's checkpoints.
         """
+        check_work_dir(work_dir)
         assert settings.heal is not None
         seed = settings.seed % 2**32
         self.view = view
@@ -74,10 +77,12 @@ class Healer:
 
     @property
     def budget(self) -> str:
-        """Behind the name of what it healed: heals of other budgets are other rows."""
-        if self.settings.minutes is None:
-            return f"{self.settings.steps} steps"
-        return f"{self.settings.minutes:g} min"
+        """Behind the name of what it healed: other heals are other rows."""
+        spent = f"{self.settings.steps} steps"
+        if self.settings.minutes is not None:
+            spent = f"{self.settings.minutes:g} min"
+        share = self.settings.label_weight
+        return f"{spent}, {100 * share:g} % labels" if share else spent
 
     def row(
         self, old: dict[str, Any], cut: tuple[PruningPlan, WeightPatch] | None, judge: Judge

@@ -10,7 +10,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,15 +53,14 @@ class Judge:
     """Measures whatever ``view`` is at the moment, by one set of texts and tasks.
 
     Attributes:
-        contents: name → hash of a text's tokens or a task's rows; of a task of
-            lm-evaluation-harness, how many of its rows are used; and of a text, how it is cut.
+        contents: name → hash of a text's tokens or a task's rows, and how a text is cut.
     """
 
     def __init__(
         self,
         view: DecoderView,
         section: EvaluationSection,
-        harness: Sequence[str] = (),
+        harness: Mapping[str, str] | None = None,
         *,
         speed: bool,
     ) -> None:
@@ -70,7 +69,7 @@ class Judge:
         Args:
             view: the dense model.
             section: texts and tasks.
-            harness: the tasks that ``section.harness`` stands for, by their own names.
+            harness: hash of the rows of every task that ``section.harness`` stands for.
             speed: whether tokens per second are measured.
 
         Raises:
@@ -79,13 +78,12 @@ class Judge:
         self.view = view
         self.section = section
         self.speed = speed
-        self.harness = tuple(harness)
-        limit = "all" if section.harness_limit is None else str(section.harness_limit)
+        self.harness = tuple(harness or ())
         self.contents: dict[str, dict[str, str]] = {
             "text": {},
             "windows": {},
             "tasks": {},
-            "harness": dict.fromkeys(harness, limit),
+            "harness": dict(harness or {}),
         }
         self._windows: Tensor | None = None
         self._reference: DenseReference | None = None
@@ -155,7 +153,8 @@ class Judge:
             "perplexity": {**row["perplexity"], **found["perplexity"]},
             "accuracy": {**row["accuracy"], **found["accuracy"]},
             "flops_per_token": flops_per_token(view),
-            "measured_with": {"layercut": __version__, "threads": torch.get_num_threads()},
+            "measured_with": row.get("measured_with")
+            or {"layercut": __version__, "threads": torch.get_num_threads()},
             "losses": row.get("losses", {})
             | {n: [round(x, DIGITS) for x in f.losses] for n, f in figures.perplexity.items()},
             "outcomes": row.get("outcomes", {})

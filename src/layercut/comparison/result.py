@@ -132,7 +132,8 @@ def completed(row: Row, dense: Row) -> Row:
     }
     changes = {}
     for name, outcomes in row["outcomes"].items():
-        if (before := dense["outcomes"].get(name)) is not None:
+        # Of other rows, after a task's file had changed, there is no pair.
+        if len(before := dense["outcomes"].get(name, "")) == len(outcomes):
             changes[name] = change(before, outcomes)
     passes = {stage: s / dense["forward_seconds"] for stage, s in row["seconds"].items()}
     return row | {

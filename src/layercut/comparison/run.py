@@ -17,7 +17,7 @@ from layercut.comparison.settings import ComparisonSettings
 from layercut.comparison.store import check_folder, opened
 from layercut.data.calibration import calibration_batches
 from layercut.errors import RecipeError
-from layercut.evaluation.harness import check_harness
+from layercut.evaluation.harness import harness_contents
 from layercut.evaluation.perplexity import check_vocabulary
 from layercut.models.load import load
 from layercut.models.view import DecoderView
@@ -78,7 +78,8 @@ def _compared(
     """Everything but the files that are made from the rows."""
     contestants = parse_methods(settings.methods)
     check_folder(folder, overwrite=overwrite)
-    tasks = check_harness(settings.evaluation.harness)
+    harness = settings.evaluation.harness
+    tasks = harness_contents(harness, settings.evaluation.harness_limit)
     progress.stage("load")
     view = load(
         settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device

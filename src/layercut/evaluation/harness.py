@@ -7,7 +7,10 @@ groups below can be given. Its data come from the Hub unless a task's file names
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
+import itertools
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,24 +49,45 @@ BATCH_SIZE = 8
 FILES = (".yaml", ".yml")
 
 
-def check_harness(names: Sequence[str]) -> tuple[str, ...]:
+def check_harness(names: Sequence[str]) -> None:
     """Refuse tasks that cannot be run, before any compute; reads or fetches their data.
 
     Args:
         names: the harness's tasks, groups and tags, those of ``GROUPS``, and paths of YAML files.
-
-    Returns:
-        The tasks' own names, groups resolved.
 
     Raises:
         RecipeError: the harness is not installed, or does not know a task.
         DataError: a task's file or data cannot be read.
         NetworkError: a task's data are on the Hub, which cannot be reached.
     """
-    if not names:
-        return ()
+    if names:
+        with _random_state():
+            _tasks(tuple(names))
+
+
+def harness_contents(names: Sequence[str], limit: int | None) -> dict[str, str]:
+    """Task → hash of the rows that are used, for tasks that choose among answers.
+
+    Args:
+        names: as for `check_harness`.
+        limit: rows of each task, from its start; ``None`` for all.
+
+    Raises:
+        RecipeError: a task lets the model write: a model whose layers are passed over cannot, as
+            the library asks the cache of its first layer where it is.
+    """
+    found = {}
     with _random_state():
-        return tuple(_tasks(tuple(names)))
+        for name, task in _tasks(tuple(names)).items() if names else ():
+            if task.OUTPUT_TYPE == "generate_until":
+                raise RecipeError(
+                    f"task '{name}' lets the model write, which a comparison cannot: it passes "
+                    "over layers. Measure pruned checkpoints with `layercut eval --harness`."
+                )
+            rows = itertools.islice(task.eval_docs, limit)
+            text = json.dumps(list(rows), sort_keys=True, default=str)
+            found[name] = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return found
 
 
 def run_harness(

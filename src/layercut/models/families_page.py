@@ -62,8 +62,9 @@ TAIL = """
 `projection` and `linear-map` fold a d × d matrix into all weights that write a layer's MLP output
 to the residual stream: one down-projection (`Linear` or `Conv1D`), or those of all routed and
 shared experts.
-`refit` replaces one down-projection, so it refuses mixtures of experts; where a layer has an
-attention output projection that is known, it is refitted first. `sign-merge` and `igia` need LoRA
+`refit` fits one down-projection per layer, so it refuses mixtures of experts; where a layer has an
+attention output projection that is known, it is refitted first. Its gradient steps move all linear
+weights of the kept layers that the checkpoint stores as such. `sign-merge` and `igia` need LoRA
 adapters on every weight, so they refuse experts that are stored as one tensor.
 
 Before `projection`, `linear-map` and `refit` compute anything, every layer is tried out: doubling
