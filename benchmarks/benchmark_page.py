@@ -18,8 +18,9 @@ Written by `python benchmarks/compare.py --data ../shared/data`; do not edit. On
 each part one calibration text for all; a method's seconds are what it would have taken alone to
 score, select and recover. Perplexity is a multiple of the dense model's, in windows of 512 tokens.
 A forward pass is timed once per part and other jobs share the machine: seconds and passes are good
-to a factor of two, between rows of one part. ± is one standard error over windows, paired with
-the dense model's; rows measured before windows were kept have none.
+to a factor of two, between rows of one part and of equal threads. ± is one standard error over
+windows, paired with the dense model's. Rows with neither ± nor threads were measured before those
+were kept: on one thread, with another job on the machine's other core.
 """
 
 
@@ -70,7 +71,7 @@ def origin(result: Comparison) -> str:
 def perplexity(result: Comparison) -> str:
     lines = ["### Perplexity over dense", ""]
     head = ["layers", "method", *result.texts, "same token, %", "KL, nats", "loops, %"]
-    lines += table_head([*head, "seconds", "passes"])
+    lines += table_head([*head, "seconds", "passes", "threads"])
     for row in ran(result):
         if is_healed(row):
             continue
@@ -80,7 +81,7 @@ def perplexity(result: Comparison) -> str:
             f"{row['fidelity']['kl']['value']:.3f}",
             f"{100 * row['generation']['loop']['value']:.0f}",
         ]
-        cost = [f"{row['total_seconds']:,.0f}", f"{sum(row['passes'].values()):,.1f}"]
+        cost = [f"{row['total_seconds']:,.0f}", f"{sum(row['passes'].values()):,.1f}", threads(row)]
         lines.append(line([str(row["layers"]), row["method"], *ratios, *beside, *cost]))
     first = result.texts[0]
     return "\n".join(lines) + (
@@ -184,8 +185,7 @@ def healed(result: Comparison) -> str:
         ratios = [with_error(row, text) for text in result.texts]
         ratios += [shown(over_dense(row, alike, text)) for text in result.texts]
         took = row["heal"]
-        threads = row.get("measured_with", {}).get("threads", 1)
-        cost = [f"{took['train_seconds']:,.0f}", str(threads)]
+        cost = [f"{took['train_seconds']:,.0f}", threads(row)]
         cost += [str(took["n_steps"]), f"{took['n_tokens']:,}"]
         cells = [str(row["layers"]), row["method"], *ratios]
         lines.append(line([*cells, *cost]))
@@ -218,6 +218,11 @@ def mean_change(changes: Sequence[dict[str, float]]) -> str:
     mean = sum(change["value"] for change in changes) / len(changes)
     error = sum(change["stderr"] ** 2 for change in changes) ** 0.5 / len(changes)
     return f"{100 * mean:+.1f} ± {100 * error:.1f}".replace("-", "−")
+
+
+def threads(row: Row) -> str:
+    """On how many threads the row was measured, where it tells."""
+    return str(row.get("measured_with", {}).get("threads", "–"))
 
 
 def with_error(row: Row, text: str) -> str:
