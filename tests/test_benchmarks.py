@@ -149,11 +149,11 @@ def test_the_page_shows_ours_beside_the_best_peer_and_healed(
     peers = page.partition("### Ours and")[2].partition("## ")[0]
     assert f"| {its:.3f} ({best}) | {(mine - 1) / (its - 1):.2f} |" in peers
     healed = page.partition("### After a heal")[2].partition("## ")[0]
-    dense = of["dense, healed 2 steps"]["ratio"]["fox"]
-    row = of["ours, healed 2 steps"]
+    dense = of["dense, healed 2 steps, 50 % labels"]["ratio"]["fox"]
+    row = of["ours, healed 2 steps, 50 % labels"]
     ratio, error = row["ratio"]["fox"], row["ratio_stderr"]["fox"]
     figures = f"{ratio:.3f} ± {error:.3f} | {ratio / dense:.3f}"
-    assert f"| 1 | ours, healed 2 steps | {figures} |" in healed
+    assert f"| 1 | ours, healed 2 steps, 50 % labels | {figures} |" in healed
     assert "healed" not in page.partition("### Perplexity")[2].partition("## ")[0]
 
 
