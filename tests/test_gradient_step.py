@@ -15,7 +15,6 @@ from layercut.errors import NumericsError
 from layercut.evaluation.perplexity import mean_loss
 from layercut.gradient_step import descend, divergence_gradients, learned, polar
 from layercut.models.load import load, reload
-from layercut.models.patch import dithered
 from layercut.models.view import DecoderView
 from layercut.recovery import fit
 from layercut.surgery import apply
@@ -109,7 +108,7 @@ def test_a_step_is_as_long_as_the_other_half_allows(
         assert float((tensor - weight).norm() / weight.norm()) == pytest.approx(eta, rel=0.1)
 
 
-def test_halves_change_places_and_no_step_follows_one_not_made(
+def test_halves_change_places_also_after_a_step_not_made(
     view: DecoderView, batches: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
 ):
     learnt: list[torch.Tensor] = []
@@ -120,10 +119,10 @@ def test_halves_change_places_and_no_step_follows_one_not_made(
         return original(*arguments, **options)
 
     monkeypatch.setattr(gradient_step, "divergence_gradients", remember)
-    given = iter([5.0, 4.0, 4.5, 5.0, 6.0, 6.0, 6.0, 6.0])
+    given = iter([5.0, 6.0, 6.0, 6.0, 6.0, 5.0, 4.0, 4.5])
     monkeypatch.setattr(gradient_step, "mean_loss", lambda *_: next(given))
-    _, lengths = descend(view, plan_of(2), {}, batches.input_ids, n_steps=5, micro_batch=2)
-    assert lengths == (gradient_step.ETA, 0.0)
+    _, lengths = descend(view, plan_of(2), {}, batches.input_ids, n_steps=2, micro_batch=2)
+    assert lengths == (0.0, gradient_step.ETA)
     assert [len(half) for half in learnt] == [2, 2]
     assert torch.equal(torch.stack(learnt, dim=1).flatten(0, 1), batches.input_ids)
 
@@ -174,30 +173,6 @@ def test_a_refit_ends_with_steps_that_lower_the_held_out_loss(
     assert "gradient_steps" not in plain.notes
     assert any(stepped.notes["gradient_steps"])
     assert losses[1] < losses[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dithering_keeps_small_changes_on_average(dtype: torch.dtype):
-    on_grid = torch.randn(200_000, generator=torch.manual_seed(0)).to(dtype)
-    change = 0.05 * torch.finfo(dtype).eps * on_grid.float().abs()
-    assert torch.equal((on_grid.float() + change).to(dtype), on_grid)
-    found = dithered(on_grid.float() + change, dtype, "a")
-    gained = (found.double() - on_grid.double()).sum()
-    assert float(gained / change.double().sum()) == pytest.approx(1, abs=0.05)
-    # What the dtype can hold stays, to either side no entry moves by more than its spacing.
-    assert torch.equal(dithered(on_grid.float(), dtype, "a"), on_grid)
-    moved = (found.float() - on_grid.float()).abs()
-    assert bool((moved <= torch.finfo(dtype).eps * on_grid.float().abs()).all())
-    assert torch.equal(dithered(on_grid.float() + change, dtype, "a"), found)
-    assert not torch.equal(dithered(on_grid.float() + change, dtype, "b"), found)
-
-
-def test_dithering_survives_zero_tiny_and_wider_numbers():
-    edge = torch.tensor([0.0, 1e-42, -1e-30, 3e38, -0.0])
-    found = dithered(edge, torch.bfloat16, "a")
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), edge, rtol=0.01, atol=1e-39)
-    assert torch.equal(dithered(edge, torch.float32, "a"), edge)
 
 
 def test_steps_help_in_a_checkpoint_of_bfloat16(tmp_path: Path, ids: torch.Tensor):

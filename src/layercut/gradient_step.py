@@ -28,7 +28,7 @@ from layercut.attention import eager
 from layercut.distillation import Divergence
 from layercut.errors import NumericsError
 from layercut.evaluation.perplexity import mean_loss
-from layercut.models.patch import Names, dithered
+from layercut.models.patch import Names
 from layercut.models.view import DecoderView
 from layercut.types import PruningPlan
 
@@ -54,7 +54,7 @@ def descend(
         plan: which layers go.
         tensors: replaced weights of the kept layers, by name.
         sequences: token ids, (n, seq), at least two rows.
-        n_steps: steps; none follows one that was not made.
+        n_steps: steps; each half of the sequences teaches every second one.
         micro_batch: sequences in memory at once.
 
     Returns:
@@ -74,8 +74,6 @@ def descend(
         directions = _directions(view, reached, gradients)
         eta, reached = _longest(view, plan, reached, directions, judge, micro_batch)
         lengths.append(eta)
-        if not eta:
-            break
     return reached, tuple(lengths)
 
 
@@ -132,13 +130,13 @@ def moved(
 ) -> dict[str, Tensor]:
     """``tensors`` and the model's own weights where there are none, each less η · direction.
 
-    In the model's dtype; where that is narrow, rounded at random, or the step would be lost.
+    In the model's dtype, in which the loss at this η is measured.
     """
     found = dict(tensors)
     for name, direction in directions.items():
         own = view.model.get_parameter(name).data
         weight = tensors.get(name, own).to(own.device)
-        found[name] = dithered(weight.float() - eta * direction.to(own.device), own.dtype, name)
+        found[name] = (weight.float() - eta * direction.to(own.device)).to(own.dtype)
     return found
 
 

@@ -6,8 +6,6 @@ pieces (one tensor per expert), or under other names.
 
 from __future__ import annotations
 
-import math
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,44 +68,11 @@ class Names:
         return shards.DTYPES[self.stored[next(iter(pieces))].dtype]
 
 
-def dithered(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Round up or down at random, so that the mean over many entries is that of ``tensor``.
-
-    To the nearest, a change below half the spacing of bfloat16, 0.2 to 0.4 % of an entry, is lost
-    in every entry that was a bfloat16 number before. What ``dtype`` can hold stays as it is.
-
-    Args:
-        tensor: any floating-point numbers.
-        dtype: the result's.
-        name: seed of the draw, which is the same on every machine.
-    """
-    info = torch.finfo(dtype)
-    if torch.finfo(tensor.dtype).eps >= info.eps:
-        return tensor.to(dtype)
-    _, exponent = torch.frexp(tensor.float())
-    lowest = math.frexp(info.tiny)[1]
-    spacing = info.eps * torch.exp2(exponent.clamp_min(lowest) - 1.0)
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    # Rounding to the nearest after noise as wide as the spacing; the ends would be ties.
-    noise = torch.rand(tensor.shape, generator=generator).sub_(0.5).mul_(0.9999)
-    nearest = tensor.to(dtype)
-    found = (tensor.float() + noise.to(tensor.device) * spacing).to(dtype)
-    return torch.where(nearest.float() == tensor.float(), nearest, found)
-
-
-def round_patch(
-    source: Path, layout: Layout, patch: WeightPatch, *, dither: bool = False
-) -> WeightPatch:
+def round_patch(source: Path, layout: Layout, patch: WeightPatch) -> WeightPatch:
     """The patch as a checkpoint can hold it: every tensor in the dtype that the source stores.
 
     Rounding before ``apply`` keeps memory and file equal when a model is computed in a wider
     dtype than it is stored in.
-
-    Args:
-        source: the input checkpoint.
-        layout: its layout.
-        patch: replacements.
-        dither: round at random, for changes that may be smaller than the spacing.
 
     Raises:
         PlanError: the patch names a tensor that the source lacks, or gives it another shape.
@@ -115,11 +80,13 @@ def round_patch(
     if not patch.tensors:
         return patch
     names = Names(source, layout)
-    rounded = {}
-    for name, tensor in patch.tensors.items():
-        dtype = names.dtype(_pieces(names, name, tensor, source))
-        rounded[name] = dithered(tensor, dtype, name) if dither else tensor.to(dtype)
-    return replace(patch, tensors=rounded)
+    return replace(
+        patch,
+        tensors={
+            name: tensor.to(names.dtype(_pieces(names, name, tensor, source)))
+            for name, tensor in patch.tensors.items()
+        },
+    )
 
 
 def stored_patch(

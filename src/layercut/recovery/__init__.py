@@ -54,8 +54,7 @@ def fit(
     check_dropped(view, plan.dropped)
     parsed.check(view, batches, len(plan.dropped))
     patch: WeightPatch = module.fit(view, plan, evidence, batches, parsed)
-    small = getattr(module, "SMALL_CHANGES", False)
-    patch = round_patch(view.path, view.layout, replace(patch, method=method), dither=small)
+    patch = round_patch(view.path, view.layout, replace(patch, method=method))
     for name, tensor in patch.tensors.items():
         if not bool(tensor.isfinite().all()):
             raise NumericsError(

@@ -12,7 +12,6 @@ Rule     from the first cut on, every kept layer (layers: following) or those be
          W + s·D, with the s that has the lowest held-out cross-entropy: least squares overshoots
          where text is short. No change at all if none lowers it. Then gradient_steps steps on the
          held-out sequences (gradient_step.py), half of them for each, the other half its judge.
-         Tensors are rounded at random to the stored dtype, in which steps could be lost.
 Cost     one dense and one to two pruned forward passes without the head, in² sums per weight
 Limits   needs a kept layer before every cut; exact only where the output is added to the stream
          without a norm in between
@@ -47,7 +46,6 @@ from layercut.models.view import DecoderView
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 NEEDS_PRECEDING = True
-SMALL_CHANGES = True
 REVISION = 2
 """Of what the method computes; figures of an earlier one are not this one's."""
 
