@@ -10,7 +10,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +60,7 @@ class Judge:
         self,
         view: DecoderView,
         section: EvaluationSection,
-        harness: Mapping[str, str] | None = None,
+        harness: Mapping[str, Sequence[str]],
         *,
         speed: bool,
     ) -> None:
@@ -69,7 +69,7 @@ class Judge:
         Args:
             view: the dense model.
             section: texts and tasks.
-            harness: hash of the rows of every task that ``section.harness`` stands for.
+            harness: the rows of every task that ``section.harness`` stands for.
             speed: whether tokens per second are measured.
 
         Raises:
@@ -78,12 +78,12 @@ class Judge:
         self.view = view
         self.section = section
         self.speed = speed
-        self.harness = tuple(harness or ())
+        self.harness = tuple(harness)
         self.contents: dict[str, dict[str, str]] = {
             "text": {},
             "windows": {},
             "tasks": {},
-            "harness": dict(harness or {}),
+            "harness": {name: _hash(list(rows)) for name, rows in harness.items()},
         }
         self._windows: Tensor | None = None
         self._reference: DenseReference | None = None

@@ -17,7 +17,7 @@ from layercut.comparison.settings import ComparisonSettings
 from layercut.comparison.store import check_folder, opened
 from layercut.data.calibration import calibration_batches
 from layercut.errors import RecipeError
-from layercut.evaluation.harness import harness_contents
+from layercut.evaluation.harness import harness_rows
 from layercut.evaluation.perplexity import check_vocabulary
 from layercut.models.load import load
 from layercut.models.view import DecoderView
@@ -79,7 +79,7 @@ def _compared(
     contestants = parse_methods(settings.methods)
     check_folder(folder, overwrite=overwrite)
     harness = settings.evaluation.harness
-    tasks = harness_contents(harness, settings.evaluation.harness_limit)
+    rows = harness_rows(harness, settings.evaluation.harness_limit)
     progress.stage("load")
     view = load(
         settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
@@ -87,7 +87,7 @@ def _compared(
     check_lengths(view, settings, drawn=batches is not None)
     for size in settings.drop_layers:
         check_request(view.n_layers, drop_layers=size)
-    judge = Judge(view, settings.evaluation, tasks, speed=settings.speed)
+    judge = Judge(view, settings.evaluation, rows, speed=settings.speed)
     if batches is None:
         batches = calibration_batches(settings.calibration, view.tokenizer, seed=settings.seed)
     check_vocabulary(view, batches.input_ids)

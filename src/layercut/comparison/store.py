@@ -31,9 +31,8 @@ WRITTEN = (
     "compare.csv",
     "compare.json",
     "report.html",
-    HEALING,
 )
-"""Everything that a comparison puts into its folder, and may replace there."""
+"""Every file that a comparison puts into its folder, and may replace there."""
 
 
 def digest(*parts: Any) -> str:
@@ -122,7 +121,7 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{folder} is a file. Choose another --output-dir.")
     if not folder.is_dir() or (folder / IDENTITY_FILE).is_file():
         return
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in WRITTEN)
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in (*WRITTEN, HEALING))
     if foreign:
         remedy = "" if overwrite else " --overwrite replaces a comparison only."
         raise OutputError(
@@ -150,7 +149,7 @@ def opened(folder: Path, *, overwrite: bool) -> Iterator[Store]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if overwrite:
             remove_claimed(folder / HEALING)
-            for name in set(WRITTEN) - {HEALING}:
+            for name in WRITTEN:
                 (folder / name).unlink(missing_ok=True)
         yield Store(folder)
     except BlockingIOError:
