@@ -179,7 +179,7 @@ def healed(result: Comparison) -> str:
     lines = ["### After a heal: perplexity over dense", ""]
     over = [f"{name} over dense, healed" for name in result.texts]
     cost = ["seconds", "threads", "steps", "tokens"]
-    lines += table_head(["layers", "method", *result.texts, *over, *cost])
+    lines += table_head(["layers", "method", "healed on", *result.texts, *over, *cost])
     for row in rows:
         alike = dense_healed_as(row, rows)
         ratios = [with_error(row, text) for text in result.texts]
@@ -187,15 +187,21 @@ def healed(result: Comparison) -> str:
         took = row["heal"]
         cost = [f"{took['train_seconds']:,.0f}", threads(row)]
         cost += [str(took["n_steps"]), f"{took['n_tokens']:,}"]
-        cells = [str(row["layers"]), row["method"], *ratios]
+        cells = [str(row["layers"]), row["method"], heal_text(row), *ratios]
         lines.append(line([*cells, *cost]))
     shares = {row["heal"]["settings"]["label_weight"] for row in rows}
     share = " or ".join(f"{100 * weight:.0f}" for weight in sorted(shares))
     return "\n".join(lines) + (
-        "\n\nDistilled from the dense model on WikiText-2 valid, which is in no table but is "
-        "wikitext2's sibling; the columns “over dense, healed” leave the adaptation to it out. "
+        "\n\nDistilled from the dense model on texts that are in no table; WikiText-2 valid is "
+        "wikitext2's sibling, and the columns “over dense, healed” leave the adaptation to it out. "
         f"{share} % of the loss is the text's own next token.\n"
     )
+
+
+def heal_text(row: Row) -> str:
+    """The files that a heal trained on, without their folders."""
+    data = row["heal"]["settings"]["data"]
+    return " + ".join(Path(source).name for source in ([data] if isinstance(data, str) else data))
 
 
 def dense_healed_as(row: Row, rows: Sequence[Row]) -> Row | None:

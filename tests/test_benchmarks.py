@@ -132,9 +132,12 @@ def test_the_page_shows_ours_beside_the_best_peer_and_healed(
     settings = about_a_fox(tiny_llama, tmp_path) | {
         "methods": ["ours", "sleb", "uidl"],
         "heal_methods": ["ours"],
+    }
+    (tmp_path / "more.txt").write_text("The dog was asleep in the sun all day long. " * 20)
+    settings |= {
         "heal": {
             "steps": 2,
-            "data": str(tmp_path / "text.txt"),
+            "data": [str(tmp_path / "text.txt"), str(tmp_path / "more.txt")],
             "seq_len": 16,
             "batch_size": 1,
             "held_out": 1,
@@ -153,7 +156,8 @@ def test_the_page_shows_ours_beside_the_best_peer_and_healed(
     row = of["ours, healed 2 steps, 50 % labels"]
     ratio, error = row["ratio"]["fox"], row["ratio_stderr"]["fox"]
     figures = f"{ratio:.3f} ± {error:.3f} | {ratio / dense:.3f}"
-    assert f"| 1 | ours, healed 2 steps, 50 % labels | {figures} |" in healed
+    name = "ours, healed 2 steps, 50 % labels | text.txt + more.txt"
+    assert f"| 1 | {name} | {figures} |" in healed
     assert "healed" not in page.partition("### Perplexity")[2].partition("## ")[0]
 
 
