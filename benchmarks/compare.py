@@ -51,7 +51,9 @@ HEAL = {
     "lora": {"rank": 64, "alpha": 64},
     "max_tokens": 400_000,
 }
-"""Other than the defaults: with no label the dense model has nothing to learn from itself."""
+"""Other than the defaults: with no label the dense model has nothing to learn from itself.
+
+``max_tokens`` is shared by the texts, so that C4 gives no more than WikiText-2 valid has."""
 
 N_PEERS = 3
 

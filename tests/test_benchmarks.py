@@ -129,12 +129,10 @@ def test_the_page_is_the_same_from_files_and_has_a_part_per_budget(
 def test_the_page_shows_ours_beside_the_best_peer_and_healed(
     benchmark: Any, tiny_llama: Path, batches: CalibrationBatches, tmp_path: Path
 ):
+    (tmp_path / "more.txt").write_text("The dog was asleep in the sun all day long. " * 20)
     settings = about_a_fox(tiny_llama, tmp_path) | {
         "methods": ["ours", "sleb", "uidl"],
         "heal_methods": ["ours"],
-    }
-    (tmp_path / "more.txt").write_text("The dog was asleep in the sun all day long. " * 20)
-    settings |= {
         "heal": {
             "steps": 2,
             "data": [str(tmp_path / "text.txt"), str(tmp_path / "more.txt")],
