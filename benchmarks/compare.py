@@ -47,7 +47,6 @@ HEAL_TEXTS = ["wikitext2/wiki.valid.raw", "c4/c4-sample.jsonl"]
 
 HEAL = {
     "label_weight": 0.5,
-    "learning_rate": 3e-3,
     "lora": {"rank": 64, "alpha": 64},
     "max_tokens": 400_000,
 }
