@@ -24,6 +24,17 @@ MEMORY_LIMIT_BYTES = 1024**3
 """One set of activations larger than this is spooled to a temporary file."""
 
 
+def workplace(device: torch.device, n_bytes: int) -> torch.device:
+    """Where sums over spooled rows are made: the model's GPU if it has ``n_bytes`` free.
+
+    Rows are spooled in the machine's memory, but on its cores the products of a large model's
+    activations take longer than its forward passes on a GPU.
+    """
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > n_bytes:
+        return device
+    return torch.device("cpu")
+
+
 class Spool:
     """Equal rows of float32 numbers, written and read in slices; a file past the memory limit.
 

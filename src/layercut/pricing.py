@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from layercut import progress
-from layercut.activations import ResidualStream, Spool
+from layercut.activations import ResidualStream, Spool, workplace
 from layercut.gradients import layer_gradients
 from layercut.models.mlp_output import down_projection
 from layercut.models.view import DecoderView
@@ -78,7 +78,7 @@ def price_cuts(
         inputs = refit.advance_capturing(dense.fork(), start - 1, module)
         ends = range(start + 1, min(start + longest, view.n_layers) + 1)
         targets = [dense.history[end] for end in ends]
-        residuals = _residuals(inputs, dense.history[start], targets, held_out)
+        residuals = _residuals(inputs, dense.history[start], targets, held_out, view.device)
         for end, length in zip(ends, residuals, strict=True):
             price = (slopes[end, held_out] * length).sum(dtype=torch.float64)
             prices[start, end - start] = float(price)
@@ -86,24 +86,26 @@ def price_cuts(
 
 
 def _residuals(
-    inputs: Spool, origin: Spool, targets: list[Spool], held_out: Tensor
+    inputs: Spool, origin: Spool, targets: list[Spool], held_out: Tensor, device: torch.device
 ) -> Iterator[Tensor]:
     """‖target − origin − D·a‖ of every held-out token, per target; D = 0 where that is better."""
+    width, out = inputs.rows.shape[1], origin.rows.shape[1]
+    n_bytes = 4 * len(inputs) * (width + 3 * out) + 8 * width * (5 * width + 4 * out)
+    place = workplace(device, n_bytes)
     seen = ~held_out
     weight = origin.rows[seen].norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
-    a, a_held = inputs.rows[seen] * weight, inputs.rows[held_out]
+    a, a_held = (inputs.rows[seen] * weight).to(place), inputs.rows[held_out].to(place)
     gram = (a.T @ a).double()
-    ridge = PENALTY * gram.diagonal().mean()
-    ridged = gram + ridge * torch.eye(len(gram), dtype=torch.float64)
-    factor, singular = torch.linalg.cholesky_ex(ridged)
+    gram.diagonal().add_(PENALTY * gram.diagonal().mean())
+    factor, singular = torch.linalg.cholesky_ex(gram)
     for target in targets:
-        change = (target.rows[seen] - origin.rows[seen]) * weight
+        change = ((target.rows[seen] - origin.rows[seen]) * weight).to(place)
         fitted = torch.cholesky_solve((a.T @ change).double(), factor).float()
-        missing = target.rows[held_out] - origin.rows[held_out]
+        missing = (target.rows[held_out] - origin.rows[held_out]).to(place)
         after = (missing - a_held @ fitted).norm(dim=1)
         before = missing.norm(dim=1)
         # A layer whose MLP is silent gives nothing to fit with.
-        yield after if not singular and after.sum() < before.sum() else before
+        yield (after if not singular and after.sum() < before.sum() else before).cpu()
 
 
 def cheapest_plans(

@@ -29,12 +29,13 @@ def planted(n: int = 600, width: int = 6, out: int = 4) -> tuple[torch.Tensor, .
     return a, outputs, outputs + a @ change.T, change
 
 
+CPU = torch.device("cpu")
 EVERY_FOURTH = torch.arange(600) % 4 == 3
 
 
 def test_planted_change_is_found():
     a, outputs, targets, change = planted()
-    solved = refit.solve(spool(a), spool(outputs), spool(targets), EVERY_FOURTH)
+    solved = refit.solve(spool(a), spool(outputs), spool(targets), EVERY_FOURTH, CPU)
     assert solved is not None
     torch.testing.assert_close(solved.float(), change, rtol=0, atol=0.02)
 
@@ -49,7 +50,7 @@ def test_solution_equals_weighted_least_squares(monkeypatch: pytest.MonkeyPatch)
     ridge = (0.1 * float(rows.square().sum()) / 6) ** 0.5 * torch.eye(6, dtype=torch.float64)
     stacked = torch.cat([errors, torch.zeros(6, 4, dtype=torch.float64)])
     expected = torch.linalg.lstsq(torch.cat([rows, ridge]), stacked).solution.T
-    solved = refit.solve(spool(a), spool(outputs), spool(targets), EVERY_FOURTH)
+    solved = refit.solve(spool(a), spool(outputs), spool(targets), EVERY_FOURTH, CPU)
     torch.testing.assert_close(solved, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -58,7 +59,7 @@ def test_one_massive_token_does_not_decide_the_fit():
     a, outputs, targets, change = planted()
     a[0] *= 1000
     targets[0] = outputs[0] - a[0] @ change.T
-    solved = refit.solve(spool(a), spool(outputs), spool(targets), EVERY_FOURTH)
+    solved = refit.solve(spool(a), spool(outputs), spool(targets), EVERY_FOURTH, CPU)
     assert solved is not None
     assert float((solved.float() - change).norm() / change.norm()) < 0.5
 
@@ -68,7 +69,7 @@ def test_noise_is_not_fitted():
     targets = outputs + torch.randn(outputs.shape, generator=torch.manual_seed(3))
     held_out = torch.arange(40) % 2 == 1
     a = torch.randn(40, 30, generator=torch.manual_seed(4))
-    solved = refit.solve(spool(a), spool(outputs), spool(targets), held_out)
+    solved = refit.solve(spool(a), spool(outputs), spool(targets), held_out, CPU)
     gains = (targets - outputs)[held_out]
     weight = 1 / targets[held_out].norm(dim=1, keepdim=True)
     before = float((gains * weight).square().sum())
@@ -115,7 +116,7 @@ def test_the_step_is_the_one_with_the_lowest_held_out_loss(
 
 def test_nothing_to_learn_changes_nothing():
     a, outputs, _, _ = planted()
-    assert refit.solve(spool(a), spool(outputs), spool(outputs), EVERY_FOURTH) is None
+    assert refit.solve(spool(a), spool(outputs), spool(outputs), EVERY_FOURTH, CPU) is None
 
 
 @pytest.mark.parametrize("layers", ["cuts", "following"])

@@ -179,7 +179,8 @@ PUBLISHED = (
         "gradpruner",
         "igia+sign-merge",
         "arXiv:2601.19503",
-        "the early run learns the calibration text, because there is no task",
+        "the early run learns the calibration text, because there is no task; the paper fine-tunes "
+        "after the merge, which here stands alone",
     ),
 )
 PRESETS = {preset.name: preset for preset in (OURS, *PUBLISHED, *CONTROLS)}

@@ -28,7 +28,7 @@ from pydantic import Field
 from torch import Tensor
 
 from layercut import progress
-from layercut.activations import ResidualStream, Spool, dense_stream
+from layercut.activations import ResidualStream, Spool, dense_stream, workplace
 from layercut.errors import DataError, NumericsError
 from layercut.evaluation.perplexity import mean_loss
 from layercut.gradient_step import descend
@@ -161,20 +161,20 @@ def _refit_layer(
         prefix, module = attention
         ahead = pruned.fork()
         inputs = advance_capturing(ahead, layer, module)
-        change = solve(inputs, ahead.states, dense.states, held_out)
+        change = solve(inputs, ahead.states, dense.states, held_out, view.device)
         if change is not None:
             step = as_stored(module, change)
             changed[f"{prefix}.weight"] = module.weight + step.to(module.weight)
     prefix, module = down_projection(view, layer)
     with view.patched(changed):
         inputs = advance_capturing(pruned, layer, module)
-    change = solve(inputs, pruned.states, dense.states, held_out)
+    change = solve(inputs, pruned.states, dense.states, held_out, view.device)
     if change is not None:
         changed[f"{prefix}.weight"] = module.weight + as_stored(module, change).to(module.weight)
         # The layer's output is linear in its down-projection: no second forward pass is needed.
         step = change.float().T
         for rows, a in zip(pruned.states.slices(), inputs.slices(), strict=True):
-            rows += a @ step
+            rows += (a.to(step.device) @ step).to(rows.device)
     return changed
 
 
@@ -186,7 +186,13 @@ def advance_capturing(stream: ResidualStream, layer: int, module: LinearMap) -> 
     return inputs
 
 
-def solve(inputs: Spool, outputs: Spool, targets: Spool, held_out: Tensor) -> Tensor | None:
+def solve(
+    inputs: Spool,
+    outputs: Spool,
+    targets: Spool,
+    held_out: Tensor,
+    device: torch.device,
+) -> Tensor | None:
     """The change D that lowers the held-out error most, (out, in) float64; ``None`` if none does.
 
     Args:
@@ -194,23 +200,26 @@ def solve(inputs: Spool, outputs: Spool, targets: Spool, held_out: Tensor) -> Te
         outputs: the layer's output, (n_tokens, d).
         targets: what it should be, (n_tokens, d).
         held_out: mask of the tokens that choose λ and are not fitted.
+        device: where D is computed, and is then, if there is memory for it; else the CPU.
     """
     width, out = inputs.rows.shape[1], outputs.rows.shape[1]
-    gram = torch.zeros(2, width, width, dtype=torch.float64)
-    cross = torch.zeros(2, out, width, dtype=torch.float64)
+    place = workplace(device, 8 * width * (6 * width + 6 * out) + 2**28)
+    gram = torch.zeros(2, width, width, dtype=torch.float64, device=place)
+    cross = torch.zeros(2, out, width, dtype=torch.float64, device=place)
     slices = zip(inputs.slices(), outputs.slices(), targets.slices(), strict=True)
-    for (a, output, target), mask in zip(slices, held_out.split(4096), strict=True):
+    for spooled, held in zip(slices, held_out.split(4096), strict=True):
         # Products of 4,096 rows in float32, their sums in float64.
+        (a, output, target), mask = (rows.to(place) for rows in spooled), held.to(place)
         weight = target.norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
         a, e = a * weight, (target - output) * weight
         for part, rows in enumerate((~mask, mask)):
             gram[part] += a[rows].T @ a[rows]
             cross[part] += e[rows].T @ a[rows]
     best, lowest = None, 0.0
-    identity = torch.eye(width, dtype=torch.float64)
     for penalty in PENALTY_GRID:
-        ridge = penalty * gram[0].diagonal().mean()
-        factor, info = torch.linalg.cholesky_ex(gram[0] + ridge * identity)
+        ridged = gram[0].clone()
+        ridged.diagonal().add_(penalty * gram[0].diagonal().mean())
+        factor, info = torch.linalg.cholesky_ex(ridged)
         if int(info) != 0:
             continue
         change = torch.cholesky_solve(cross[0].T, factor).T
