@@ -75,11 +75,11 @@ class PretendedGpu(TorchFunctionMode):
             return places[0].type == "cuda"
         if name in ("to", "type_as"):
             return self.has(given[-1])  # of two tensors the second says where
-        # Numbers of the machine's memory are read by any operation.
-        real = [one for one in given if one.dim()] or given
+        # Single numbers of the machine's memory are read by any operation.
+        bound = [one for one in given if one.dim() or self.has(one)]
         if name not in MAY_MIX:
-            assert len({self.has(one) for one in real}) < 2, f"{name} on tensors of two places"
-        return any(self.has(one) for one in real[:1] if real)
+            assert len({self.has(one) for one in bound}) < 2, f"{name} on tensors of two places"
+        return bool(bound) and self.has(bound[0])
 
     def _mark(self, tensor: Tensor, there: bool) -> None:
         if there:
