@@ -193,9 +193,8 @@ def healed(result: Comparison) -> str:
     share = " or ".join(f"{100 * weight:.0f}" for weight in sorted(shares))
     return "\n".join(lines) + (
         "\n\nDistilled from the dense model on texts that are in no table; WikiText-2 valid is "
-        "wikitext2's sibling, and the columns “over dense, healed” leave the adaptation to it out, "
-        "unless the dense model's own heal brought it nothing (1.000), perhaps at too high a rate. "
-        f"{share} % of the loss is the text's own next token.\n"
+        "wikitext2's sibling, and the columns “over dense, healed” leave out what the same heal "
+        f"brings the dense model. {share} % of the loss is the text's own next token.\n"
     )
 
 
