@@ -19,8 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
-MAY_MIX = {"copy_", "__get__", "to", "cpu", "type_as", "__setitem__", "item", "__set__"}
-"""Copies between places, and reads that say so."""
+COPIES = {"copy_", "__set__"}
+"""What brings a tensor of the one place to the other by itself."""
 
 
 class PretendedGpu(TorchFunctionMode):
@@ -77,7 +77,7 @@ class PretendedGpu(TorchFunctionMode):
             return self.has(given[-1])  # of two tensors the second says where
         # Single numbers of the machine's memory are read by any operation.
         bound = [one for one in given if one.dim() or self.has(one)]
-        if name not in MAY_MIX:
+        if name not in COPIES:
             assert len({self.has(one) for one in bound}) < 2, f"{name} on tensors of two places"
         return bool(bound) and self.has(bound[0])
 
@@ -93,8 +93,18 @@ def _is_gpu(value: Any) -> bool:
 
 
 @contextmanager
-def pretended_gpu(free_bytes: int = 2**40) -> Iterator[PretendedGpu]:
-    """Inside the block, what is put on ``GPU`` must not meet what is not."""
-    sizes = mock.Mock(return_value=(free_bytes, free_bytes))
-    with mock.patch("torch.cuda.mem_get_info", sizes), PretendedGpu() as mode:
+def pretended_gpu(free_bytes: int = 2**40, unused_bytes: int = 0) -> Iterator[PretendedGpu]:
+    """Inside the block, what is put on ``GPU`` must not meet what is not.
+
+    Args:
+        free_bytes: what nobody has taken of its memory.
+        unused_bytes: what torch has taken and holds for later.
+    """
+    figures = {
+        "mem_get_info": (free_bytes, free_bytes),
+        "memory_reserved": unused_bytes,
+        "memory_allocated": 0,
+    }
+    told = {name: mock.Mock(return_value=figure) for name, figure in figures.items()}
+    with mock.patch.multiple("torch.cuda", **told), PretendedGpu() as mode:
         yield mode

@@ -36,6 +36,8 @@ def test_sums_are_made_where_there_is_memory():
     with pretended_gpu(free_bytes=1000):
         assert workplace(GPU, 999) == GPU
         assert workplace(GPU, 1000) == CPU
+    with pretended_gpu(free_bytes=600, unused_bytes=500):
+        assert workplace(GPU, 1000) == GPU
     assert workplace(CPU, 1000) == CPU
 
 

@@ -30,8 +30,12 @@ def workplace(device: torch.device, n_bytes: int) -> torch.device:
     Rows are spooled in the machine's memory, but on its cores the products of a large model's
     activations take longer than its forward passes on a GPU.
     """
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > n_bytes:
-        return device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        # What torch holds and nothing uses is free as well: without it the second sum has no room.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if free > n_bytes:
+            return device
     return torch.device("cpu")
 
 

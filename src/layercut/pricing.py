@@ -90,6 +90,7 @@ def _residuals(
 ) -> Iterator[Tensor]:
     """‖target − origin − D·a‖ of every held-out token, per target; D = 0 where that is better."""
     width, out = inputs.rows.shape[1], origin.rows.shape[1]
+    # Rows of the inputs and of one target's changes; the Gram matrix, its factor, the fit.
     n_bytes = 4 * len(inputs) * (width + 3 * out) + 8 * width * (5 * width + 4 * out)
     place = workplace(device, n_bytes)
     seen = ~held_out

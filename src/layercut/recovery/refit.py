@@ -203,6 +203,7 @@ def solve(
         device: where D is computed, and is then, if there is memory for it; else the CPU.
     """
     width, out = inputs.rows.shape[1], outputs.rows.shape[1]
+    # Both Gram matrices, the ridged one and its factor; as many of D's shape; slices of rows.
     place = workplace(device, 8 * width * (6 * width + 6 * out) + 2**28)
     gram = torch.zeros(2, width, width, dtype=torch.float64, device=place)
     cross = torch.zeros(2, out, width, dtype=torch.float64, device=place)
