@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from layercut.comparison.contestants import OURS, PUBLISHED
+from layercut.comparison.entries import OURS, PUBLISHED
 from layercut.comparison.result import Comparison, Row, change
-from layercut.evaluation import BY_LENGTH
+from layercut.evaluation.evaluate import BY_LENGTH
 from layercut.results import Provenance
 
 HEAD = """\

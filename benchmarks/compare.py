@@ -25,7 +25,7 @@ from typing import Any
 
 import layercut
 from benchmark_page import page, peers, read
-from layercut.comparison.contestants import OURS, parse_methods
+from layercut.comparison.entries import OURS, parse_methods
 from layercut.comparison.result import Comparison
 from layercut.data.tasks import read_rows
 from layercut.results import Provenance

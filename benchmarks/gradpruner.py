@@ -25,14 +25,14 @@ from safetensors.torch import load_file, save_file
 
 import layercut
 from layercut.data.tasks import TaskRow, read_rows
-from layercut.evaluation.choices import accuracy, answer
-from layercut.evaluation.cost import prefill_tokens_per_second
-from layercut.finetune import n_steps, trained_names, tune
-from layercut.finetune_settings import DistillSettings, FinetuneSettings
+from layercut.evaluation.accuracy import accuracy, answer
+from layercut.evaluation.speed import prefill_tokens_per_second
+from layercut.machine import peak_rss_bytes, reset_peak_rss
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
-from layercut.report.machine import peak_rss_bytes, reset_peak_rss
-from layercut.selection import Planner, Request, planner
+from layercut.recipe.finetune import DistillSettings, FinetuneSettings
+from layercut.selection.select import Planner, Request, planner
+from layercut.training.finetune import n_steps, trained_names, tune
 from layercut.types import CalibrationBatches, PruningPlan
 from row_store import RESULTS, print_table, save, stored
 from task_files import write_rows

@@ -24,11 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import layercut
 from layercut.data.tasks import read_rows
-from layercut.finetune import build_trainer
-from layercut.finetune_settings import FinetuneSettings
-from layercut.gradient_log import GradientLog
-from layercut.low_rank import squared_norms
-from layercut.report.machine import provenance
+from layercut.gradients.log import GradientLog
+from layercut.gradients.low_rank import squared_norms
+from layercut.machine import provenance
+from layercut.recipe.finetune import FinetuneSettings
+from layercut.training.finetune import build_trainer
 
 RESULTS = Path(__file__).parent / "results" / "igia_cost.json"
 RANK = 8

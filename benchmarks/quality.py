@@ -24,9 +24,9 @@ from torch import Tensor
 import layercut
 from layercut.data.calibration import pack_tokens
 from layercut.data.sources import read_texts
+from layercut.machine import provenance
 from layercut.models.view import DecoderView
-from layercut.report.machine import provenance
-from layercut.selection import Planner, Request, planner
+from layercut.selection.select import Planner, Request, planner
 from layercut.types import CalibrationBatches, PruningPlan
 
 MODEL = "embedded:smollm2-135m"

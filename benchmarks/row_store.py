@@ -9,8 +9,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from layercut.evaluation.choices import paired_change
-from layercut.report.machine import provenance
+from layercut.evaluation.accuracy import paired_change
+from layercut.machine import provenance
 
 RESULTS = Path(__file__).parent / "results" / "gradpruner.json"
 

@@ -21,13 +21,13 @@ import torch
 
 import layercut
 from layercut.data.tasks import TaskRow, read_rows
-from layercut.evaluation.choices import answer
-from layercut.evaluation.cost import prefill_tokens_per_second
-from layercut.finetune import tune
-from layercut.finetune_settings import FinetuneSettings
+from layercut.evaluation.accuracy import answer
+from layercut.evaluation.speed import prefill_tokens_per_second
+from layercut.machine import provenance
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
-from layercut.report.machine import provenance
+from layercut.recipe.finetune import FinetuneSettings
+from layercut.training.finetune import tune
 
 RESULTS = Path(__file__).parent / "results" / "tuning_cost.json"
 ALLOWED = 1.05

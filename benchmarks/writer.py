@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from layercut.models.preflight import layout_of, stored_tensors
-from layercut.models.shard_writer import write_shard
+from layercut.checkpoints.preflight import layout_of, stored_tensors
+from layercut.checkpoints.shard_writer import write_shard
 from layercut.types import PruningPlan, WeightPatch
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 2048, 8192, 32, 8, 32768
@@ -84,9 +84,9 @@ def write_once(source: Path, out: Path) -> None:
     """What the fresh process does: import, note the memory, write, print figures."""
     from transformers import AutoConfig
 
-    from layercut.models.checkpoint import write_checkpoint
-    from layercut.models.destination import staged_folder
-    from layercut.report.machine import reset_peak_rss
+    from layercut.checkpoints.output_dir import staged_folder
+    from layercut.checkpoints.writer import write_checkpoint
+    from layercut.machine import reset_peak_rss
 
     # The configuration's module is an import, too: transformers loads it when it is first used.
     AutoConfig.from_pretrained(source)

@@ -19,43 +19,43 @@ if TYPE_CHECKING:
     from layercut.comparison.run import compare
     from layercut.data.calibration import calibration_batches
     from layercut.data.tasks import read_rows
-    from layercut.evaluation import evaluate
-    from layercut.finetune import tune
-    from layercut.finetune_settings import FinetuneSettings
-    from layercut.gradient_log import GradientLog
-    from layercut.heal_settings import HealSettings
-    from layercut.models.checkpoint import save
+    from layercut.evaluation.evaluate import evaluate
+    from layercut.gradients.log import GradientLog
     from layercut.models.load import load
+    from layercut.models.surgery import apply
     from layercut.models.view import DecoderView
-    from layercut.pipeline import run
-    from layercut.recipe import Recipe, load_recipe
-    from layercut.recovery import fit
-    from layercut.scoring import score
-    from layercut.selection import select
-    from layercut.surgery import apply
-    from layercut.tuning import tune_checkpoint
+    from layercut.output.save import save
+    from layercut.pipeline.finetune_run import tune_checkpoint
+    from layercut.pipeline.run import run
+    from layercut.recipe.finetune import FinetuneSettings
+    from layercut.recipe.heal import HealSettings
+    from layercut.recipe.recipe import Recipe, load_recipe
+    from layercut.recovery.fit import fit
+    from layercut.scoring.score import score
+    from layercut.selection.select import select
+    from layercut.training.finetune import tune
 
 # Public name → its module; imported on first use, so that `layercut --help` needs no torch.
 _HOMES = {
     "DecoderView": "layercut.models.view",
-    "FinetuneSettings": "layercut.finetune_settings",
-    "GradientLog": "layercut.gradient_log",
-    "HealSettings": "layercut.heal_settings",
-    "Recipe": "layercut.recipe",
-    "apply": "layercut.surgery",
+    "FinetuneSettings": "layercut.recipe.finetune",
+    "GradientLog": "layercut.gradients.log",
+    "HealSettings": "layercut.recipe.heal",
+    "Recipe": "layercut.recipe.recipe",
+    "apply": "layercut.models.surgery",
     "calibration_batches": "layercut.data.calibration",
     "compare": "layercut.comparison.run",
-    "evaluate": "layercut.evaluation",
-    "fit": "layercut.recovery",
+    "evaluate": "layercut.evaluation.evaluate",
+    "fit": "layercut.recovery.fit",
     "load": "layercut.models.load",
-    "load_recipe": "layercut.recipe",
+    "load_recipe": "layercut.recipe.recipe",
     "read_rows": "layercut.data.tasks",
-    "run": "layercut.pipeline",
-    "save": "layercut.models.checkpoint",
-    "score": "layercut.scoring",
-    "select": "layercut.selection",
-    "tune": "layercut.finetune",
-    "tune_checkpoint": "layercut.tuning",
+    "run": "layercut.pipeline.run",
+    "save": "layercut.checkpoints.writer",
+    "score": "layercut.scoring.score",
+    "select": "layercut.selection.select",
+    "tune": "layercut.training.finetune",
+    "tune_checkpoint": "layercut.pipeline.finetune_run",
 }
 
 __all__ = [

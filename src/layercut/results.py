@@ -13,8 +13,7 @@ from layercut import progress
 from layercut.types import PruningPlan
 
 if TYPE_CHECKING:
-    from layercut.evaluation.fidelity import Fidelity
-    from layercut.evaluation.generation import Generation
+    from torch import Tensor
 
 
 @contextmanager
@@ -62,6 +61,59 @@ class TextWindows:
     n_windows: int
     seq_len: int
     detokenized: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """One model's predictions beside the dense model's, with standard errors over windows.
+
+    Attributes:
+        agreement: share of positions at which both find the same token likeliest.
+        kl: KL(dense ‖ this model), in nats per token.
+    """
+
+    agreement: Figure
+    kl: Figure
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"agreement": …, "kl": …}``, each with ``value``, ``stderr`` and ``n_tokens``."""
+        return {
+            "agreement": self.agreement.to_json("n_tokens"),
+            "kl": self.kl.to_json("n_tokens"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Greedy continuations and what they look like; errors are over prompts.
+
+    Attributes:
+        tokens: the continuations, (n_prompts, n_new).
+        prompt_tokens: tokens of each prompt.
+        distinct: for n = 1, 2, 3: the share of n-grams that are different.
+        loop: the share of a continuation that its longest loop takes up.
+        common_prefix: tokens before the first that differs from the reference's.
+        agreement: share of places with the reference's token; both are ``None`` without one.
+        reference: the other model's continuations of the same prompts, where they are at hand.
+    """
+
+    tokens: Tensor
+    prompt_tokens: int
+    distinct: tuple[Figure, Figure, Figure]
+    loop: Figure
+    common_prefix: Figure | None = None
+    agreement: Figure | None = None
+    reference: Generation | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Figures by name, each with ``n_prompts``; those without a reference are absent."""
+        figures = {f"distinct_{n}": figure for n, figure in enumerate(self.distinct, start=1)}
+        figures["loop"] = self.loop
+        if self.common_prefix is not None and self.agreement is not None:
+            figures |= {"common_prefix": self.common_prefix, "agreement": self.agreement}
+        content: dict[str, Any] = {n: f.to_json("n_prompts") for n, f in figures.items()}
+        content |= {"prompt_tokens": self.prompt_tokens, "new_tokens": self.tokens.shape[1]}
+        return content | ({"reference": self.reference.to_json()} if self.reference else {})
 
 
 def harness_name(task: str, metric: str) -> str:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layercut.activations import ResidualStream
-    from layercut.gradient_log import GradientLog
+    from layercut.engine.residual_stream import ResidualStream
+    from layercut.gradients.log import GradientLog
 
 
 @dataclass(frozen=True, slots=True)

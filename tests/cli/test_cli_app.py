@@ -19,7 +19,7 @@ from layercut.cli import app as cli_app
 from layercut.cli import main
 from layercut.cli.recipe import template
 from layercut.errors import LayercutError
-from layercut.recipe import Recipe, load_recipe
+from layercut.recipe.recipe import Recipe, load_recipe
 
 
 def layercut(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +58,7 @@ def recipe_file(tmp_path: Path) -> str:
 def test_help_and_recipe_mistakes_do_not_import_torch(arguments: list[str]) -> None:
     code = (
         "import sys; from layercut.cli import main; main(sys.argv[1:]);"
-        "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'layercut.pipeline'};"
+        "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'layercut.pipeline.run'};"
         "sys.exit(','.join(heavy & set(sys.modules)) or 0)"
     )
     done = subprocess.run(

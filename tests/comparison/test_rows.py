@@ -13,7 +13,7 @@ import pytest
 import layercut
 from comparisons import comparison_of
 from conftest import save_tiny
-from layercut.comparison.contestants import PRESETS
+from layercut.comparison.entries import PRESETS
 from layercut.comparison.result import cells, completed, titles
 from layercut.data.calibration import evaluation_windows
 from layercut.errors import OutputError, RecipeError

@@ -17,12 +17,12 @@ import pytest
 import layercut
 from comparisons import comparison_of, timeless
 from conftest import save_tiny
-from layercut.activations import ResidualStream
-from layercut.comparison import choosing
+from layercut.comparison import plans
 from layercut.comparison.store import Store
+from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError, OutputError, PlanError, RecipeError
 from layercut.models.view import DecoderView
-from layercut.recovery import refit
+from layercut.recovery.methods import refit
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_measured_row_survives_what_could_not_be_added(
     def fail(*_: Any, **__: Any) -> None:
         raise NumericsError("the speed is nan.")
 
-    monkeypatch.setattr("layercut.comparison.judging.decode_tokens_per_second", fail)
+    monkeypatch.setattr("layercut.comparison.measure.decode_tokens_per_second", fail)
     with pytest.raises(NumericsError):  # the dense model itself
         layercut.compare({**settings, "speed": True}, tmp_path / "out")
     calls = iter([50.0])
@@ -49,7 +49,7 @@ def test_a_measured_row_survives_what_could_not_be_added(
             raise NumericsError("the speed is nan.")
         return value
 
-    monkeypatch.setattr("layercut.comparison.judging.decode_tokens_per_second", once)
+    monkeypatch.setattr("layercut.comparison.measure.decode_tokens_per_second", once)
     second = layercut.compare({**settings, "speed": True}, tmp_path / "out")
     assert timeless(second.rows) == timeless(first.rows)
     assert any("shortgpt, 1 layers, stays as it was" in told for told in second.warnings)
@@ -80,13 +80,13 @@ def test_a_scoring_is_made_once_and_booked_to_all(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     made: list[tuple[str, tuple[int, ...]]] = []
-    original = choosing.score
+    original = plans.score
 
     def counted(view: DecoderView, *rest: Any, method: str, **options: Any) -> Any:
         made.append((method, tuple(sorted(view.skipped))))
         return original(view, *rest, method=method, **options)
 
-    monkeypatch.setattr(choosing, "score", counted)
+    monkeypatch.setattr(plans, "score", counted)
     settings["methods"] = ["sleb", "shortened-llama-ppl", "perplexity+refit"]
     result = layercut.compare({**settings, "layer_losses": True}, tmp_path / "out")
     assert len(made) == len(set(made)) == 2  # the intact model, and SLEB's second round
@@ -139,7 +139,7 @@ def test_dense_activations_are_shared(
     monkeypatch.setattr(DecoderView, "run_layer", counted)
     shared = layercut.compare(settings, tmp_path / "shared")
     n_shared = len(walked)
-    monkeypatch.setattr("layercut.comparison.arena.SHARED_BYTES", 0)
+    monkeypatch.setattr("layercut.comparison.runner.SHARED_BYTES", 0)
     apart = layercut.compare(settings, tmp_path / "apart")
     assert n_shared < len(walked) - n_shared
     assert timeless(shared.rows) == timeless(apart.rows)
@@ -201,7 +201,7 @@ def test_a_bug_in_a_method_is_not_swallowed(
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("layercut.comparison.arena.fit", broken)
+    monkeypatch.setattr("layercut.comparison.runner.fit", broken)
     with pytest.raises(ZeroDivisionError):
         layercut.compare(settings, tmp_path / "out")
 
@@ -209,14 +209,14 @@ def test_a_bug_in_a_method_is_not_swallowed(
 def test_layer_losses_that_fail_leave_the_rest(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    original = choosing.score
+    original = plans.score
 
     def failing(*given: Any, method: str, **options: Any) -> Any:
         if method == "perplexity":
             raise NumericsError("the loss is nan.")
         return original(*given, method=method, **options)
 
-    monkeypatch.setattr(choosing, "score", failing)
+    monkeypatch.setattr(plans, "score", failing)
     settings |= {"methods": ["shortgpt"], "drop_layers": [1], "layer_losses": True}
     result = layercut.compare(settings, tmp_path / "out")
     assert result.truth is None

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import byte_tokenizer
 from layercut.data.calibration import calibration_batches, evaluation_windows, pack_tokens
 from layercut.errors import DataError, RecipeError
-from layercut.recipe import CalibrationSection
+from layercut.recipe.recipe import CalibrationSection
 
 EOS = 0
 

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from layercut.data.embedded import review_rows
+from layercut.data.embedded_texts import review_rows
 from layercut.data.sources import read_texts
 from layercut.errors import DataError, NetworkError
 

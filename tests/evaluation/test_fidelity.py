@@ -12,8 +12,8 @@ from layercut.errors import DataError, ModelError, NumericsError
 from layercut.evaluation import fidelity
 from layercut.evaluation.fidelity import DenseReference, compare_to_dense
 from layercut.models.load import load
+from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
-from layercut.surgery import apply
 
 
 def logits(view: DecoderView, ids: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_chunks_and_spooling_change_nothing(
         whole = compare_to_dense(view, reference, ids)
         part = compare_to_dense(view, reference, ids[:2])
     monkeypatch.setattr(fidelity, "LOGITS_AT_ONCE", 7)
-    monkeypatch.setattr("layercut.activations.MEMORY_LIMIT_BYTES", 0)
+    monkeypatch.setattr("layercut.spool.MEMORY_LIMIT_BYTES", 0)
     reference = DenseReference(view, ids)
     assert reference.states.on_disk
     with view.skipping([1]):

@@ -12,8 +12,8 @@ import torch
 
 from layercut.data.tasks import read_rows
 from layercut.errors import DataError, NetworkError, RecipeError
-from layercut.evaluation import check_tasks, compared, evaluate
-from layercut.evaluation.choices import answer, paired_change
+from layercut.evaluation.accuracy import answer, paired_change
+from layercut.evaluation.evaluate import check_tasks, compared, evaluate
 from layercut.evaluation.harness import GROUPS, check_harness, expanded, run_harness
 from layercut.models.view import DecoderView
 

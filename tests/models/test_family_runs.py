@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from family_configs import FAMILIES
-from test_families import save_family
 from transformers import AutoModelForCausalLM
 
 import layercut
+from family_configs import FAMILIES
 from layercut.errors import ModelError
+from saved_families import save_family
 
 REFIT = {"strategy": "priced-cuts", "drop_layers": 2}
 LOWEST = {"strategy": "lowest", "drop_layers": 2}

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_configs import FAMILIES, Family
-from test_families import save_family, tokens
 
 from conftest import plan_of
+from family_configs import FAMILIES, Family
+from layercut.engine.layerwise import layer_gradients
 from layercut.errors import ModelError
-from layercut.evaluation.unfoldable import fit_unfoldable, unfolded
-from layercut.gradients import layer_gradients
 from layercut.models.droppable import fixed_layers
 from layercut.models.load import load
 from layercut.models.view import DecoderView
-from layercut.scoring import score
-from layercut.scoring.perplexity import losses_without
-from layercut.selection import select
+from layercut.recovery.runtime_maps import fit_unfoldable, unfolded
+from layercut.scoring.methods.perplexity import losses_without
+from layercut.scoring.score import score
+from layercut.selection.select import select
 from layercut.types import CalibrationBatches
+from saved_families import save_family, tokens
 
 PRUNABLE = sorted(name for name, family in FAMILIES.items() if not family.unprunable)
 

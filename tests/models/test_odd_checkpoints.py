@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_configs import FAMILIES, LATENT, ROUTED, SMALL, Family
 from safetensors.torch import load_file, save_file
-from test_families import pass_over, save_family, tokens
 
 from conftest import plan_of, save_tiny
+from family_configs import FAMILIES, LATENT, ROUTED, SMALL, Family
 from layercut.errors import ModelError
-from layercut.file_pruning import prune
-from layercut.inspection import inspect
-from layercut.methods import check_model
-from layercut.models.checkpoint import save
 from layercut.models.load import load
-from layercut.surgery import apply
+from layercut.models.surgery import apply
+from layercut.output.save import save
+from layercut.pipeline.inspect import inspect
+from layercut.pipeline.prune_files import prune
+from layercut.registry import check_model
 from layercut.types import WeightPatch
 from quantised_siblings import edit_config
+from saved_families import pass_over, save_family, tokens
 
 Tensors = dict[str, torch.Tensor]
 DROPPED = (1, 4)

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from family_configs import FAMILIES, ODD, ROTARY, WINDOW, Family
 from safetensors.torch import load_file, save_file
-from test_families import NOTHING, identity_logits, save_family, strictly, tokens
 from transformers import AutoModelForCausalLM
 
 from conftest import plan_of
+from family_configs import FAMILIES, ODD, ROTARY, WINDOW, Family
+from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import ModelError
-from layercut.models.checkpoint import write_checkpoint
 from layercut.models.load import load
-from layercut.models.verification import verify_checkpoint
-from layercut.surgery import apply
+from layercut.models.surgery import apply
+from layercut.output.verify import verify_checkpoint
 from layercut.types import WeightPatch
+from saved_families import NOTHING, identity_logits, save_family, strictly, tokens
 
 VISION = {
     "hidden_size": 16,

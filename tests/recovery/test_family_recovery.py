@@ -13,13 +13,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import byte_tokenizer, plan_of
+from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import ModelError
-from layercut.methods import available
-from layercut.models.checkpoint import write_checkpoint
 from layercut.models.load import load
-from layercut.models.verification import verify_checkpoint
-from layercut.recovery import fit
-from layercut.surgery import apply
+from layercut.models.surgery import apply
+from layercut.output.verify import verify_checkpoint
+from layercut.recovery.fit import fit
+from layercut.registry import available
 from layercut.types import CalibrationBatches
 
 SIZES = {

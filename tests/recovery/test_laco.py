@@ -11,7 +11,7 @@ from conftest import plan_of, save_tiny
 from layercut.errors import ModelError, PlanError
 from layercut.models.load import load
 from layercut.models.view import DecoderView
-from layercut.recovery import fit
+from layercut.recovery.fit import fit
 from layercut.types import CalibrationBatches
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from conftest import plan_of
-from layercut.activations import Spool
 from layercut.errors import NumericsError, PlanError, RecipeError
-from layercut.models.forward import capture
+from layercut.models.hooks import capture
 from layercut.models.view import DecoderView
-from layercut.recovery import fit
-from layercut.recovery.linear_map import repair, solve
+from layercut.recovery.fit import fit
+from layercut.recovery.methods.linear_map import repair, solve
+from layercut.spool import Spool
 from layercut.types import CalibrationBatches
 
 

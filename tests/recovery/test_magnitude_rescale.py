@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from conftest import plan_of, save_tiny
-from layercut.activations import Spool
 from layercut.errors import ModelError, NumericsError
 from layercut.models.load import load
+from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
-from layercut.recovery import fit
-from layercut.recovery.magnitude_rescale import channel_ratios, check_scale_free, magnitude_gaps
-from layercut.surgery import apply
+from layercut.recovery.fit import fit
+from layercut.recovery.methods.magnitude_rescale import (
+    channel_ratios,
+    check_scale_free,
+    magnitude_gaps,
+)
+from layercut.spool import Spool
 from layercut.types import CalibrationBatches, PruningPlan
 
 

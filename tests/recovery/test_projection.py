@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from conftest import plan_of
-from layercut.activations import Spool
 from layercut.errors import DataError, NumericsError, RecipeError
-from layercut.models.mlp_output import down_projection
+from layercut.models.output_projections import down_projection
+from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
-from layercut.recovery import fit
-from layercut.recovery.projection import (
+from layercut.recovery.fit import fit
+from layercut.recovery.methods.projection import (
     errors,
     largest_mean_shift,
     solve_closed_form,
     solve_gradient_descent,
 )
-from layercut.surgery import apply
+from layercut.spool import Spool
 from layercut.types import CalibrationBatches
 
 

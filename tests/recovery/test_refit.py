@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from conftest import plan_of
-from layercut.activations import ResidualStream, Spool
+from layercut.engine.loss import mean_loss
+from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import DataError, PlanError, RecipeError
-from layercut.evaluation.perplexity import mean_loss
+from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
-from layercut.recovery import fit, refit
-from layercut.surgery import apply
+from layercut.recovery.fit import fit
+from layercut.recovery.methods import refit
+from layercut.spool import Spool
 from layercut.types import CalibrationBatches
 
 

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 import layercut
 from conftest import N_LAYERS, plan_of, save_tiny
 from layercut.errors import ModelError, PlanError, RecipeError
-from layercut.gradient_log import GradientLog
+from layercut.gradients.log import GradientLog
 from layercut.models.load import load
 from layercut.models.view import DecoderView
-from layercut.recovery import fit, sign_merge
-from layercut.recovery.sign_merge import by_score, top_entries
+from layercut.recovery.fit import fit
+from layercut.recovery.methods import sign_merge
+from layercut.recovery.methods.sign_merge import by_score, top_entries
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, Round
 from lora_runs import planted_log
 

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from layercut.evaluation.perplexity import mean_loss
+from layercut.engine.loss import mean_loss
 from layercut.models.view import DecoderView
-from layercut.scoring import score
-from layercut.scoring.angular_distance import Options, angular_distances
-from layercut.selection import select
+from layercut.scoring.methods.angular_distance import Options, angular_distances
+from layercut.scoring.score import score
+from layercut.selection.select import select
 from layercut.types import CalibrationBatches
 
 

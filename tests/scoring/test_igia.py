@@ -12,12 +12,12 @@ from torch import nn
 
 import layercut
 from conftest import N_LAYERS, VOCABULARY
-from layercut import early_run
 from layercut.data.encoding import IGNORED
 from layercut.errors import DataError, RecipeError
-from layercut.methods import parse_options
 from layercut.models.view import DecoderView
-from layercut.scoring import score
+from layercut.registry import parse_options
+from layercut.scoring.score import score
+from layercut.training import early_steps
 from layercut.types import CalibrationBatches
 
 SMALL = {"batch_size": 2, "accumulation": 2, "steps": 3, "warmup_ratio": 0.0, "max_length": 64}
@@ -36,13 +36,13 @@ def rows(tmp_path: Path) -> str:
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every trainer that an early run builds."""
     built: list[Any] = []
-    original = early_run.build_trainer
+    original = early_steps.build_trainer
 
     def build(*arguments: Any, **settings: Any) -> Any:
         built.append(original(*arguments, **settings))
         return built[-1]
 
-    monkeypatch.setattr(early_run, "build_trainer", build)
+    monkeypatch.setattr(early_steps, "build_trainer", build)
     return built
 
 

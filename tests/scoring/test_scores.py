@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from layercut.errors import NumericsError, RecipeError
-from layercut.methods import available
 from layercut.models.view import DecoderView
-from layercut.scoring import score
-from layercut.scoring.gradmap import magnitude
+from layercut.registry import available
+from layercut.scoring.methods.gradmap import magnitude
+from layercut.scoring.score import score
 from layercut.types import CalibrationBatches
 
 CONTROLS = {"random", "reverse-order"}

@@ -9,9 +9,10 @@ import torch
 
 from layercut.errors import PlanError, RecipeError
 from layercut.models.view import DecoderView
-from layercut.scoring import score
-from layercut.selection import Request, block, planner
-from layercut.selection import select as select_by
+from layercut.scoring.score import score
+from layercut.selection.methods import block
+from layercut.selection.select import Request, planner
+from layercut.selection.select import select as select_by
 from layercut.types import CalibrationBatches
 
 select = functools.partial(select_by, strategy="block", scoring="angular-distance")

@@ -7,18 +7,19 @@ import itertools
 import pytest
 import torch
 
-from layercut import pricing
-from layercut.activations import ResidualStream
+from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import PlanError, RecipeError
 from layercut.models.view import DecoderView
-from layercut.scoring import score
-from layercut.selection import priced_cuts, select
+from layercut.scoring.score import score
+from layercut.selection import cut_prices
+from layercut.selection.methods import priced_cuts
+from layercut.selection.select import select
 from layercut.types import CalibrationBatches, PruningPlan
 
 N = 8
 
 
-def random_prices(longest: int) -> pricing.Prices:
+def random_prices(longest: int) -> cut_prices.Prices:
     generator = torch.Generator().manual_seed(longest)
     return {
         (start, length): float(torch.rand(1, generator=generator)) * length
@@ -31,7 +32,7 @@ def random_prices(longest: int) -> pricing.Prices:
 @pytest.mark.parametrize("protect", [frozenset({0}), frozenset({0, 3})])
 def test_cheapest_plans_equal_brute_force(longest: int, protect: frozenset[int]):
     prices = random_prices(longest)
-    curve = pricing.cheapest_plans(prices, N, protect)
+    curve = cut_prices.cheapest_plans(prices, N, protect)
     for n_dropped in range(1, N):
         free = [layer for layer in range(N) if layer not in protect]
         costs = {
@@ -63,18 +64,18 @@ def test_planted_redundancy_is_priced_lowest(
     view.layers[planted].input_layernorm.weight.data.zero_()
     view.layers[planted].post_attention_layernorm.weight.data.zero_()
     dense = ResidualStream(view, batches, remember=True)
-    slopes, _ = pricing.sensitivities(view, batches, dense)
-    prices = pricing.price_cuts(view, batches, dense, slopes, 3)
+    slopes, _ = cut_prices.sensitivities(view, batches, dense)
+    prices = cut_prices.price_cuts(view, batches, dense, slopes, 3)
     assert prices[planted, 1] == 0.0
-    assert pricing.cheapest_plans(prices, 6, frozenset({0}))[1] == (0.0, (planted,))
+    assert cut_prices.cheapest_plans(prices, 6, frozenset({0}))[1] == (0.0, (planted,))
 
 
 def test_price_by_hand(view: DecoderView, batches: CalibrationBatches):
     # A silent MLP before the cut leaves D = 0: the price is Σ‖∇h_3‖·‖h_3 − h_2‖ on held-out tokens.
     view.layers[1].post_attention_layernorm.weight.data.zero_()
     dense = ResidualStream(view, batches, remember=True)
-    slopes, _ = pricing.sensitivities(view, batches, dense)
-    prices = pricing.price_cuts(view, batches, dense, slopes, 1)
+    slopes, _ = cut_prices.sensitivities(view, batches, dense)
+    prices = cut_prices.price_cuts(view, batches, dense, slopes, 1)
     change = (dense.history[3].rows - dense.history[2].rows).norm(dim=1)
     expected = float((slopes[3] * change)[-batches.seq_len :].sum())
     assert prices[2, 1] == pytest.approx(expected, rel=1e-5)

@@ -9,10 +9,10 @@ import torch
 
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
-from layercut.scoring import score
-from layercut.selection import check_request
-from layercut.selection import select as select_by
-from layercut.selection.lowest import lowest
+from layercut.scoring.score import score
+from layercut.selection.methods.lowest import lowest
+from layercut.selection.select import check_request
+from layercut.selection.select import select as select_by
 from layercut.types import CalibrationBatches
 
 select = functools.partial(select_by, strategy="lowest", scoring="gradmap")

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from layercut.cli.run import set_up_libraries
-from layercut.cli.sources import (
+from layercut.cli.libraries import set_up_libraries
+from layercut.cli.options import (
     HarnessBatchOption,
     HarnessLimitOption,
     HarnessOption,
@@ -124,13 +124,13 @@ def compare(
         content["heal"] = {**budget, "label_weight": heal_label_weight}
     if heal_methods is not None:
         content["heal_methods"] = [name.strip() for name in heal_methods.split(",")]
-    from layercut.comparison.settings import ComparisonSettings
-    from layercut.validation import validated
+    from layercut.comparison.config import ComparisonSettings
+    from layercut.recipe.validation import validated
 
     settings = validated(ComparisonSettings, content, "compare")
     set_up_libraries(offline=offline)
     from layercut.cli.comparison_table import print_comparison
-    from layercut.cli.display import progress_display
+    from layercut.cli.progress_display import progress_display
     from layercut.comparison.run import compare as run_all
 
     command = shlex.join(["layercut", *context.obj])

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layercut.cli.display import to_ascii
+from layercut.cli.tables import to_ascii
 from layercut.comparison.result import Comparison, cells, titles
 
 

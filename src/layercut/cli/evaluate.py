@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from layercut.cli.run import set_up_libraries
-from layercut.cli.sources import (
+from layercut.cli.libraries import set_up_libraries
+from layercut.cli.options import (
     HarnessBatchOption,
     HarnessLimitOption,
     HarnessOption,
@@ -77,7 +77,7 @@ def measure(
     figures = _figures(
         model, compare_to, loading, cut, {"tasks": tasks, "speed": speed, **zero_shot}, quiet=quiet
     )
-    from layercut.cli.display import print_evaluation
+    from layercut.cli.tables import print_evaluation
 
     print_evaluation(model, figures)
     if json_file is not None:
@@ -105,9 +105,9 @@ def _figures(
         quiet: show no progress.
     """
     from layercut import load
-    from layercut.cli.display import progress_display
-    from layercut.evaluation import check_tasks, evaluate
-    from layercut.evaluation.beside import beside, check_comparable
+    from layercut.cli.progress_display import progress_display
+    from layercut.evaluation.against_dense import beside, check_comparable
+    from layercut.evaluation.evaluate import check_tasks, evaluate
     from layercut.evaluation.harness import check_harness
 
     with progress_display(quiet=quiet):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from layercut.cli.run import set_up_libraries
+from layercut.cli.libraries import set_up_libraries
 from layercut.errors import OutputError, VerificationError
 
 
@@ -31,8 +31,8 @@ def export_check(
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
     set_up_libraries(offline=True)
-    from layercut.cli.display import print_fields
-    from layercut.export_check import export_check as check
+    from layercut.checkpoints.export_check import export_check as check
+    from layercut.cli.tables import print_fields
 
     findings = check(folder)
     if json_file is not None:

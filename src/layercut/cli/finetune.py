@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from layercut.cli.run import set_up_libraries
-from layercut.cli.sources import TaskOption, TextOption, named_sources
-from layercut.recipe import load_recipe
+from layercut.cli.libraries import set_up_libraries
+from layercut.cli.options import TaskOption, TextOption, named_sources
+from layercut.recipe.recipe import load_recipe
 
 
 def finetune(
@@ -63,8 +63,9 @@ def finetune(
     }
     recipe = load_recipe(content, settings or ())
     set_up_libraries(offline=offline)
-    from layercut.cli.display import print_result, progress_display
-    from layercut.tuning import tune_checkpoint
+    from layercut.cli.progress_display import progress_display
+    from layercut.cli.tables import print_result
+    from layercut.pipeline.finetune_run import tune_checkpoint
 
     command = shlex.join(["layercut", *context.obj])
     with progress_display(quiet=quiet):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layercut.cli.run import set_up_libraries
+from layercut.cli.libraries import set_up_libraries
 from layercut.errors import OutputError
 
 if TYPE_CHECKING:
-    from layercut.inspection import Inspection
+    from layercut.pipeline.inspect import Inspection
 
 
 def inspect(
@@ -38,8 +38,8 @@ def inspect(
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
     set_up_libraries(offline=offline)
-    from layercut.cli.display import print_fields
-    from layercut.inspection import inspect as described
+    from layercut.cli.tables import print_fields
+    from layercut.pipeline.inspect import inspect as described
 
     found = described(model, revision=revision)
     print_fields(model, list(fields(found)))

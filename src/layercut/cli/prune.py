@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from layercut.cli.run import set_up_libraries
+from layercut.cli.libraries import set_up_libraries
 from layercut.errors import PlanError
 
 MAX_LAYERS = 10_000
@@ -51,8 +51,9 @@ def prune(
         raise typer.BadParameter("give one of --plan and --drop", param_hint="--plan")
     layers = None if drop is None else parse_layers(drop)
     set_up_libraries(offline=offline)
-    from layercut.cli.display import print_result, progress_display
-    from layercut.file_pruning import prune as by_files
+    from layercut.cli.progress_display import progress_display
+    from layercut.cli.tables import print_result
+    from layercut.pipeline.prune_files import prune as by_files
 
     command = shlex.join(["layercut", *context.obj])
     with progress_display(quiet=quiet):

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import typer
 from pydantic import BaseModel
 
-from layercut import strict_yaml
-from layercut.recipe import Recipe
-from layercut.section import Section, section_type
+from layercut.recipe import strict_yaml
+from layercut.recipe.base import Section, section_type
+from layercut.recipe.recipe import Recipe
 
 EXAMPLE_MODEL = "embedded:smollm2-135m"
 HEADER = """\

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from layercut.recipe import load_recipe
-
-# transformers, datasets and the Hub client read these when they are imported: one progress
-# display is enough, and their log lines would tear it.
-QUIET_LIBRARIES = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TQDM_DISABLE": "1",
-}
+from layercut.cli.libraries import set_up_libraries
+from layercut.recipe.recipe import load_recipe
 
 
 def run(
@@ -63,18 +53,11 @@ def run(
     set_up_libraries(offline=offline)
     # Imported here: --help and a recipe's mistakes must not wait for torch, and the libraries
     # read their variables when they are imported.
-    from layercut import pipeline
-    from layercut.cli.display import print_result, progress_display
+    from layercut.cli.progress_display import progress_display
+    from layercut.cli.tables import print_result
+    from layercut.pipeline.run import run as run_recipe
 
     command = shlex.join(["layercut", *context.obj])
     with progress_display(quiet=quiet):
-        result = pipeline.run(resolved, output_dir, overwrite=overwrite, command=command)
+        result = run_recipe(resolved, output_dir, overwrite=overwrite, command=command)
     print_result(result, output_dir, quiet=quiet)
-
-
-def set_up_libraries(*, offline: bool) -> None:
-    """Let the libraries be quiet, and offline if asked; call it before they are imported."""
-    for name, value in QUIET_LIBRARIES.items():
-        os.environ.setdefault(name, value)
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"

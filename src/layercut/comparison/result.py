@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layercut.comparison.ranks import spearman
+from layercut.comparison.rank_correlation import spearman
 from layercut.comparison.store import Store
-from layercut.evaluation.choices import paired_change
+from layercut.evaluation.accuracy import paired_change
 from layercut.results import Provenance
 
 Row = dict[str, Any]

@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from layercut import progress
-from layercut.comparison.arena import Arena
-from layercut.comparison.contestants import parse_methods
-from layercut.comparison.judging import Judge
-from layercut.comparison.page import write_files
+from layercut.comparison.config import ComparisonSettings
+from layercut.comparison.entries import parse_methods
+from layercut.comparison.measure import Judge
+from layercut.comparison.report import write_files
 from layercut.comparison.result import Comparison, gathered
-from layercut.comparison.settings import ComparisonSettings
+from layercut.comparison.runner import Arena
 from layercut.comparison.store import check_folder, opened
 from layercut.data.calibration import calibration_batches
+from layercut.engine.loss import check_vocabulary
 from layercut.errors import RecipeError
 from layercut.evaluation.harness import harness_rows
-from layercut.evaluation.perplexity import check_vocabulary
+from layercut.machine import provenance
 from layercut.models.load import load
 from layercut.models.view import DecoderView
-from layercut.report.machine import provenance
+from layercut.recipe.validation import validated
 from layercut.results import Provenance, warnings_into
-from layercut.resume import model_hash
-from layercut.selection import check_request
+from layercut.selection.select import check_request
+from layercut.training.resume import model_hash
 from layercut.types import CalibrationBatches
-from layercut.validation import validated
 
 
 def compare(

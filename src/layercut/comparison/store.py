@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.errors import OutputError
-from layercut.resume import remove_claimed
+from layercut.training.resume import remove_claimed
 
 IDENTITY_FILE = "settings.json"
 RECORDS = ("rows", "plans", "scores")

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from layercut.data.benchmarks import refuse_test_split
+from layercut.data.named_texts import refuse_test_split
 from layercut.data.sources import read_texts
 from layercut.data.tasks import row_texts
 from layercut.errors import DataError
-from layercut.recipe import CalibrationSection
+from layercut.recipe.recipe import CalibrationSection
+from layercut.recipe.validation import validated
 from layercut.types import CalibrationBatches
-from layercut.validation import validated
 
 POOL = 16
 """Windows that are packed for each one that is drawn, so that a draw sees more than the start."""

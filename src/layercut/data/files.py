@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from layercut.data.benchmarks import name_hint
+from layercut.data.named_texts import name_hint
 from layercut.errors import DataError, suggestion
 
 Value = tuple[str, Any]

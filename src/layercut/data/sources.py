@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from layercut.data import files
-from layercut.data.benchmarks import Benchmark, find_benchmark
-from layercut.data.embedded import read_embedded
-from layercut.data.wikitext import detokenize as undo_markers
+from layercut.data.detokenize import detokenize as undo_markers
+from layercut.data.embedded_texts import read_embedded
+from layercut.data.named_texts import Benchmark, find_benchmark
 from layercut.errors import DataError, NetworkError, suggestion
 
 TABLES = (".jsonl", ".csv", ".parquet")

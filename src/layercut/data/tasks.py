@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.data import files
-from layercut.data.embedded import NAMES, review_rows
+from layercut.data.embedded_texts import NAMES, review_rows
 from layercut.data.sources import read_table
 from layercut.errors import DataError, suggestion
 

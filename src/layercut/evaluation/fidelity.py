@@ -10,17 +10,16 @@ Cost     one dense pass, d float32 numbers kept per token; per variant one pass 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from layercut import progress
-from layercut.activations import Spool
+from layercut.engine.loss import check_vocabulary
 from layercut.errors import DataError, ModelError, NumericsError
-from layercut.evaluation.perplexity import check_vocabulary
-from layercut.results import Figure
+from layercut.results import Fidelity, Figure
+from layercut.spool import Spool
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -28,26 +27,6 @@ if TYPE_CHECKING:
 WINDOWS_AT_ONCE = 2
 LOGITS_AT_ONCE = 256
 """Tokens whose logits exist at once, of both models."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """One model's predictions beside the dense model's, with standard errors over windows.
-
-    Attributes:
-        agreement: share of positions at which both find the same token likeliest.
-        kl: KL(dense ‖ this model), in nats per token.
-    """
-
-    agreement: Figure
-    kl: Figure
-
-    def to_json(self) -> dict[str, Any]:
-        """``{"agreement": …, "kl": …}``, each with ``value``, ``stderr`` and ``n_tokens``."""
-        return {
-            "agreement": self.agreement.to_json("n_tokens"),
-            "kl": self.kl.to_json("n_tokens"),
-        }
 
 
 class DenseReference:

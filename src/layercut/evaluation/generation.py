@@ -11,16 +11,15 @@ Limits   greedy decoding, which loops more than sampling; the end-of-text token 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from layercut import progress
+from layercut.engine.loss import check_vocabulary
 from layercut.errors import DataError, NumericsError
-from layercut.evaluation.perplexity import check_vocabulary
-from layercut.results import Figure
+from layercut.results import Figure, Generation
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -28,39 +27,6 @@ if TYPE_CHECKING:
 N_PROMPTS = 8
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """Greedy continuations and what they look like; errors are over prompts.
-
-    Attributes:
-        tokens: the continuations, (n_prompts, n_new).
-        prompt_tokens: tokens of each prompt.
-        distinct: for n = 1, 2, 3: the share of n-grams that are different.
-        loop: the share of a continuation that its longest loop takes up.
-        common_prefix: tokens before the first that differs from the reference's.
-        agreement: share of places with the reference's token; both are ``None`` without one.
-        reference: the other model's continuations of the same prompts, where they are at hand.
-    """
-
-    tokens: Tensor
-    prompt_tokens: int
-    distinct: tuple[Figure, Figure, Figure]
-    loop: Figure
-    common_prefix: Figure | None = None
-    agreement: Figure | None = None
-    reference: Generation | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Figures by name, each with ``n_prompts``; those without a reference are absent."""
-        figures = {f"distinct_{n}": figure for n, figure in enumerate(self.distinct, start=1)}
-        figures["loop"] = self.loop
-        if self.common_prefix is not None and self.agreement is not None:
-            figures |= {"common_prefix": self.common_prefix, "agreement": self.agreement}
-        content: dict[str, Any] = {n: f.to_json("n_prompts") for n, f in figures.items()}
-        content |= {"prompt_tokens": self.prompt_tokens, "new_tokens": self.tokens.shape[1]}
-        return content | ({"reference": self.reference.to_json()} if self.reference else {})
 
 
 def prompts_of(

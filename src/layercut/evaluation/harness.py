@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from layercut import progress
+from layercut.checkpoints.hf_calls import quiet
 from layercut.errors import DataError, NetworkError, NumericsError, RecipeError, suggestion
-from layercut.models.quiet import quiet
 from layercut.results import Figure
 
 if TYPE_CHECKING:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from layercut.checkpoints.config_check import pruned_config
+from layercut.checkpoints.config_edit import (
+    at,
+    edit_config,
+    layer_values,
+    read_config,
+    section_path,
+)
+from layercut.checkpoints.folder import read_json_object
+from layercut.checkpoints.layout import Layout
 from layercut.errors import ModelError
-from layercut.models import shards
-from layercut.models.config_edit import at, edit_config, layer_values, read_config, section_path
-from layercut.models.layout import Layout
-from layercut.models.same_layers import pruned_config
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -45,7 +51,7 @@ def check_dropped(view: DecoderView, dropped: Collection[int]) -> None:
 
 
 def _inexpressible(view: DecoderView, layout: Layout) -> dict[int, str]:
-    raw = shards.read_json_object(view.path / "config.json")
+    raw = read_json_object(view.path / "config.json")
     config = read_config(raw)
     if not layer_values(at(config, section_path(config))):
         return {}

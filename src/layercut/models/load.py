@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,  # the transport's base class, which the Hub's errors do not re-export
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
 from transformers import AutoTokenizer
 
-from layercut.errors import ModelError, NetworkError, NumericsError, RecipeError, suggestion
-from layercut.models import embedded, gguf_file, shards
-from layercut.models.preflight import (
-    COPIED,
-    check_folder,
-    load_strictly,
-    tokenizer_files,
-)
-from layercut.models.quiet import INVALID, quiet
-from layercut.models.shards import StoredTensor
+from layercut.checkpoints.folder import weight_files
+from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.preflight import check_folder, load_strictly, tokenizer_files
+from layercut.checkpoints.resolve import local_folder
+from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor
+from layercut.errors import ModelError, NumericsError, RecipeError, suggestion
 from layercut.models.view import DecoderView
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16")
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", *COPIED]
 NO_LENGTH_LIMIT = 1 << 62
 
 
@@ -95,65 +79,6 @@ def reload(view: DecoderView) -> DecoderView:
     )
 
 
-def local_folder(model: str, revision: str | None) -> Path:
-    """The folder of a model that is packaged, local or on the Hub; downloads it if need be.
-
-    Raises:
-        ModelError: it is none of these.
-        NetworkError: the Hub is needed and does not give the model.
-    """
-    if model.startswith("embedded:"):
-        if model != embedded.NAME:
-            raise ModelError(f"there is no '{model}': the embedded model is '{embedded.NAME}'.")
-        return embedded.checkpoint_folder()
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        return path.resolve()
-    if model and path.exists():
-        if path.suffix.lower() == ".gguf":
-            return gguf_file.checkpoint_folder(path.resolve())
-        raise ModelError(
-            f"{model} is neither a folder nor a .gguf file. Name the folder that holds config.json."
-        )
-    if not HUB_NAME.fullmatch(model) or ".." in model:
-        raise ModelError(
-            f"'{model}' is neither an existing folder nor a Hub name like owner/name. "
-            f"Give one of these, or {embedded.NAME}."
-        )
-    return _download(model, revision)
-
-
-def _download(model: str, revision: str | None) -> Path:
-    """The model's files at one commit, whose hash is the folder's name."""
-    where = f"{model} at revision {revision}" if revision else model
-    try:
-        with quiet():
-            # The Hub resolves the revision to a commit once, before the first file.
-            folder = snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=HUB_FILES,
-                ignore_patterns="*/*.safetensors",
-            )
-    except HFValidationError as error:
-        raise ModelError(f"'{model}' is not a valid Hub name. Write it as owner/name.") from error
-    except GatedRepoError as error:
-        raise NetworkError(
-            f"{model} is gated. Accept its terms on the Hub and run `hf auth login`."
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise NetworkError(
-            f"the Hub has no {where}, or your login may not see it, and there is no such local "
-            "folder. Check the name, or run `hf auth login`."
-        ) from error
-    except (OSError, HTTPError, RevisionResolutionError) as error:
-        raise NetworkError(
-            f"{where} is neither a local folder nor completely in the cache, and the Hub cannot "
-            f"be reached ({type(error).__name__}). Connect to the network or name a local folder."
-        ) from error
-    return Path(folder)
-
-
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,9 +107,9 @@ def weights_dtype(
         return torch.float32 if dtype == "float32" else torch.bfloat16
     sizes: Counter[str] = Counter()
     for tensor in stored.values():
-        if tensor.dtype in shards.DTYPES:
+        if tensor.dtype in DTYPES:
             sizes[tensor.dtype] += tensor.nbytes
-    most = shards.DTYPES[sizes.most_common(1)[0][0]]
+    most = DTYPES[sizes.most_common(1)[0][0]]
     # CPUs have no fast float16, and squares of float16 gradients overflow at 256.
     return torch.float32 if most == torch.float16 and place.type == "cpu" else most
 
@@ -215,7 +140,7 @@ def _tokenizer(folder: Path) -> Any:
 
 def _fingerprint(folder: Path) -> str:
     """sha256 over the names and contents of the files that determine the model, names sorted."""
-    paths = {folder / "config.json", *tokenizer_files(folder), *shards.weight_files(folder)}
+    paths = {folder / "config.json", *tokenizer_files(folder), *weight_files(folder)}
     total = hashlib.sha256()
     for path in sorted(paths):
         with path.open("rb") as file:

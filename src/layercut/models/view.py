@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from layercut.models.forward import DecoderOutput, identity, settled
-from layercut.models.layout import Layout, decoder_path
+from layercut.checkpoints.layout import Layout, decoder_path
+from layercut.models.hooks import DecoderOutput, identity, settled
 
 LOSS_CHUNK = 256
 """Tokens whose logits exist at once: 256 × 49,152 float32 logits are 48 MiB."""

@@ -13,9 +13,9 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
+from layercut.checkpoints.plan_file import plan_content
 from layercut.errors import NumericsError, OutputError, ResourceError
-from layercut.plan_file import plan_content
-from layercut.report import comparison, figures
+from layercut.report import plots, table
 from layercut.results import RunResult
 from layercut.types import LayerScores
 
@@ -86,21 +86,21 @@ def write_model_card(result: RunResult, path: Path, *, source: Path | None = Non
 
 def render_html(result: RunResult, *, recipe_yaml: str) -> str:
     """The report as one HTML page that needs no other file, no network and no script."""
-    plots = {}
+    drawn = {}
     if result.plan is not None:
         layer = result.recovery.get("layer")
-        plots["layers"] = figures.layers(result.plan, layer if isinstance(layer, int) else None)
+        drawn["layers"] = plots.layers(result.plan, layer if isinstance(layer, int) else None)
     perplexity = {
-        title: result.stages[name].perplexity for name, title in comparison.titles(result).items()
+        title: result.stages[name].perplexity for name, title in table.titles(result).items()
     }
     if any(perplexity.values()):
-        plots["perplexities"] = figures.perplexities(perplexity)
+        drawn["perplexities"] = plots.perplexities(perplexity)
     if spent := _stage_seconds(result):
-        plots["seconds"] = figures.seconds(spent)
+        drawn["seconds"] = plots.seconds(spent)
     template = environment().get_template("report.html.jinja")
     return template.render(
         **_context(result, recipe_yaml),
-        plots={name: Markup(svg) for name, svg in plots.items()},  # our own SVG, already escaped
+        plots={name: Markup(svg) for name, svg in drawn.items()},  # our own SVG, already escaped
     )
 
 
@@ -123,10 +123,10 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
     return {
         "result": result,
         "plan": result.plan,
-        "columns": comparison.columns(result),
-        "rows": comparison.rows(result),
-        "sizes": comparison.sizes(result),
-        "compared": comparison.change_compares(result),
+        "columns": table.columns(result),
+        "rows": table.rows(result),
+        "sizes": table.sizes(result),
+        "compared": table.change_compares(result),
         "compared_title": "Dense and pruned" if "pruned" in result.stages else "Figures",
         "headline": headline(result),
         "recovery": labelled(result.recovery),
@@ -145,7 +145,7 @@ def headline(result: RunResult) -> tuple[tuple[str, str], ...]:
     found = []
     if result.plan is not None:
         found.append((f"{len(result.plan.dropped)} of {result.plan.n_layers}", "layers dropped"))
-    for row in comparison.rows(result):
+    for row in table.rows(result):
         quantity, _, name = row.label.partition(", ")
         if not row.change or quantity in NO_HEADLINE:
             continue

@@ -1,0 +1,1 @@
+"""A model as files and configuration; nothing is loaded."""

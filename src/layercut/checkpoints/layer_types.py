@@ -1,0 +1,45 @@
+"""Types of layers: what a configuration says of each, and what a reader derives without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PER_LAYER = (
+    "layer_types",
+    "no_rope_layers",
+    "mlp_layer_types",
+    "layers_block_type",
+    "block_types",
+    "activation_sparsity_pattern",
+)
+"""Keys of a configuration with one entry per layer that transformers derives if they are absent."""
+
+
+Kinds = tuple[tuple[Any, ...], ...]
+"""Per layer, its entries of all those keys."""
+
+
+def given_kinds(text: Any) -> Kinds:
+    """What a text configuration says of each of its layers.
+
+    Args:
+        text: a transformers configuration of a text decoder.
+    """
+    values = [_entries(text, key) for key in PER_LAYER]
+    return tuple(zip(*(value for value in values if value), strict=True))
+
+
+def derived_kinds(text: Any) -> Kinds:
+    """What a reader makes of the same configuration without those keys."""
+    content = {key: value for key, value in text.to_dict().items() if key not in PER_LAYER}
+    fresh = type(text).from_dict(content)
+    values = [_entries(fresh, key) for key in PER_LAYER if _entries(text, key)]
+    if not all(values):
+        return ()
+    return tuple(zip(*values, strict=True))
+
+
+def _entries(text: Any, key: str) -> list[Any]:
+    value = getattr(text, key, None)
+    n_layers = text.num_hidden_layers
+    return list(value) if isinstance(value, list | tuple) and len(value) == n_layers else []

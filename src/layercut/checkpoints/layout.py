@@ -1,0 +1,221 @@
+"""Where a checkpoint keeps its decoder layers: in memory, on disk, and which of them must stay."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from layercut.checkpoints.config_edit import at, section_path
+from layercut.checkpoints.families import (
+    LENDING,
+    MTP_COUNTS,
+    MTP_PREFIX,
+    SHARED_RESULTS,
+    FamilyRules,
+    Pin,
+    rules_for,
+)
+from layercut.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One checkpoint's layers.
+
+    Attributes:
+        model_type: of the text decoder.
+        rules: its family's row.
+        n_layers: decoder layers of the checkpoint.
+        layers: module path of the layer list, the prefix of its tensors in the state dict.
+        stored: that prefix on disk, which may differ.
+        pinned: layer that cannot be dropped → why.
+        n_mtp: layers for multi-token prediction that are stored behind the decoder's.
+        carries_mtp: whether such layers are stored under a name of their own.
+        index_scaled: whether queries must be rescaled when a layer's number changes.
+        unscorable: why no layer runs alone, or an empty string.
+    """
+
+    model_type: str
+    rules: FamilyRules
+    n_layers: int
+    layers: str
+    stored: str
+    pinned: Mapping[int, str] = field(default_factory=dict)
+    n_mtp: int = 0
+    carries_mtp: bool = False
+    index_scaled: bool = False
+    unscorable: str = ""
+
+    def layer_list(self, model: nn.Module) -> nn.ModuleList:
+        """The decoder layers of a model with this layout."""
+        layers = model.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def check_dropped(self, dropped: Collection[int]) -> None:
+        """Refuse to drop what the family pins.
+
+        Raises:
+            ModelError: a layer is pinned.
+        """
+        for layer in sorted(set(dropped) & self.pinned.keys()):
+            raise ModelError(
+                f"layer {layer} cannot be dropped: {self.pinned[layer]}. Choose another layer."
+            )
+
+    def new_name(self, name: str, new_index: Mapping[int, int]) -> str | None:
+        """A tensor's name in the pruned state dict; ``None`` if its layer is dropped."""
+        return _renamed(name, self.layers, new_index)
+
+    def new_stored_name(self, name: str, new_index: Mapping[int, int]) -> str | None:
+        """A tensor's name in the pruned checkpoint; ``None`` if its layer is dropped."""
+        return _renamed(name, self.stored, new_index)
+
+    def stored_number(self, name: str) -> int | None:
+        """The number of the layer that a tensor on disk belongs to, if it belongs to one."""
+        found = re.match(rf"{re.escape(self.stored)}\.(\d+)\.", name)
+        return int(found.group(1)) if found else None
+
+    def slice_dimension(self, name: str) -> int | None:
+        """The dimension along which a shared tensor holds one block per layer, if it does."""
+        found = [d for suffix, d in self.rules.sliced.items() if name.endswith(suffix)]
+        return found[0] if found else None
+
+
+def find_layout(config: Any, model: nn.Module, names: Collection[str]) -> Layout:
+    """The layout of a checkpoint.
+
+    Args:
+        config: its configuration.
+        model: the model that it describes, perhaps without memory.
+        names: the stored tensors' names.
+
+    Raises:
+        ModelError: the layers cannot be told from the model's other parts.
+    """
+    text = at(config, section_path(config))
+    rules = rules_for(text.model_type)
+    layers = _layer_path(model, text.num_hidden_layers)
+    stored = _stored_prefix(layers, names)
+    n_mtp = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
+    behind = {i for i in _numbers(names, stored) if i >= text.num_hidden_layers}
+    expected = set(range(text.num_hidden_layers, text.num_hidden_layers + n_mtp))
+    flag = rules.index_scaled[0] if rules.index_scaled else ""
+    return Layout(
+        model_type=text.model_type,
+        rules=rules,
+        n_layers=text.num_hidden_layers,
+        layers=layers,
+        stored=stored,
+        pinned=_lenders(text) | {i: pin.why for pin in rules.pinned for i in _pinned(pin, text)},
+        n_mtp=n_mtp if behind == expected else 0,
+        carries_mtp=any(name.startswith(MTP_PREFIX) for name in names),
+        index_scaled=bool(getattr(text, flag, False)),
+        unscorable=rules.unscorable or (SHARED_RESULTS if _lenders(text) else ""),
+    )
+
+
+def stored_layers(layout: Layout, names: Iterable[str]) -> set[int]:
+    """Numbers of the decoder layers that have tensors on disk."""
+    behind = range(layout.n_layers, layout.n_layers + layout.n_mtp)
+    return _numbers(names, layout.stored) - set(behind)
+
+
+def _renamed(name: str, prefix: str, new_index: Mapping[int, int]) -> str | None:
+    match = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
+    if match is None:
+        return name
+    index = new_index.get(int(match.group(1)))
+    return None if index is None else f"{prefix}.{index}.{name[match.end() :]}"
+
+
+def _numbers(names: Iterable[str], prefix: str) -> set[int]:
+    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+    return {int(found.group(1)) for name in names if (found := pattern.match(name))}
+
+
+def _layer_path(model: Any, n_layers: int) -> str:
+    """The list of ``n_layers`` modules whose class transformers keeps in one piece.
+
+    Encoders of other modalities may be as deep; the decoder is the one beside the embedding.
+    """
+    whole = set(model._no_split_modules or ())
+    embedding = model.get_input_embeddings()
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == n_layers
+        and not re.search(r"\.\d+(\.|$)", path)
+        and (not whole or any(type(layer).__name__ in whole for layer in module))
+    ]
+    beside = [
+        path
+        for path in found
+        if any(m is embedding for m in model.get_submodule(path.rpartition(".")[0]).modules())
+    ]
+    if len(beside or found) != 1:
+        raise ModelError(
+            f"the decoder layers of {type(model).__name__} cannot be told from its other parts: "
+            f"{', '.join(found) or 'no list of modules has the right length'}. Choose a model "
+            "with one stack of decoder layers."
+        )
+    path = str((beside or found)[0])
+    if not decoder_path(model, path):
+        raise ModelError(
+            f"no part of {type(model).__name__} turns token ids into the states that its head "
+            "reads. Choose another model."
+        )
+    return path
+
+
+def decoder_path(model: nn.Module, layers: str) -> str:
+    """The module around a layer list that takes token ids; empty if only the whole model does.
+
+    Decoders that are made of BERT-like encoders keep their layers one level further down.
+    """
+    path = layers.rpartition(".")[0]
+    while path:
+        forward = type(model.get_submodule(path)).forward
+        if "input_ids" in inspect.signature(forward).parameters:
+            break
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _stored_prefix(layers: str, names: Iterable[str]) -> str:
+    """The layers' prefix on disk: of those that end alike, the one that shares most parts."""
+    last = layers.rpartition(".")[2]
+    pattern = re.compile(rf"((?:.*?\.)?{re.escape(last)})\.\d+\.")
+    prefixes = {found.group(1) for name in names if (found := pattern.match(name))}
+    parts = Counter(layers.split("."))
+    shared = {p: sum((parts & Counter(p.split("."))).values()) for p in prefixes}
+    best = [p for p in prefixes if shared[p] == max(shared.values())]
+    return best[0] if len(best) == 1 else layers
+
+
+def _lenders(text: Any) -> dict[int, str]:
+    """Layers whose results a later layer reuses → why they must stay."""
+    found = {}
+    for key, (lends, borrows, why) in LENDING.items():
+        last = None
+        for i, kind in enumerate(getattr(text, key, None) or ()):
+            if kind == lends:
+                last = i
+            elif kind == borrows and last is not None:
+                found[last] = why
+    return found
+
+
+def _pinned(pin: Pin, text: Any) -> list[int]:
+    if pin.where == "first":
+        return [0]
+    if pin.where == "last":
+        return [text.num_hidden_layers - 1]
+    return [i for i, mode in enumerate(text.kv_sharing_modes) if mode == "store"]

@@ -1,0 +1,102 @@
+"""Whether the tensors in the files' headers are exactly those of the configured model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from layercut.checkpoints.config_edit import at, section_path
+from layercut.checkpoints.families import LEFTOVER_TABLES, MTP_COUNTS
+from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.layout import Layout, stored_layers
+from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor
+from layercut.errors import ModelError
+
+MAX_NAMED = 3
+"""Tensors that an error message lists."""
+
+
+def check_weights(
+    config: Any, model: Any, stored: Mapping[str, StoredTensor], layout: Layout
+) -> None:
+    """Let transformers match the headers with the model: what it would fill or ignore is refused.
+
+    Raises:
+        ModelError: layers or tensors are missing or surplus, or have another shape.
+    """
+    found = stored_layers(layout, stored)
+    if found != set(range(layout.n_layers)):
+        raise ModelError(
+            f"config.json says num_hidden_layers = {layout.n_layers}, the weights hold "
+            f"{len(found)} layers. Use the configuration that belongs to these weights."
+        )
+    info = _loading_info(config, model, stored)
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"the weights lack {some(missing)}. Download the checkpoint again, or use the one "
+            "of the causal language model."
+        )
+    if surplus := sorted(n for n in info["unexpected_keys"] if not is_ignored(n, config)):
+        raise ModelError(
+            f"the weights hold {some(surplus)}, which the configured model does not have. "
+            "Use the configuration that belongs to these weights."
+        )
+    for name, shape, wanted in info["mismatched_keys"]:
+        file = f"{stored[name].path.name}: " if name in stored else ""
+        raise ModelError(
+            f"{file}{name} has shape {list(shape)}, config.json makes it {list(wanted)}. "
+            "Use the configuration that belongs to these weights."
+        )
+
+
+def _loading_info(config: Any, model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """What transformers would miss, ignore or not fit, from the headers alone.
+
+    Raises:
+        ModelError: it cannot put the stored pieces together.
+    """
+    dtypes = DTYPES | TABLES
+    headers = {  # what is in none of these types is a left-over mask, whatever is made of it
+        name: torch.empty(tensor.shape, dtype=dtypes.get(tensor.dtype, torch.uint8), device="meta")
+        for name, tensor in stored.items()
+    }
+    try:
+        with quiet():
+            _, info = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict=headers,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except INVALID as error:
+        raise ModelError(
+            "the weights' names and shapes do not fit config.json: transformers cannot put them "
+            "together (experts of a layer may be missing). Download the checkpoint again."
+        ) from error
+    loaded: dict[str, Any] = info
+    return loaded
+
+
+def is_ignored(name: str, config: Any) -> bool:
+    """Whether the configured model rightly makes nothing of a tensor.
+
+    It is a table that is computed today, or belongs to the multi-token prediction layers behind
+    the decoder's.
+    """
+    if LEFTOVER_TABLES.fullmatch(name):
+        return True
+    text = at(config, section_path(config))
+    count = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
+    found = re.search(r"\.(\d+)\.", name)
+    return found is not None and 0 <= int(found.group(1)) - text.num_hidden_layers < count
+
+
+def some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,68 @@
+"""What a comparison depends on, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from layercut.comparison.entries import DEFAULT, parse_methods
+from layercut.errors import RecipeError
+from layercut.recipe.base import Count, Name, Section
+from layercut.recipe.evaluation import EvaluationSection
+from layercut.recipe.heal import HealSettings
+from layercut.recipe.recipe import CalibrationSection, Device
+
+
+def _methods(names: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        parse_methods(names)
+    except RecipeError as error:
+        raise ValueError(str(error)) from None
+    return names
+
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(sizes)))
+
+
+Sizes = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), AfterValidator(_ascending)]
+Methods = Annotated[tuple[Name, ...], Field(strict=False, min_length=1), AfterValidator(_methods)]
+
+
+class ComparisonSettings(Section):
+    """One model and text, sizes, and the methods that compete."""
+
+    model: Name = Field(description="a local folder, a Hub name, or embedded:smollm2-135m")
+    revision: Name | None = Field(default=None, description="branch, tag or commit on the Hub")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of every choice")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto")
+    device: Device = Field(default="auto")
+    calibration: CalibrationSection = Field(default_factory=CalibrationSection)
+    drop_layers: Sizes = Field(default=(3, 6, 9, 12), description="the sizes to compare at")
+    methods: Methods = Field(
+        default=DEFAULT, description="presets, SCORE+RECOVERY pairs, published, or all"
+    )
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    layer_losses: bool = Field(
+        default=True, description="also measure the loss without each layer, one pass each"
+    )
+    heal: HealSettings | None = Field(
+        default=None, description="distil contestants from the dense model, for a short budget"
+    )
+    heal_methods: Methods | None = Field(
+        default=None, description="the contestants that are healed as well; null: all of them"
+    )
+    speed: bool = Field(default=False, description="measure tokens per second")
+
+    @model_validator(mode="after")
+    def _healed_take_part(self) -> Self:
+        if self.heal_methods is None:
+            return self
+        if self.heal is None:
+            raise ValueError("heal_methods names who is healed, but heal has no minutes or steps")
+        pairs = {contestant.pair for contestant in parse_methods(self.methods)}
+        absent = [c.name for c in parse_methods(self.heal_methods) if c.pair not in pairs]
+        if absent:
+            raise ValueError(f"heal_methods: {', '.join(absent)} is not among the methods; add it")
+        return self

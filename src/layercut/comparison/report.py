@@ -1,0 +1,76 @@
+"""A comparison as files: compare.csv, compare.json and report.html."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from layercut.comparison import plots
+from layercut.comparison.result import LAYERS, Comparison, Row, cells, titles, to_csv
+from layercut.report.write import environment, json_text, labelled, write_text
+
+
+def write_files(result: Comparison, folder: Path) -> None:
+    """Write everything that is made from the rows; all of it is rendered first.
+
+    Raises:
+        NumericsError: a figure is NaN or infinite.
+        OutputError: the folder cannot be written to.
+        ResourceError: the disk is full.
+    """
+    texts = {
+        "compare.json": json_text("compare.json", result.to_json()),
+        "compare.csv": to_csv(result),
+        "report.html": render_html(result),
+    }
+    for name, text in texts.items():
+        write_text(folder / name, text)
+
+
+def render_html(result: Comparison) -> str:
+    """The page: one file that needs no other, no network and no script."""
+    drawn = {}
+    text = next(iter(result.texts), None)
+    if text is not None and plots.lines_of(result, text):
+        drawn["layers"] = plots.by_layers(result, text)
+        drawn["seconds"] = plots.by_seconds(result, text)
+    if result.scores:
+        drawn["scores"] = plots.scores(result)
+    template = environment().get_template("compare.html.jinja")
+    return template.render(
+        result=result,
+        titles=[title for title in titles(result) if title != LAYERS],
+        dense=_without_size(result, result.dense),
+        sizes=_sizes(result),
+        failed=[row for row in result.rows if row["reason"] is not None],
+        contestants=_contestants(result),
+        plots={name: Markup(svg) for name, svg in drawn.items()},  # our own SVG, already escaped
+        n_shown=plots.MOST_LINES,
+        highest=plots.HIGHEST,
+        versions=dict(result.provenance.versions),
+        hardware=labelled(result.provenance.hardware),
+        settings=labelled(result.settings),
+    )
+
+
+def _sizes(result: Comparison) -> dict[int, list[tuple[list[str], str]]]:
+    """Layers dropped → the rows that ran, as cells and which layers went."""
+    found: dict[int, list[tuple[list[str], str]]] = {}
+    for row in result.rows:
+        if row["reason"] is None:
+            layers = ", ".join(map(str, row["dropped"]))
+            found.setdefault(row["layers"], []).append((_without_size(result, row), layers))
+    return found
+
+
+def _without_size(result: Comparison, row: Row) -> list[str]:
+    """The cells of a row below a heading that tells its size."""
+    named = zip(titles(result), cells(result, row), strict=True)
+    return [cell for title, cell in named if title != LAYERS]
+
+
+def _contestants(result: Comparison) -> list[dict[str, Any]]:
+    """What every name stands for, each once."""
+    return list({row["method"]: row for row in result.rows}.values())

@@ -1,0 +1,128 @@
+"""How good, how large, how fast: one model, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from layercut import progress
+from layercut.data.calibration import evaluation_windows
+from layercut.data.sources import is_detokenized
+from layercut.data.tasks import read_rows
+from layercut.evaluation.accuracy import accuracy, answer, paired_change, texts_of
+from layercut.evaluation.flops import FLOPS_CONTEXT, flops_per_token
+from layercut.evaluation.harness import run_harness
+from layercut.evaluation.perplexity import perplexity
+from layercut.evaluation.speed import decode_tokens_per_second, prefill_tokens_per_second
+from layercut.machine import peak_rss_bytes
+from layercut.results import Evaluation, Figure, TextWindows, harness_name
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+BY_LENGTH = " (per character)"
+"""Behind a task's name: its accuracy by likelihood per character."""
+
+
+def check_tasks(view: DecoderView, tasks: Mapping[str, str]) -> None:
+    """Refuse tasks that cannot be read or do not fit the model, before any compute.
+
+    Raises:
+        DataError: says which row, and why.
+        NetworkError: a task is on the Hub, which cannot be reached.
+    """
+    for source in tasks.values():
+        texts_of(view, read_rows(source))
+
+
+def evaluate(
+    view: DecoderView,
+    *,
+    text: Mapping[str, str] | None = None,
+    tasks: Mapping[str, str] | None = None,
+    seq_len: int = 512,
+    max_tokens: int = 8192,
+    detokenize: bool | Literal["auto"] = "auto",
+    speed: bool = True,
+    harness: Sequence[str] = (),
+    harness_limit: int | None = None,
+    harness_batch_size: int = 8,
+) -> Evaluation:
+    """Measure the model that ``view`` holds now.
+
+    Args:
+        view: the model; unchanged afterwards.
+        text: name → data source; perplexity is measured on each.
+        tasks: name → source of task rows; accuracy is measured on each, and where choices have
+            several tokens, also by likelihood per character.
+        seq_len: tokens per window; windows do not overlap.
+        max_tokens: tokens of each text at most.
+        detokenize: whether to undo WikiText's and PTB's markers.
+        speed: whether to measure tokens per second.
+        harness: tasks of lm-evaluation-harness, as for `layercut.evaluation.harness`.
+        harness_limit: rows of each of these, from its start; ``None`` for all.
+        harness_batch_size: requests of these in memory at once.
+
+    Raises:
+        DataError: a text or task cannot be read or used.
+        RecipeError: the harness is not installed, or does not know a task.
+        NetworkError: a text or task is on the Hub, which cannot be reached.
+        NumericsError: a loss is not finite.
+    """
+    figures, cuts = {}, {}
+    for name, source in (text or {}).items():
+        windows = evaluation_windows(
+            source, view.tokenizer, seq_len=seq_len, max_tokens=max_tokens, detokenize=detokenize
+        )
+        figures[name] = perplexity(view, windows)
+        restored = is_detokenized(source, detokenize)
+        cuts[name] = TextWindows(source, len(windows), windows.shape[1], restored)
+        progress.figure(f"{name} perplexity {figures[name].value:.2f}")
+    right = _accuracies(view, tasks or {})
+    zero_shot = {}
+    if harness:
+        zero_shot = run_harness(view, harness, limit=harness_limit, batch_size=harness_batch_size)
+    context = min(FLOPS_CONTEXT, view.context)
+    return Evaluation(
+        n_layers=view.n_layers,
+        n_parameters=view.n_parameters,
+        perplexity=figures,
+        accuracy=right,
+        prefill_tokens_per_second=prefill_tokens_per_second(view) if speed else None,
+        decode_tokens_per_second=decode_tokens_per_second(view) if speed else None,
+        peak_rss_bytes=peak_rss_bytes(),
+        windows=cuts,
+        harness=zero_shot,
+        flops_per_token=flops_per_token(view, context=context),
+        flops_context=context,
+    )
+
+
+def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Figure]:
+    """Of each task, and where choices have several tokens, also by likelihood per character."""
+    right = {}
+    for name, source in tasks.items():
+        answers = answer(view, read_rows(source))
+        right[name] = accuracy(answers.correct)
+        if answers.by_length is not None:
+            right[f"{name}{BY_LENGTH}"] = accuracy(answers.by_length)
+        progress.figure(f"{name} accuracy {right[name].value:.3f}")
+    return right
+
+
+def compared(after: Evaluation, before: Evaluation) -> Evaluation:
+    """``after`` with the change in accuracy of every task that ``before`` answered as well."""
+    old, new = judged(before), judged(after)
+    changes = {name: paired_change(old[name], rows) for name, rows in new.items() if name in old}
+    return replace(after, accuracy_change=changes)
+
+
+def judged(stage: Evaluation) -> dict[str, tuple[bool, ...]]:
+    """Which rows of each task are right, where that is known of every row."""
+    figures = {
+        harness_name(task, metric): figure
+        for task, metrics in stage.harness.items()
+        for metric, figure in metrics.items()
+    }
+    return {name: f.outcomes for name, f in {**stage.accuracy, **figures}.items() if f.outcomes}

@@ -1,0 +1,1 @@
+"""The pruned checkpoint: written, and compared with the model in memory."""

@@ -1,0 +1,200 @@
+"""Proof that a written checkpoint is the pruned model, before anyone can see it.
+
+What fits into memory is reloaded and run. What does not, and what cannot be run, is compared as
+files: every key, shape and byte; and where layers can be run one at a time, their logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from layercut.checkpoints.layout import Layout
+from layercut.checkpoints.patch import stored_patch
+from layercut.checkpoints.preflight import check_tensors, layout_of, load_strictly, stored_tensors
+from layercut.checkpoints.safetensors_file import Content, StoredTensor, kept_part, read_blocks
+from layercut.checkpoints.shard_writer import raw_bytes
+from layercut.errors import ModelError, VerificationError
+from layercut.machine import available_memory_bytes
+from layercut.models.layer_source import logits_of, open_streamed
+from layercut.models.surgery import rescaled_rounding
+from layercut.models.view import DecoderView
+from layercut.types import PruningPlan, WeightPatch
+
+CHECK_SHAPE, PREFILL = (4, 32), 24
+CACHED_TOLERANCE = 1e-4
+"""Chunked linear attention (Qwen3-Next) and its single steps differ by 3e-5 in float32."""
+REMEDY = "Nothing was saved; please report this."
+
+
+def verify_checkpoint(
+    folder: Path, view: DecoderView, plan: PruningPlan, patch: WeightPatch
+) -> None:
+    """Compare a written checkpoint with the model in memory that it was made from.
+
+    It is reloaded where memory holds a second model, else compared by `verify_files` and run one
+    layer at a time.
+
+    Args:
+        folder: the written checkpoint.
+        view: the pruned model, after ``apply``.
+        plan: the layers that went.
+        patch: the tensors that changed, as they are stored.
+
+    Raises:
+        VerificationError: keys, bytes, logits, or logits computed step by step with a cache differ.
+    """
+    # On a GPU a second model always fits or fails at once; layer by layer, sums would differ.
+    fits = view.device.type != "cpu" or 4 * view.n_parameters <= available_memory_bytes()
+    attention = view.model.config._attn_implementation
+    try:
+        if fits:
+            written = load_strictly(folder, view.model.dtype, view.device, attention).eval()
+        else:
+            verify_files(view.path, folder, view.layout, plan, patch)
+            layout = layout_of(folder)
+            check_tensors(folder, layout)
+            written = open_streamed(
+                folder, layout, dtype=view.model.dtype, attention=attention
+            ).model
+    except ModelError as error:
+        raise VerificationError(f"the written checkpoint does not reload: {error}") from error
+    ids = check_ids(view).to(view.device)
+    with torch.no_grad():
+        expected = view.model(ids, use_cache=False).logits
+        logits = written(ids, use_cache=False).logits
+    _compare_logits(logits, expected, "the model's in memory")
+    if fits:
+        _check_cache(written, ids)
+
+
+def verify_files(
+    source: Path, folder: Path, layout: Layout, plan: PruningPlan, patch: WeightPatch
+) -> int:
+    """Compare keys, types, shapes and the sha256 of every tensor, one block at a time.
+
+    Args:
+        source: the input model's folder.
+        folder: the written checkpoint.
+        layout: where the source's layers are.
+        plan: the layers that went.
+        patch: the tensors that changed, as they are stored.
+
+    Returns:
+        How many tensors were compared.
+
+    Raises:
+        VerificationError: a tensor is missing, surplus or different.
+    """
+    changed = stored_patch(source, layout, plan, patch)
+    expected: dict[str, Content] = {
+        name: changed[old] if old in changed else kept_part(layout, plan, old, tensor)
+        for old, tensor in stored_tensors(source).items()
+        if (name := layout.new_stored_name(old, plan.new_index)) is not None
+    }
+    written = stored_tensors(folder)
+    if differing := sorted(expected.keys() ^ written.keys()):
+        state = "lacks" if differing[0] in expected else "holds"
+        raise VerificationError(f"the written checkpoint {state} {differing[0]}. {REMEDY}")
+    for name, tensor in expected.items():
+        same_type = isinstance(tensor, Tensor) or tensor.dtype == written[name].dtype
+        if not same_type or tuple(tensor.shape) != written[name].shape:
+            raise VerificationError(f"{name} was written in another type or shape. {REMEDY}")
+        if sha256(tensor) != sha256(written[name]):
+            raise VerificationError(f"the sha256 of {name} changed while it was written. {REMEDY}")
+    return len(expected)
+
+
+def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPlan) -> None:
+    """Compare the written model with the source whose dropped layers pass their input through.
+
+    Raises:
+        ModelError: the layers cannot be run one at a time.
+        VerificationError: the logits differ.
+    """
+    dense = open_streamed(source, layout)
+    ids = check_ids(dense)
+    with dense.skipping(plan.dropped):
+        expected = logits_of(dense, ids)
+    del dense
+    written = logits_of(open_streamed(folder, layout_of(folder)), ids)
+    # Queries that took a factor for their layer's new number are rounded once more.
+    rounding = rescaled_rounding(expected) if layout.index_scaled else 0.0
+    _compare_logits(written, expected, "the source's", rounding)
+
+
+def check_ids(view: DecoderView) -> Tensor:
+    """Random token ids to compare models on, (batch, seq)."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = view.model.get_input_embeddings().weight.shape[0]
+    return torch.randint(vocabulary, CHECK_SHAPE, generator=generator)
+
+
+def sha256(tensor: Content) -> str:
+    """Hash of a tensor's stored bytes."""
+    if isinstance(tensor, Tensor):
+        return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+    total = hashlib.sha256()
+    if isinstance(tensor, StoredTensor):
+        pieces = read_blocks(tensor.path, tensor.begin, tensor.nbytes)
+    else:
+        pieces = tensor.pieces()
+    for piece in pieces:
+        total.update(piece)
+    return total.hexdigest()
+
+
+def _compare_logits(logits: Tensor, expected: Tensor, whose: str, rounding: float = 0.0) -> None:
+    gap = float((logits - expected).abs().max())
+    if not gap <= rounding * float(expected.abs().max()):
+        raise VerificationError(
+            f"the written checkpoint's logits differ from {whose} by {gap:.2g}. {REMEDY}"
+        )
+
+
+@torch.no_grad()
+def _check_cache(model: Any, ids: Tensor) -> None:
+    # Float32: in a narrower dtype, rounding alone would exceed the tolerance.
+    model = model.float()
+    whole = model(ids, use_cache=False).logits
+    gap = float((cached_logits(model, ids, PREFILL) - whole).abs().max())
+    if not gap <= CACHED_TOLERANCE * max(1.0, float(whole.abs().max())):
+        raise VerificationError(
+            f"the written checkpoint's cached logits differ from its uncached ones by {gap:.2g}. "
+            f"{REMEDY}"
+        )
+
+
+@torch.no_grad()
+def cached_logits(model: Any, ids: Tensor, prefill: int) -> Tensor:
+    """Logits of a prefill and single steps after it, (batch, seq, vocabulary).
+
+    Args:
+        model: a causal language model.
+        ids: (batch, seq).
+        prefill: tokens that are processed at once.
+    """
+    given: dict[str, Any] = {}
+    output = model(ids[:, :prefill], use_cache=True)
+    if not _caches(output):
+        # RecurrentGemma fills a cache that it does not return.
+        given = {"past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
+        output = model(ids[:, :prefill], use_cache=True, **given)
+    logits = [output.logits]
+    for position in range(prefill, ids.shape[1]):
+        if given:
+            given["position_ids"] = torch.full_like(ids[:, :1], position)
+        step = ids[:, position : position + 1]
+        output = model(step, use_cache=True, **(_caches(output) or given))
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _caches(output: Any) -> dict[str, Any]:
+    """What a step hands to the next one; recurrent models name it otherwise."""
+    return {k: output[k] for k in ("past_key_values", "cache_params") if k in output}

@@ -1,0 +1,225 @@
+"""What a checkpoint is and whether it can be pruned, from its configuration and headers alone."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layercut.checkpoints.config_check import meta_model
+from layercut.checkpoints.config_edit import read_config
+from layercut.checkpoints.folder import read_json_object, weight_files
+from layercut.checkpoints.layout import Layout
+from layercut.checkpoints.preflight import check_folder, expected_shapes
+from layercut.checkpoints.quantization import CONFIG_KEYS, is_quantised
+from layercut.checkpoints.resolve import local_folder
+from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
+from layercut.data.calibration import MICRO_BATCH_TOKENS
+from layercut.errors import ModelError
+from layercut.models.load import has_bfloat16, weights_dtype
+from layercut.models.view import LOSS_CHUNK
+from layercut.recipe.recipe import Recipe
+from layercut.registry import load_method
+
+PASSES = 3
+"""Of the default score: forward, backward through activations, and forward once more."""
+PRECEDING = "the default recovery needs a kept layer before every cut"
+TYPE_KEYS = ("layer_types", "mlp_layer_types")
+PROBE_SECONDS = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer.
+
+    Attributes:
+        kind: its types as the configuration names them, empty if all layers are of one.
+        n_parameters: before any quantisation.
+        pinned: why it must stay, or an empty string.
+    """
+
+    kind: str
+    n_parameters: int
+    pinned: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint, seen from outside.
+
+    Attributes:
+        model: as the user called it.
+        model_type: the family.
+        architecture: the class that its configuration names.
+        n_layers: decoder layers, where the configuration says.
+        n_parameters: tied ones counted once; without an exact model, the numbers stored.
+        stored: type → bytes on disk.
+        n_files: weight files.
+        quantisation: the method, or an empty string.
+        tied: whether the output head is the embedding.
+        context: tokens, where the configuration says.
+        refusal: why it cannot be scored and pruned, or an empty string.
+        by_plan: whether `layercut prune` can apply a plan to it nevertheless.
+        layers: each layer; empty where the family's layout is not known.
+        scoring: memory_bytes, seconds and n_tokens of the default score on this machine's CPU.
+    """
+
+    model: str
+    model_type: str
+    architecture: str
+    n_layers: int | None
+    n_parameters: int
+    stored: Mapping[str, int]
+    n_files: int
+    quantisation: str
+    tied: bool
+    context: int | None
+    refusal: str
+    by_plan: bool
+    layers: tuple[Layer, ...] = ()
+    scoring: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``--json``."""
+        content = {name: getattr(self, name) for name in self.__slots__}
+        layers = [
+            {"type": e.kind or None, "n_parameters": e.n_parameters, "pinned": e.pinned or None}
+            for e in self.layers
+        ]
+        return {"schema": 1, **content, "prunable": not self.refusal, "layers": layers}
+
+
+def inspect(model: str, *, revision: str | None = None) -> Inspection:
+    """Describe a checkpoint without loading a weight.
+
+    Args:
+        model: ``embedded:smollm2-135m``, a local checkpoint folder, or a Hub name.
+        revision: branch, tag or commit of a Hub model.
+
+    Raises:
+        ModelError: there is no such model, or its configuration or a header is damaged.
+        NetworkError: the Hub is needed and does not give the model.
+    """
+    folder = local_folder(model, revision)
+    raw = read_json_object(folder / "config.json")
+    stored: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        stored |= read_shard(path).tensors
+    layout, refusal = _checked(folder, as_files=False)
+    by_plan, _ = _checked(folder, as_files=True)
+    sizes: Counter[str] = Counter()
+    for tensor in stored.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    layers, values, n_parameters = _layers(raw, by_plan)
+    described = raw.get("text_config") if isinstance(raw.get("text_config"), dict) else raw
+    assert isinstance(described, dict)
+    return Inspection(
+        model=model,
+        model_type=str(raw.get("model_type")),
+        architecture=str((raw.get("architectures") or ["unknown"])[0]),
+        n_layers=len(layers) or described.get("num_hidden_layers"),
+        n_parameters=n_parameters or sum(_numel(t.shape) for t in stored.values()),
+        stored=dict(sizes.most_common()),
+        n_files=len({tensor.path for tensor in stored.values()}),
+        quantisation=_quantisation(raw, stored),
+        tied=bool(values.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))),
+        context=values.get("max_position_embeddings", described.get("max_position_embeddings")),
+        refusal=refusal,
+        by_plan=by_plan is not None,
+        layers=layers,
+        scoring=_scoring(values, n_parameters, stored) if layout is not None else {},
+    )
+
+
+def _checked(folder: Path, *, as_files: bool) -> tuple[Layout | None, str]:
+    try:
+        return check_folder(folder, as_files=as_files)[0], ""
+    except ModelError as error:
+        return None, str(error)
+
+
+def _layers(
+    raw: dict[str, Any], layout: Layout | None
+) -> tuple[tuple[Layer, ...], dict[str, Any], int]:
+    """Every layer, the derived configuration and the parameters; nothing for unknown layouts."""
+    if layout is None:
+        return (), {}, 0
+    config = read_config(raw)
+    text = config.get_text_config(decoder=True)
+    expected = expected_shapes(meta_model(config))
+    sizes: Counter[int] = Counter()
+    for name, (shape, _) in expected.items():
+        if name.startswith(f"{layout.layers}."):
+            sizes[int(name[len(layout.layers) + 1 :].partition(".")[0])] += _numel(shape)
+    kinds = [value for key in TYPE_KEYS if (value := getattr(text, key, None))]
+    needs_first = getattr(load_method("recovery", _default("recovery")), "NEEDS_PRECEDING", False)
+    layers = tuple(
+        Layer(
+            kind=" + ".join(str(kind[index]) for kind in kinds),
+            n_parameters=sizes[index],
+            pinned=layout.pinned.get(index, PRECEDING if needs_first and index == 0 else ""),
+        )
+        for index in sorted(sizes)
+    )
+    total = sum(_numel(shape) for shape, tied in expected.values() if not tied)
+    return layers, text.to_dict(), total
+
+
+def _default(section: str) -> str:
+    return str(getattr(Recipe(model="default"), section).method)
+
+
+def _quantisation(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> str:
+    for key in sorted(CONFIG_KEYS):
+        if isinstance(value := raw.get(key), dict):
+            return str(value.get("quant_method", "yes"))
+    return "yes" if is_quantised(raw, stored) else ""
+
+
+def _scoring(
+    values: Mapping[str, Any], n_parameters: int, stored: Mapping[str, StoredTensor]
+) -> dict[str, float]:
+    """What the default score takes on this machine's CPU, roughly.
+
+    Time: 2 operations per parameter, token and pass, at the speed of a matrix product of this
+    model's width. Memory: the weights, a micro-batch's activations in every layer, a chunk of
+    logits and the residual streams of all layers.
+    """
+    calibration = Recipe(model="default").calibration
+    n_tokens = calibration.n_sequences * calibration.seq_len
+    cpu = torch.device("cpu")
+    dtype = weights_dtype("auto", stored, cpu)
+    width = int(values.get("hidden_size") or 1024)
+    inner, n_layers = values.get("intermediate_size"), int(values.get("num_hidden_layers") or 1)
+    inner = inner if isinstance(inner, int) else 4 * width
+    flops = _flops_per_second(width, inner, torch.bfloat16 if has_bfloat16(cpu) else dtype)
+    floats = (
+        min(n_tokens, MICRO_BATCH_TOKENS) * n_layers * (6 * width + 4 * inner)
+        + 3 * LOSS_CHUNK * int(values.get("vocab_size") or 0)
+        + (n_layers + 1) * n_tokens * width
+    )
+    return {
+        "memory_bytes": n_parameters * dtype.itemsize + 4 * floats,
+        "seconds": PASSES * 2 * n_parameters * n_tokens / flops,
+        "n_tokens": n_tokens,
+    }
+
+
+def _flops_per_second(width: int, inner: int, dtype: torch.dtype) -> float:
+    """Measured speed of this machine on an MLP's first product."""
+    hidden, weight = torch.ones(512, width, dtype=dtype), torch.ones(width, inner, dtype=dtype)
+    hidden @ weight  # the first product also starts the threads
+    start, n_products = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - start) < PROBE_SECONDS:
+        hidden @ weight
+        n_products += 1
+    return n_products * 2 * hidden.numel() * inner / seconds
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,268 @@
+"""YAML → a validated, frozen `Recipe`.
+
+Precedence: ``--set`` over environment (``LAYERCUT__A__B``) over recipe over default. Every problem
+is reported at once. A method's own options are checked where its file is loaded, because that
+needs torch and this file does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from layercut.errors import suggestion
+from layercut.recipe import overrides as overrides_
+from layercut.recipe import strict_yaml
+from layercut.recipe.base import Count, Name, Names, Section, SequenceLength
+from layercut.recipe.evaluation import EvaluationSection
+from layercut.recipe.finetune import FinetuneSettings
+from layercut.recipe.heal import HealSettings
+from layercut.recipe.validation import validated
+from layercut.registry import Room, available
+
+AMOUNTS = ("drop_layers", "drop_fraction", "drop", "max_perplexity_ratio")
+"""The spellings of one setting: how much goes. At most one is given."""
+
+DEFAULT_DROP_LAYERS = 6
+
+
+def _known(room: Room) -> AfterValidator:
+    def check(name: str) -> str:
+        known = available(room)
+        if name not in known:
+            hint = suggestion(name, known)
+            raise ValueError(f"unknown method '{name}'{hint} (known: {', '.join(known)})")
+        return name
+
+    return AfterValidator(check)
+
+
+def _distinct(layers: tuple[int, ...]) -> tuple[int, ...]:
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if twice:
+        raise ValueError(f"names layer {twice[0]} twice")
+    return layers
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:[0-9]+)?", name):
+        raise ValueError(f"unknown device '{name}' (known: auto, cpu, cuda, cuda:1, mps, xpu)")
+    return name
+
+
+def _not_available(value: Any) -> Any:
+    if value:
+        raise ValueError("is not available in this version of layercut")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_device)]
+NotYet = BeforeValidator(_not_available)
+# strict=False: YAML has lists, not tuples; the items stay strict.
+Layers = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_distinct)
+]
+Options = dict[str, Any]
+
+
+class CalibrationSection(Section):
+    """The text that scores and repairs are computed on."""
+
+    data: Name | Names = Field(
+        default="embedded:docs",
+        description="embedded:docs, embedded:reviews@train, a .txt, .raw, .jsonl, .csv or .parquet "
+        "file (each also .gz), hub:owner/name[:config][@split], or rows: before a source of task "
+        "rows, read as prompts with their right answers; a list draws equally from each",
+    )
+    text_column: Name = Field(
+        default="text", description="the column of a table that holds the text"
+    )
+    n_sequences: Count = Field(default=48, description="packed windows drawn from the text")
+    seq_len: SequenceLength = Field(default=256, description="tokens per window")
+    gradient_batch: Count = Field(
+        default=8, description="sequences whose gradient is one term of a gradient score"
+    )
+    micro_batch: Count | Literal["auto"] = Field(
+        default="auto",
+        description="sequences in memory at once; never changes a result beyond rounding",
+    )
+
+    @model_validator(mode="after")
+    def _one_sequence_of_each_text(self) -> CalibrationSection:
+        if not isinstance(self.data, str) and self.n_sequences < len(self.data):
+            raise ValueError(
+                f"n_sequences is {self.n_sequences}, but data names {len(self.data)} texts; "
+                "draw at least one window of each"
+            )
+        return self
+
+
+class ScoringSection(Section):
+    """How layers are scored."""
+
+    method: Annotated[str, _known("scoring")] = Field(
+        default="residual-sensitivity", description="a file of layercut/scoring, with - for _"
+    )
+    options: Options = Field(default={}, description="that method's own options")
+
+
+class SelectionSection(Section):
+    """Which layers go, given their scores."""
+
+    strategy: Annotated[str, _known("selection")] = Field(
+        default="priced-cuts", description="how scores become a plan: a file of layercut/selection"
+    )
+    drop_layers: Count | None = Field(
+        default=None,
+        description="how many layers go; or give one of drop_fraction and drop instead",
+    )
+    drop_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="the part of all layers that goes, between 0 and 1"
+    )
+    drop: Annotated[Layers, Field(min_length=1)] | None = Field(
+        default=None, description="exactly these layers go, counted from 0 at the embedding"
+    )
+    max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="as many go as keep held-out perplexity within this multiple of the dense one",
+    )
+    rounds: Literal["one-shot", "each"] = Field(
+        default="one-shot", description="one-shot, or each: score again after every dropped layer"
+    )
+    protect: Layers = Field(default=(), description="layers that stay whatever their score")
+    preserve_pattern: bool = Field(
+        default=False,
+        description="drop only such layers that engines which count layer types still run it right",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_amount(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not amounts_given(data):
+            return {**data, "drop_layers": DEFAULT_DROP_LAYERS}
+        return data
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> SelectionSection:
+        given = amounts_given(self.__dict__)
+        if len(given) > 1:
+            raise ValueError(conflict(given))
+        return self
+
+
+class RecoverySection(Section):
+    """How kept weights make up for the dropped layers."""
+
+    method: Annotated[str, _known("recovery")] = Field(
+        default="refit", description="a file of layercut/recovery, with - for _"
+    )
+    options: Options = Field(default={}, description="that method's own options")
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    model: Name = Field(
+        description="a local folder, a Hub name (owner/name), or embedded:smollm2-135m"
+    )
+    revision: Name | None = Field(
+        default=None,
+        description="branch, tag or commit of a Hub model; pinned to a commit at start",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="seed of every random choice"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto, float32 or bfloat16: how weights are loaded and computed"
+    )
+    device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
+    calibration: CalibrationSection = Field(
+        default_factory=CalibrationSection, description="the text that scores and repairs use"
+    )
+    scoring: ScoringSection = Field(
+        default_factory=ScoringSection, description="how layers are scored; higher = keep"
+    )
+    selection: SelectionSection = Field(
+        default_factory=SelectionSection, description="which layers go"
+    )
+    recovery: RecoverySection = Field(
+        default_factory=RecoverySection, description="how kept weights make up for dropped layers"
+    )
+    heal: HealSettings | None = Field(
+        default=None,
+        description="short distillation from the dense model after the cut; null: none",
+    )
+    finetune: FinetuneSettings | None = Field(
+        default=None, description="LoRA or full fine-tuning after the cut; null: none"
+    )
+    evaluation: EvaluationSection = Field(
+        default_factory=EvaluationSection, description="what is measured before and after"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _no_parent_in_hub_name(cls, name: str) -> str:
+        if ".." in name and not name.startswith((".", "/", "~")):
+            raise ValueError(f"'..' inside '{name}'; write a local folder as ./… or from /")
+        return name
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, in the order of the documentation; `load_recipe` reads it back."""
+        return strict_yaml.dump(self.model_dump(mode="json"))
+
+
+def amounts_given(selection: Any) -> list[str]:
+    """The spellings of "how much goes" that a selection section sets."""
+    if not isinstance(selection, Mapping):
+        return []
+    return [key for key in AMOUNTS if selection.get(key) is not None]
+
+
+def conflict(given: Sequence[str]) -> str:
+    """What to say when ``given`` amounts are set together."""
+    return f"{' and '.join(given)} are set together; keep one"
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Recipe:
+    """The recipe with its overrides and defaults.
+
+    Args:
+        source: a YAML file, or its content as nested mappings.
+        overrides: ``a.b=c``, the value in YAML; an amount replaces the recipe's other amounts.
+        environ: where ``LAYERCUT__A__B`` variables are looked up; default: the process's own.
+
+    Raises:
+        RecipeError: the file or a value cannot be used; lists every problem with its key path.
+    """
+    name = "recipe" if isinstance(source, Mapping) else str(source)
+    if isinstance(source, Mapping):
+        data = copy.deepcopy(dict(source))
+    else:
+        data = strict_yaml.load_file(Path(source))
+    variables = os.environ if environ is None else environ
+    settings, problems = overrides_.from_environment(variables)
+    origins = overrides_.merge(data, settings, alternatives=("selection", AMOUNTS))
+    settings, more_problems = overrides_.from_flags(overrides)
+    origins |= overrides_.merge(data, settings, alternatives=("selection", AMOUNTS))
+    problems += more_problems
+    # pydantic looks at this only when every other key of the section is right.
+    given = amounts_given(data.get("selection"))
+    if len(given) > 1:
+        problems.append(f"selection: {conflict(given)}")
+    return validated(Recipe, data, name, origins=origins, problems=problems)

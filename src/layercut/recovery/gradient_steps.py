@@ -1,0 +1,234 @@
+"""A few large gradient steps of a pruned model towards the dense one, each as long as pays.
+
+Source   ours; docs/LOG.md, 2026-11-25. Orthogonalised gradients: Muon, arXiv:2502.16982
+Formula  W ← W − η ‖W‖_F/√r · U Vᵀ,  with U S Vᵀ = ∂/∂W mean_t KL(q_t ‖ p_t), r = min(out, in)
+         q, p: next-token distributions of the dense and of the pruned model; η is the length of
+         the step as a part of ‖W‖_F, the same for all weights
+Rule     sequences in two halves: the gradient is taken on one half, η is halved or doubled from
+         ETA on while that lowers the cross-entropy on the other half; then the halves change
+         places. A step that does not lower it is not made. Where the pruned model was fitted to
+         the sequences, its gradient there says little: give it others.
+         A model's divergence from itself has no gradient: no step learns the text itself.
+Cost     per step a dense forward and a pruned forward-backward pass over one half, about five
+         forward passes over the other, and r³ per weight
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from layercut import progress
+from layercut.checkpoints.patch import Names
+from layercut.engine.loss import mean_loss
+from layercut.errors import NumericsError
+from layercut.models.attention import eager
+from layercut.models.view import DecoderView
+from layercut.training.distillation_loss import Divergence
+from layercut.types import PruningPlan
+
+ETA = 0.001
+SHORTEST = ETA / 8
+SMALLEST = 1e-8
+"""Part of the largest squared singular value below which one is noise, and not raised to 1."""
+
+
+def descend(
+    view: DecoderView,
+    plan: PruningPlan,
+    tensors: Mapping[str, Tensor],
+    sequences: Tensor,
+    *,
+    n_steps: int,
+    micro_batch: int,
+) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+    """Take up to ``n_steps`` steps from the pruned model with ``tensors`` in it.
+
+    Args:
+        view: the intact model; unchanged afterwards.
+        plan: which layers go.
+        tensors: replaced weights of the kept layers, by name.
+        sequences: token ids, (n, seq), at least two rows.
+        n_steps: steps; each half of the sequences teaches every second one.
+        micro_batch: sequences in memory at once.
+
+    Returns:
+        The replaced weights after the steps, in the model's dtype, and each step's η; 0 for one
+        not made.
+
+    Raises:
+        NumericsError: the loss or a gradient is not finite.
+    """
+    reached = dict(tensors)
+    halves = sequences[::2], sequences[1::2]
+    lengths: list[float] = []
+    for step in range(n_steps):
+        learn, judge = halves[step % 2], halves[1 - step % 2]
+        with eager(view, sequences.shape[1]):
+            gradients = divergence_gradients(view, plan, reached, learn, micro_batch)
+        directions = _directions(view, reached, gradients)
+        eta, reached = _longest(view, plan, reached, directions, judge, micro_batch)
+        lengths.append(eta)
+    return reached, tuple(lengths)
+
+
+def divergence_gradients(
+    view: DecoderView,
+    plan: PruningPlan,
+    tensors: Mapping[str, Tensor],
+    sequences: Tensor,
+    micro_batch: int,
+) -> dict[str, Tensor]:
+    """Gradient of the mean divergence from the dense model, by the name of a kept linear weight.
+
+    Args:
+        view: the intact model; unchanged afterwards.
+        plan: which layers go.
+        tensors: replaced weights.
+        sequences: token ids, (n, seq).
+        micro_batch: sequences in memory at once.
+
+    Raises:
+        NumericsError: the loss or a gradient is not finite.
+    """
+    loss = Divergence(view, view)
+    parts = sequences.split(micro_batch)
+    guides = [loss.guide(ids) for ids in parts]
+    with (
+        view.skipping(plan.dropped),
+        view.patched(tensors),
+        torch.enable_grad(),
+        _learning(view, plan) as weights,
+    ):
+        for ids, guide in progress.track(zip(parts, guides, strict=True), total=len(parts)):
+            value = loss(ids, guide) * (len(ids) / len(sequences))
+            if not math.isfinite(value.item()):
+                raise NumericsError(
+                    f"the divergence from the dense model is {value.item()}. Use dtype: float32, "
+                    "or gradient_steps: 0."
+                )
+            value.backward()
+        gradients = {n: w.grad for n, w in weights.items() if w.grad is not None}
+    for name, gradient in gradients.items():
+        if not bool(gradient.isfinite().all()):
+            raise NumericsError(
+                f"the gradient of {name} is not finite. Use dtype: float32, or gradient_steps: 0."
+            )
+    return gradients
+
+
+def moved(
+    view: DecoderView,
+    tensors: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+    eta: float,
+) -> dict[str, Tensor]:
+    """``tensors`` and the model's own weights where there are none, each less η · direction.
+
+    In the model's dtype, in which the loss at this η is measured.
+    """
+    found = dict(tensors)
+    for name, direction in directions.items():
+        own = view.model.get_parameter(name).data
+        weight = tensors.get(name, own).to(own.device)
+        found[name] = (weight.float() - eta * direction.to(own.device)).to(own.dtype)
+    return found
+
+
+@torch.no_grad()
+def polar(gradient: Tensor) -> Tensor:
+    """U Vᵀ of a matrix U S Vᵀ, float32: all its singular values become 1, but for noise's.
+
+    From the eigenvectors Q of the smaller Gram matrix, G Gᵀ = Q Λ Qᵀ: U Vᵀ = Q Λ^(−½) Qᵀ G.
+    """
+    wide = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
+    wide = wide.float()
+    if not bool(wide.any()):
+        return torch.zeros_like(gradient, dtype=torch.float32)
+    wide = wide / wide.norm()
+    values, vectors = torch.linalg.eigh((wide @ wide.T).double())
+    raised = values.clamp_min(float(values[-1]) * SMALLEST).rsqrt()
+    found: Tensor = ((vectors * raised) @ vectors.T).float() @ wide
+    return found if gradient.shape[0] <= gradient.shape[1] else found.T
+
+
+@contextmanager
+def _learning(view: DecoderView, plan: PruningPlan) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """The weights that a step moves, by name, with gradients switched on inside the block."""
+    weights = learned(view, plan)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        yield weights
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def learned(view: DecoderView, plan: PruningPlan) -> dict[str, torch.nn.Parameter]:
+    """The kept layers' linear weights by name: stored as such, and not shared by layers."""
+    names = Names(view.path, view.layout)
+    found = {
+        name: view.model.get_parameter(name)
+        for layer in range(view.n_layers)
+        for name in view.linear_modules(layer)
+    }
+    times = Counter(id(weight) for weight in found.values())
+    gone = {name for layer in plan.dropped for name in view.linear_modules(layer)}
+    return {
+        name: weight
+        for name, weight in found.items()
+        if name not in gone and times[id(weight)] == 1 and names.on_disk(name, weight) is not None
+    }
+
+
+def _directions(
+    view: DecoderView, tensors: Mapping[str, Tensor], gradients: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What every weight moves by at η = 1: its polar factor, scaled to the weight's own norm.
+
+    In bfloat16, which is exact enough for a thousandth of a weight; empties ``gradients``, so that
+    both are never in memory whole.
+    """
+    found = {}
+    for name in progress.track(list(gradients), total=len(gradients)):
+        weight = tensors.get(name, view.model.get_parameter(name).data)
+        length = weight.float().norm() / math.sqrt(min(weight.shape))
+        direction = polar(gradients.pop(name))
+        found[name] = (direction * length.to(direction.device)).bfloat16()
+    return found
+
+
+def _longest(
+    view: DecoderView,
+    plan: PruningPlan,
+    tensors: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+    sequences: Tensor,
+    micro_batch: int,
+) -> tuple[float, dict[str, Tensor]]:
+    """The best η by doubling or halving, 0 if none is better, and the weights behind that step."""
+
+    def loss_at(eta: float) -> float:
+        with view.skipping(plan.dropped), view.patched(moved(view, tensors, directions, eta)):
+            return mean_loss(view, sequences, micro_batch)
+
+    losses = {eta: loss_at(eta) for eta in (0.0, ETA)}
+    eta = ETA
+    if losses[ETA] < losses[0.0]:
+        while losses[eta] == min(losses.values()):
+            eta *= 2
+            losses[eta] = loss_at(eta)
+    else:
+        while losses[eta] >= losses[0.0] and eta > SHORTEST:
+            eta /= 2
+            losses[eta] = loss_at(eta)
+    best = min(losses, key=lambda tried: losses[tried])
+    progress.figure(f"a step of {best:.2%}: loss {losses[0.0]:.3f} → {losses[best]:.3f}")
+    return best, moved(view, tensors, directions, best) if best else dict(tensors)

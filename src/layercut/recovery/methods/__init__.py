@@ -1,0 +1,1 @@
+"""One recovery method per file; the folder is the registry."""

@@ -1,0 +1,47 @@
+"""Add to a kept layer how every dropped layer behind it differs from it (LaCo).
+
+Source   arXiv:2402.11187 §2.2, reserving-differences-while-seeking-common merge
+Formula  W_k ← W_k + Σ_j (W_j − W_k)
+         j: the dropped layers between k and the next kept layer; W: linear weights of equal name,
+         the differences to the original W_k
+Meaning  one dropped layer replaces W_k; m of them extrapolate: Σ_j W_j − (m − 1)·W_k
+Cost     one pass over the weights, none over the text; float32 copies of the merged weights
+Limits   needs a kept layer before every cut, and weights of equal shape in both layers. LaCo's own
+         search for the layers to merge, by the similarity of outputs, is not part of it
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from layercut import progress
+from layercut.models.view import DecoderView
+from layercut.recovery.layer_merging import check_shapes, namesakes, receivers
+from layercut.registry import MethodOptions
+from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
+
+NEEDS_PRECEDING = True
+
+
+class Options(MethodOptions):
+    """No options."""
+
+
+def fit(
+    view: DecoderView,
+    plan: PruningPlan,
+    evidence: Evidence | None,
+    batches: CalibrationBatches,
+    options: Options,
+) -> WeightPatch:
+    """Sum the differences in float32; ``batches`` are not read."""
+    into = receivers(plan)
+    check_shapes(view, into)
+    tensors: dict[str, Tensor] = {}
+    for layer, kept in progress.track(into.items(), total=len(into)):
+        for name, target in namesakes(view, layer, kept).items():
+            original = view.model.get_parameter(target).data.float()
+            difference = view.model.get_parameter(name).data.float() - original
+            tensors[target] = tensors.get(target, original) + difference
+    notes = {"merged_into": {str(layer): kept for layer, kept in into.items()}}
+    return WeightPatch(tensors, "laco", notes)

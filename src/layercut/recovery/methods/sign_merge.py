@@ -1,0 +1,171 @@
+"""Add the important weights of dropped layers to the kept ones that agree in sign (GradPruner).
+
+Source   arXiv:2601.19503 §3.2; which layers are merged is a reading (METHODS §1 step 7)
+Formula  Ŵ_j = W_j where F_j is among its ⌈keep·numel⌉ largest entries, else 0
+         W_k ← W_k + Σ_j Ŵ_j ⊙ [sign(Ŵ_j) = sign(W_k)], the sign of the original W_k
+         j: merged dropped layers; k: the closest kept layer before j; F_j (out, in): mean squared
+         simulated gradient of W_j (scoring/igia.py)
+Rule     merge all: every dropped layer; beyond-safe: all but the n_safe lowest-scored ones. Linear
+         weights only; ties go to the lower index
+Cost     none with scoring igia, whose record is used; else the t steps of an early run. One F_j at
+         a time, and t·rank operations for each of its entries
+Limits   needs a kept layer before every cut, and weights of equal shape in both layers
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from fractions import Fraction
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from layercut import progress
+from layercut.errors import PlanError
+from layercut.gradients.log import GradientLog
+from layercut.models.output_projections import as_stored
+from layercut.models.view import DecoderView
+from layercut.recovery.layer_merging import check_shapes, namesakes, receivers
+from layercut.training.early_steps import EarlyRunOptions, record
+from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
+
+NEEDS_PRECEDING = True
+
+
+class Options(EarlyRunOptions):
+    """What is merged, and the early run that is made where scoring left no gradients."""
+
+    keep: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.2, description="share of a dropped weight's entries that are merged"
+    )
+    merge: Literal["all", "beyond-safe"] = Field(
+        default="all", description="which dropped layers: all, or those beyond the n_safe lowest"
+    )
+    n_safe: int = Field(
+        default=0, ge=0, description="lowest-scored layers that are discarded by beyond-safe"
+    )
+
+    @model_validator(mode="after")
+    def _safe_number_goes_with_beyond_safe(self) -> Options:
+        if (self.merge == "beyond-safe") != (self.n_safe > 0):
+            raise ValueError("merge: beyond-safe and an n_safe above 0 go together")
+        return self
+
+    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
+        """Refuse an impossible run, and an ``n_safe`` that leaves nothing to merge."""
+        self.check_safe(n_drop)
+        super().check(view, batches, n_drop)
+
+    def check_safe(self, n_drop: int) -> None:
+        """Refuse an ``n_safe`` that leaves nothing to merge of ``n_drop`` layers.
+
+        Raises:
+            PlanError: there is nothing left.
+        """
+        if self.n_safe and self.n_safe >= n_drop:
+            raise PlanError(
+                f"recovery.options.n_safe is {self.n_safe}, but only {n_drop} layers are dropped: "
+                "none is left to merge. Lower n_safe, or set recovery.method: none."
+            )
+
+
+def fit(
+    view: DecoderView,
+    plan: PruningPlan,
+    evidence: Evidence | None,
+    batches: CalibrationBatches,
+    options: Options,
+) -> WeightPatch:
+    """Sparsify each merged layer's weights by their own F and add what agrees in sign."""
+    options.check_safe(len(plan.dropped))
+    into = receivers(plan)
+    check_shapes(view, into)
+    log = _gradients(view, plan, evidence, batches, options)
+    discarded = by_score(plan, log)[: options.n_safe] if options.n_safe else []
+    for layer in discarded:
+        del into[layer]
+    patch = merge(view, into, log, options.keep)
+    notes = {
+        "merged_into": {str(layer): kept for layer, kept in into.items()},
+        "discarded": sorted(discarded),
+        "gradient_steps": log.n_steps,
+    }
+    return replace(patch, notes={**notes, **patch.notes})
+
+
+def merge(view: DecoderView, into: Mapping[int, int], log: GradientLog, keep: float) -> WeightPatch:
+    """The kept layers' weights with the dropped ones' important entries, float32.
+
+    Args:
+        view: the intact model.
+        into: merged layer → the kept layer that takes its weights.
+        log: the gradients of the merged layers' weights.
+        keep: share of a merged weight's entries that count.
+    """
+    tensors: dict[str, Tensor] = {}
+    n_kept = n_added = 0
+    for layer, receiver in progress.track(into.items(), total=len(into)):
+        modules = view.linear_modules(layer)
+        for name, target in namesakes(view, layer, receiver).items():
+            weight = view.model.get_parameter(name)
+            original = view.model.get_parameter(target)
+            importance = as_stored(modules[name], log.elementwise(name))
+            kept = top_entries(importance, keep).to(weight.device)
+            added = kept & (weight.sign() == original.sign())
+            total = tensors.get(target, original.float())
+            tensors[target] = total + torch.where(added, weight.float(), 0.0)
+            n_kept += int(kept.sum())
+            n_added += int(added.sum())
+    return WeightPatch(tensors, "sign-merge", {"entries_kept": n_kept, "entries_added": n_added})
+
+
+def top_entries(importance: Tensor, share: float) -> Tensor:
+    """Mask of the ⌈share·numel⌉ largest entries; of equal ones, those with the lower index.
+
+    Args:
+        importance: of any shape.
+        share: above 0, at most 1; taken as the decimal number it is written as.
+    """
+    flat = importance.flatten()
+    # 0.7 · 10 is 7.000000000000001 in binary, and would be rounded up to 8.
+    n_kept = math.ceil(Fraction(str(share)) * flat.numel())
+    threshold = flat.kthvalue(flat.numel() - n_kept + 1).values
+    mask = flat > threshold
+    ties = (flat == threshold).nonzero().flatten()
+    mask[ties[: n_kept - int(mask.sum())]] = True
+    return mask.view_as(importance)
+
+
+def by_score(plan: PruningPlan, log: GradientLog) -> list[int]:
+    """The dropped layers from the lowest-scored on: in the order in which the plan dropped them.
+
+    Within one decision the scores decide, of equal ones the higher index goes first, as in
+    selection. A plan that was given rather than scored is ordered by the record's own scores.
+    """
+    decisions = [(r.scores, r.dropped) for r in plan.rounds]
+    if sum(len(dropped) for _, dropped in decisions) != len(plan.dropped):
+        decisions = [(log.layer_scores().values, plan.dropped)]
+    return [
+        layer
+        for scores, dropped in decisions
+        for layer in sorted(dropped, key=lambda i: (scores[i] or 0.0, -i))
+    ]
+
+
+def _gradients(
+    view: DecoderView,
+    plan: PruningPlan,
+    evidence: Evidence | None,
+    batches: CalibrationBatches,
+    options: Options,
+) -> GradientLog:
+    """The record that scoring left if it covers the dropped layers, else a new one."""
+    log = evidence.gradient_log if evidence else None
+    needed = {name for layer in plan.dropped for name in view.linear_weights(layer)}
+    if log is not None and needed <= set(log.weights):
+        return log
+    return record(view, batches, options)

@@ -1,0 +1,243 @@
+"""Dense against pruned as a table of text cells, for the report and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from layercut.results import Evaluation, Figure, RunResult, harness_name
+
+if TYPE_CHECKING:
+    from layercut.results import Generation
+
+STAGE_TITLES = {
+    "dense": "Dense",
+    "pruned": "Pruned",
+    "healed": "Healed",
+    "dense_tuned": "Dense, tuned",
+    "pruned_tuned": "Pruned, tuned",
+}
+TUNED_TITLES = {"dense": "Before", "dense_tuned": "Tuned"}
+"""Of a model that was tuned and not pruned."""
+MISSING = "–"
+ACCURACY = "Accuracy, "
+ZERO_SHOT = "Zero-shot, "
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measured quantity.
+
+    Attributes:
+        label: what was measured.
+        cells: one per stage that ran, in the order of ``columns``; ``MISSING`` where it was not
+            measured.
+        change: the last stage relative to the dense model, tuned alike if it was; empty if one of
+            them did not measure it.
+    """
+
+    label: str
+    cells: tuple[str, ...]
+    change: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """A value, how it is shown, and how the pruned one is compared with the dense one."""
+
+    value: float
+    text: str
+    compare: Callable[[float, float], str]
+
+
+def columns(result: RunResult) -> tuple[str, ...]:
+    """Titles of the stages that ran, dense first."""
+    return tuple(titles(result).values())
+
+
+def titles(result: RunResult) -> dict[str, str]:
+    """Stage → title of its column, for the stages that ran, dense first."""
+    known = TUNED_TITLES if set(result.stages) == set(TUNED_TITLES) else STAGE_TITLES
+    return {name: title for name, title in known.items() if name in result.stages}
+
+
+def change_compares(result: RunResult) -> str:
+    """Which columns "Change" compares: ``“Pruned” with “Dense”``."""
+    known = titles(result)
+    before, after = (known.get(name, STAGE_TITLES[name]) for name in compared_stages(result))
+    return f"“{after}” with “{before}”"
+
+
+def rows(result: RunResult) -> tuple[Row, ...]:
+    """Every quantity that at least one stage measured."""
+    stages = {
+        name: _measures(result.stages[name], "Heal" if name == "healed" else "Fine-tuning")
+        for name in STAGE_TITLES
+        if name in result.stages
+    }
+    labels = dict.fromkeys(label for measures in stages.values() for label in measures)
+    before, after = compared_stages(result)
+    old, new = stages.get(before, {}), stages.get(after, {})
+    changes = result.stages[after].accuracy_change if after in result.stages else {}
+    found = []
+    for label in labels:
+        cells = (measures.get(label) for measures in stages.values())
+        change = ""
+        if label in old and label in new:
+            change = old[label].compare(old[label].value, new[label].value)
+        if (
+            paired := changes.get(label.removeprefix(ACCURACY).removeprefix(ZERO_SHOT))
+        ) is not None:
+            change = _paired_points(paired)
+        found.append(Row(label, tuple(m.text if m else MISSING for m in cells), change))
+    return tuple(found)
+
+
+def compared_stages(result: RunResult) -> tuple[str, str]:
+    """Names of the two stages that the column "Change" compares."""
+    if "pruned_tuned" not in result.stages:
+        pruned = "healed" if "healed" in result.stages else "pruned"
+        return "dense", pruned if pruned in result.stages else "dense_tuned"
+    return "dense_tuned" if "dense_tuned" in result.stages else "dense", "pruned_tuned"
+
+
+def measured(stage: Evaluation) -> list[tuple[str, str]]:
+    """Every figure of one model as (what was measured, its value)."""
+    figures = [(label, measure.text) for label, measure in _measures(stage).items()]
+    for name, cut in stage.windows.items():
+        restored = ", detokenized" if cut.detokenized else ""
+        text = f"{cut.n_windows} of {cut.seq_len:,} tokens{restored}"
+        figures.append((f"Windows, {name}", text))
+    return figures
+
+
+def _measures(stage: Evaluation, training: str = "Fine-tuning") -> dict[str, _Measure]:
+    """Label → measure; ``training`` is what changed the weights.
+
+    Peak memory is shown of trained stages only: without a training's reset it never falls within
+    one process.
+    """
+    found = {
+        "Layers": _Measure(stage.n_layers, str(stage.n_layers), _difference),
+        "Parameters": _Measure(stage.n_parameters, f"{stage.n_parameters:,}", _percent),
+    }
+    for name, figure in stage.perplexity.items():
+        found[f"Perplexity, {name}"] = _Measure(figure.value, _with_error(figure, 2), _factor)
+    for name, figure in stage.accuracy.items():
+        found[f"{ACCURACY}{name}"] = _Measure(figure.value, _with_error(figure, 3), _points)
+    found |= _zero_shot(stage) | _likeness(stage)
+    if stage.flops_per_token is not None:
+        label = f"GFLOPs per token, context {stage.flops_context:,}"
+        count = stage.flops_per_token / 1e9
+        found[label] = _Measure(count, f"{count:,.3f}", _factor)
+    for label, speed in (
+        ("Prefill, tokens per second", stage.prefill_tokens_per_second),
+        ("Decoding, tokens per second", stage.decode_tokens_per_second),
+    ):
+        if speed is not None:
+            found[label] = _Measure(speed, f"{speed:,.1f}", _factor)
+    if (seconds := stage.train_seconds) is not None:
+        found[f"{training}, seconds"] = _Measure(seconds, f"{seconds:,.1f}", _factor)
+        if (peak := stage.peak_rss_bytes) is not None:
+            found["Peak memory, GiB"] = _Measure(peak, f"{peak / 2**30:.2f}", _factor)
+    return found
+
+
+def _zero_shot(stage: Evaluation) -> dict[str, _Measure]:
+    """The metrics of lm-evaluation-harness, and the mean accuracy over its tasks."""
+    found = {}
+    for task, metrics in stage.harness.items():
+        for metric, figure in metrics.items():
+            how = _points if metric.startswith("acc") else _gap
+            label = ZERO_SHOT + harness_name(task, metric)
+            found[label] = _Measure(figure.value, _with_error(figure, 3), how)
+    accuracies = [metrics["acc"] for metrics in stage.harness.values() if "acc" in metrics]
+    if len(accuracies) > 1:
+        mean = _mean(accuracies)
+        label = f"{ZERO_SHOT}mean acc of {len(accuracies)}"
+        found[label] = _Measure(mean.value, _with_error(mean, 3), _points)
+    return found
+
+
+def _likeness(stage: Evaluation) -> dict[str, _Measure]:
+    """Agreement with the model that this one was compared with, and how both go on alone."""
+    found = {}
+    for name, fidelity in stage.fidelity.items():
+        for label, figure in (
+            ("Next-token agreement", fidelity.agreement),
+            ("KL, nats per token", fidelity.kl),
+        ):
+            found[f"{label}, {name}"] = _Measure(figure.value, _with_error(figure, 3), _gap)
+    for name, generation in stage.generation.items():
+        for label, figure, theirs in _generated(generation):
+            other = "" if theirs is None else f" (the other: {_with_error(theirs, 3)})"
+            text = _with_error(figure, 3) + other
+            found[f"{label}, {name}"] = _Measure(figure.value, text, _gap)
+    return found
+
+
+def _generated(generation: Generation) -> list[tuple[str, Figure, Figure | None]]:
+    """Label, figure, and the other model's."""
+    other = generation.reference
+    found = [
+        (f"Generated, distinct {n}-grams", figure, other.distinct[n - 1] if other else None)
+        for n, figure in enumerate(generation.distinct, start=1)
+    ]
+    found.append(("Generated, share in a loop", generation.loop, other.loop if other else None))
+    if generation.common_prefix is not None and generation.agreement is not None:
+        found += [
+            ("Generated, tokens before they part", generation.common_prefix, None),
+            ("Generated, equal tokens", generation.agreement, None),
+        ]
+    return found
+
+
+def _with_error(figure: Figure, digits: int) -> str:
+    return f"{figure.value:,.{digits}f} ± {figure.stderr:.{digits}f}"
+
+
+def _mean(figures: Sequence[Figure]) -> Figure:
+    """Their mean, with the standard error that independent tasks give it: √(Σ se²) / n."""
+    n = len(figures)
+    spread = sum(figure.stderr**2 for figure in figures) ** 0.5 / n
+    return Figure(sum(figure.value for figure in figures) / n, spread, n)
+
+
+def _difference(dense: float, pruned: float) -> str:
+    return f"{pruned - dense:+.0f}".replace("-", "−")
+
+
+def _gap(dense: float, pruned: float) -> str:
+    return f"{pruned - dense:+.3f}".replace("-", "−")
+
+
+def _percent(dense: float, pruned: float) -> str:
+    return f"{100 * (pruned / dense - 1):+.1f} %".replace("-", "−")
+
+
+def _points(dense: float, pruned: float) -> str:
+    return f"{100 * (pruned - dense):+.1f} points".replace("-", "−")
+
+
+def _paired_points(change: Figure) -> str:
+    text = f"{100 * change.value:+.1f} ± {100 * change.stderr:.1f} points"
+    return text.replace("-", "−")
+
+
+def _factor(dense: float, pruned: float) -> str:
+    return f"× {pruned / dense:.2f}"
+
+
+def sizes(result: RunResult) -> tuple[str, ...]:
+    """Sentences on what other numbers of dropped layers would cost, where the run knows it."""
+    if result.plan is None:
+        return ()
+    lines = []
+    if result.plan.curve:
+        prices = ", ".join(f"{n}: {price:.2f}" for n, price in result.plan.curve.items())
+        lines.append(f"Price by layers dropped (a bound on the loss, nats per token): {prices}")
+    if result.plan.trials:
+        ratios = ", ".join(f"{n}: × {ratio:.3f}" for n, ratio in result.plan.trials.items())
+        lines.append(f"Perplexity on held-out text by layers dropped: {ratios}")
+    return tuple(lines)

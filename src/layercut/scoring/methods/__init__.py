@@ -1,0 +1,1 @@
+"""One scoring method per file; the folder is the registry."""

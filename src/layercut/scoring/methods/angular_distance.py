@@ -1,0 +1,69 @@
+"""Layer importance from the angle by which a layer turns the residual stream (UIDL).
+
+Source   arXiv:2403.17887 §3; whole blocks of layers are chosen by selection/block.py
+Formula  s_l = mean_t arccos(cos(h_{l,t}, h_{l+1,t})) / π
+         h_l (tokens, d): residual stream entering layer l; t: the last token of every sequence
+         [paper], or all tokens
+Meaning  higher = keep; between 0 and 1
+Cost     one forward pass; the streams of one micro-batch at every layer
+Limits   looks at angles only: a layer that rescales the stream counts for nothing
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from layercut import progress
+from layercut.models.view import DecoderView
+from layercut.registry import MethodOptions
+from layercut.types import CalibrationBatches, LayerScores
+
+TOKENS_AT_ONCE = 256
+"""Tokens whose streams are compared at once: 256 × 33 × 4,096 float64 numbers are 264 MiB."""
+
+
+class Options(MethodOptions):
+    """Which tokens are compared."""
+
+    tokens: Literal["last", "all"] = Field(
+        default="last", description="last: the last one of every sequence, as published; or all"
+    )
+
+
+def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
+    """One forward pass over ``batches``."""
+    distances = angular_distances(view, batches, options)
+    return LayerScores(tuple(distances.diagonal(1).tolist()))
+
+
+@torch.no_grad()
+def angular_distances(view: DecoderView, batches: CalibrationBatches, options: Options) -> Tensor:
+    """Mean angle between the residual streams at every two layer boundaries, in units of π.
+
+    Returns:
+        (L + 1, L + 1) float64; entry (i, j) compares h_i with h_j. float64 because the arc cosine
+        turns a rounding of 1e-7 near 1 into an angle of 4e-4.
+    """
+    kept = slice(-1, None) if options.tokens == "last" else slice(None)
+    totals = torch.zeros(view.n_layers + 1, view.n_layers + 1, dtype=torch.float64)
+    n_tokens = 0
+    n_slices = -(-batches.n_sequences // batches.micro_batch)
+    for ids in progress.track(batches.micro_batches(), total=n_slices):
+        inputs = view.embed(ids)
+        hidden = inputs.hidden
+        streams = [hidden[:, kept].flatten(0, 1)]
+        for layer in range(view.n_layers):
+            hidden = view.run_layer(layer, hidden, inputs)
+            streams.append(hidden[:, kept].flatten(0, 1))
+        for rows in zip(*(stream.split(TOKENS_AT_ONCE) for stream in streams), strict=True):
+            directions = functional.normalize(torch.stack(rows, dim=1).double(), dim=-1)
+            cosines = (directions @ directions.mT).clamp(-1, 1)
+            totals += cosines.arccos().sum(dim=0).cpu()
+        n_tokens += len(streams[0])
+    return totals / (n_tokens * math.pi)

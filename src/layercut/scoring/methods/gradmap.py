@@ -1,0 +1,61 @@
+"""Layer importance from the magnitude of weight gradients (GradMAP, stage 1).
+
+Source   arXiv:2602.14649, stage 1; the norm and the reduction are not public and stay options
+Formula  s_l = Σ_b Σ_{W in l} ‖∇_b W‖
+         ∇_b W (out, in): gradient of group b's summed token loss / all calibration targets
+         norm: l1 = Σ|g|, l2 = √Σg², l2sq = Σg²; reduction: sum, or mean per parameter of layer l
+Meaning  higher = keep; comparable only within one model and one calibration set
+Cost     one forward and backward pass over the calibration set
+Limits   linear weights only; depends on gradient_batch (norms of sums are not sums of norms), but
+         never on micro_batch
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from layercut import progress
+from layercut.engine.layerwise import layer_gradients
+from layercut.models.view import DecoderView
+from layercut.registry import MethodOptions
+from layercut.types import CalibrationBatches, LayerScores
+
+Norm = Literal["l1", "l2", "l2sq"]
+
+
+class Options(MethodOptions):
+    """GradMAP's readings."""
+
+    norm: Norm = "l1"
+    reduction: Literal["sum", "mean"] = "sum"
+
+
+def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
+    """One forward-backward over ``batches``; every gradient is reduced and freed at once."""
+    totals = [0.0] * view.n_layers
+    n_groups = -(-batches.n_sequences // batches.gradient_batch)
+    for group in progress.track(batches.groups(), total=n_groups):
+        for gradients in layer_gradients(
+            view, group, micro_batch=batches.micro_batch, n_targets=batches.n_targets
+        ):
+            totals[gradients.layer] += sum(
+                magnitude(gradient, options.norm) for gradient in gradients.weights.values()
+            )
+    if options.reduction == "mean":
+        totals = [total / _n_weights(view, layer) for layer, total in enumerate(totals)]
+    return LayerScores(tuple(totals), n_targets=batches.n_targets)
+
+
+def magnitude(gradient: Tensor, norm: Norm) -> float:
+    """The norm of one gradient, accumulated in float64: float32 sums of 10⁷ terms drift."""
+    if norm == "l1":
+        return float(gradient.abs().sum(dtype=torch.float64))
+    squares = sum((rows.double().square().sum().item() for rows in gradient.split(256)), 0.0)
+    return squares**0.5 if norm == "l2" else squares
+
+
+def _n_weights(view: DecoderView, layer: int) -> int:
+    return sum(weight.numel() for weight in view.linear_weights(layer).values())

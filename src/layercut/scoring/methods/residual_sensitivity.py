@@ -1,0 +1,38 @@
+"""Layer importance from what a layer adds to the residual stream, and what that is worth.
+
+Source   ours; METHODS §3
+Formula  s_l = Σ_t ‖∇h_{l+1,t}‖₂ · ‖h_{l+1,t} − h_{l,t}‖₂
+         h_l (tokens, d): residual stream entering layer l; ∇ of the summed token loss
+Meaning  higher = keep; a first-order bound, in nats, on what removing the layer's contribution
+         does to the loss
+Cost     one forward and one backward pass through activations; no weight gradient is allocated
+"""
+
+from __future__ import annotations
+
+import torch
+
+from layercut import progress
+from layercut.engine.layerwise import layer_gradients
+from layercut.models.view import DecoderView
+from layercut.registry import MethodOptions
+from layercut.types import CalibrationBatches, LayerScores
+
+
+class Options(MethodOptions):
+    """No options."""
+
+
+def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
+    """One forward-backward over ``batches``; tokens are independent, so groups do not matter."""
+    totals = [0.0] * view.n_layers
+    n_slices = -(-batches.n_sequences // batches.micro_batch)
+    for ids in progress.track(batches.micro_batches(), total=n_slices):
+        for gradients in layer_gradients(
+            view, ids, micro_batch=len(ids), n_targets=1, weights=False
+        ):
+            (before,), (after,) = gradients.hidden_in, gradients.hidden_out
+            change = (after.float() - before.float()).norm(dim=-1)
+            slope = gradients.grad_out[0].float().norm(dim=-1)
+            totals[gradients.layer] += (slope * change).sum(dtype=torch.float64).item()
+    return LayerScores(tuple(totals), n_targets=batches.n_targets)

@@ -1,0 +1,87 @@
+"""Layer importance: one number per layer, higher = keep, read-only on the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from layercut import registry
+from layercut.errors import NumericsError
+from layercut.types import CalibrationBatches, LayerScores
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+
+def score(
+    view: DecoderView,
+    batches: CalibrationBatches,
+    *,
+    method: str = "residual-sensitivity",
+    **options: Any,
+) -> LayerScores:
+    """Score every layer that ``view`` does not currently skip.
+
+    Args:
+        view: the model; unchanged afterwards.
+        batches: calibration text.
+        method: a file of ``layercut/scoring``, with ``-`` for ``_``.
+        **options: that method's own options.
+
+    Returns:
+        One score per layer of the model; ``None`` for skipped layers.
+
+    Raises:
+        RecipeError: unknown method or option.
+        ModelError: the model's layers cannot be scored.
+        NumericsError: a score is NaN or infinite.
+    """
+    module = registry.load_method("scoring", method)
+    parsed = registry.parse_options("scoring", method, options)
+    registry.check_model("scoring", method, view)
+    start = time.perf_counter()
+    scores: LayerScores = module.score(view, batches, parsed)
+    seconds = time.perf_counter() - start
+    return finished(view, batches, scores, method, parsed.model_dump(mode="json"), seconds)
+
+
+def finished(
+    view: DecoderView,
+    batches: CalibrationBatches,
+    scores: LayerScores,
+    method: str,
+    options: dict[str, Any],
+    seconds: float,
+) -> LayerScores:
+    """A method's bare scores, checked and with their provenance.
+
+    Raises:
+        NumericsError: a score is NaN or infinite.
+    """
+    values = tuple(None if i in view.skipped else v for i, v in enumerate(scores.values))
+    for layer, value in enumerate(values):
+        if value is not None and not math.isfinite(value):
+            raise NumericsError(
+                f"the {method} score of layer {layer} is {value}. "
+                "Check the weights and the calibration text."
+            )
+    return replace(
+        scores,
+        values=values,
+        method=method,
+        options=options,
+        seconds=seconds,
+        fingerprint=_fingerprint(view, batches, method, options),
+    )
+
+
+def _fingerprint(
+    view: DecoderView, batches: CalibrationBatches, method: str, options: dict[str, Any]
+) -> str:
+    """Hash of all that a score depends on, the seed included (it chose the windows)."""
+    parts = [view.fingerprint, batches.fingerprint, batches.gradient_batch, method, options]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,146 @@
+"""What every cut would cost after its refit, and the cheapest plan of every size.
+
+Source   ours; METHODS §5
+Formula  price(i, n) = Σ_t ‖∇h_{i+n,t}‖₂ · ‖h_{i+n,t} − h_{i,t} − D·a_t‖₂ over held-out tokens:
+         a first-order bound, in nats, on what dropping layers i…i+n−1 does to the loss
+         D (d, in) refits layer i−1's down-projection towards h_{i+n}, with weights 1/‖h_{i,t}‖²;
+         a_t (in): its input; ∇ of the summed token loss, in the dense model
+Rule     prices of disjoint cuts with a kept layer before each add up; the cheapest plan of every
+         size is a shortest path
+Cost     one forward-backward through activations and one forward pass over the tokens, and in·d
+         sums for every cut
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from layercut import progress
+from layercut.checkpoints.layer_types import Kinds
+from layercut.engine.layerwise import layer_gradients
+from layercut.engine.residual_stream import ResidualStream, workplace
+from layercut.models.output_projections import down_projection
+from layercut.models.view import DecoderView
+from layercut.recovery.methods import refit
+from layercut.spool import Spool
+from layercut.types import CalibrationBatches
+
+HELD_OUT_EVERY = 4
+PENALTY = 0.1
+
+Plan = tuple[int, ...]
+Prices = dict[tuple[int, int], float]
+
+
+def sensitivities(
+    view: DecoderView, batches: CalibrationBatches, dense: ResidualStream
+) -> tuple[Tensor, list[float]]:
+    """‖∇h_l‖ of every token at every boundary, and every layer's residual sensitivity.
+
+    Returns:
+        Slopes, (L + 1, n_tokens), where row l is for the stream entering layer l (row 0 is zero),
+        and the sum over tokens of ‖∇h_{l+1}‖·‖h_{l+1} − h_l‖ per layer.
+    """
+    slopes = torch.zeros(view.n_layers + 1, batches.n_sequences * batches.seq_len)
+    values = [0.0] * view.n_layers
+    start = 0
+    n_slices = -(-batches.n_sequences // batches.micro_batch)
+    for ids in progress.track(batches.micro_batches(), total=n_slices):
+        stop = start + ids.numel()
+        for g in layer_gradients(view, ids, micro_batch=len(ids), n_targets=1, weights=False):
+            slopes[g.layer + 1, start:stop] = g.grad_out[0].float().norm(dim=-1).flatten().cpu()
+        start = stop
+    for layer in range(view.n_layers):
+        dense.advance(layer)
+    assert dense.history is not None
+    for layer, (before, after) in enumerate(zip(dense.history, dense.history[1:], strict=False)):
+        change = (after.rows - before.rows).norm(dim=1)
+        values[layer] = float((slopes[layer + 1] * change).sum(dtype=torch.float64))
+    return slopes, values
+
+
+def price_cuts(
+    view: DecoderView,
+    batches: CalibrationBatches,
+    dense: ResidualStream,
+    slopes: Tensor,
+    longest: int,
+) -> Prices:
+    """The price of every cut (first layer, number of layers) of at most ``longest`` layers."""
+    held_out = refit.held_out_rows(batches, HELD_OUT_EVERY)
+    prices: Prices = {}
+    assert dense.history is not None
+    for start in progress.track(range(1, view.n_layers), total=view.n_layers - 1):
+        dense.rewind(start - 1)
+        module = down_projection(view, start - 1)[1]
+        inputs = refit.advance_capturing(dense.fork(), start - 1, module)
+        ends = range(start + 1, min(start + longest, view.n_layers) + 1)
+        targets = [dense.history[end] for end in ends]
+        residuals = _residuals(inputs, dense.history[start], targets, held_out, view.device)
+        for end, length in zip(ends, residuals, strict=True):
+            price = (slopes[end, held_out] * length).sum(dtype=torch.float64)
+            prices[start, end - start] = float(price)
+    return prices
+
+
+def _residuals(
+    inputs: Spool, origin: Spool, targets: list[Spool], held_out: Tensor, device: torch.device
+) -> Iterator[Tensor]:
+    """‖target − origin − D·a‖ of every held-out token, per target; D = 0 where that is better."""
+    width, out = inputs.rows.shape[1], origin.rows.shape[1]
+    # Rows of the inputs and of one target's changes; the Gram matrix, its factor, the fit.
+    n_bytes = 4 * len(inputs) * (width + 3 * out) + 8 * width * (5 * width + 4 * out)
+    place = workplace(device, n_bytes)
+    seen = ~held_out
+    weight = origin.rows[seen].norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
+    a, a_held = (inputs.rows[seen] * weight).to(place), inputs.rows[held_out].to(place)
+    gram = (a.T @ a).double()
+    gram.diagonal().add_(PENALTY * gram.diagonal().mean())
+    factor, singular = torch.linalg.cholesky_ex(gram)
+    for target in targets:
+        change = ((target.rows[seen] - origin.rows[seen]) * weight).to(place)
+        fitted = torch.cholesky_solve((a.T @ change).double(), factor).float()
+        missing = (target.rows[held_out] - origin.rows[held_out]).to(place)
+        after = (missing - a_held @ fitted).norm(dim=1)
+        before = missing.norm(dim=1)
+        # A layer whose MLP is silent gives nothing to fit with.
+        yield (after if not singular and after.sum() < before.sum() else before).cpu()
+
+
+def cheapest_plans(
+    prices: Prices, n_layers: int, protect: frozenset[int], kinds: Kinds | None = None
+) -> dict[int, tuple[float, Plan]]:
+    """For every number of dropped layers, the lowest sum of prices and the plan that has it.
+
+    A shortest path over positions: from a kept layer, either keep the next one or make a cut and
+    keep the layer after it. With ``kinds``, a layer is kept only if its new place is of its kind.
+    """
+    # best[p][n]: layers before p are decided, n of them dropped, and layer p − 1 is kept.
+    best: list[dict[int, tuple[float, Plan]]] = [{} for _ in range(n_layers + 2)]
+    best[1][0] = (0.0, ())
+    allowed = {
+        cut: price for cut, price in prices.items() if not protect & set(range(cut[0], sum(cut)))
+    }
+    for position in range(1, n_layers + 1):
+        for n_dropped, (cost, plan) in best[position].items():
+            moves = [((position, 0), 0.0)]
+            moves += [(cut, price) for cut, price in allowed.items() if cut[0] == position]
+            for (start, length), price in moves:
+                # A cut at the very end has no layer to keep after it.
+                after = min(start + length + 1, n_layers + 1)
+                entry = (cost + price, (*plan, *range(start, start + length)))
+                known = best[after].get(n_dropped + length)
+                kept, new = start + length, position - n_dropped
+                if kinds is not None and kept < n_layers and kinds[kept] != kinds[new]:
+                    continue
+                if start < n_layers and (known is None or entry < known):
+                    best[after][n_dropped + length] = entry
+    finished = {**best[n_layers]}
+    for n_dropped, entry in best[n_layers + 1].items():
+        if n_dropped not in finished or entry < finished[n_dropped]:
+            finished[n_dropped] = entry
+    finished.pop(0, None)
+    return finished

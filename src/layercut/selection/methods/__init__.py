@@ -1,0 +1,1 @@
+"""One selection strategy per file; the folder is the registry."""

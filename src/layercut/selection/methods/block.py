@@ -1,0 +1,75 @@
+"""Drop the one contiguous block of layers that turns the residual stream least (UIDL).
+
+Source   arXiv:2403.17887 §3
+Formula  l* = argmin_l mean_t arccos(cos(h_{l,t}, h_{l+n,t})) / π; layers l*…l*+n−1 go
+         h_l (tokens, d): residual stream entering layer l; h_L is the one before the final norm
+Ties     the block that starts later goes
+Cost     one forward pass, for blocks of every size
+Limits   never more than one cut; a protected layer cannot lie within it
+"""
+
+from __future__ import annotations
+
+import time
+
+from layercut import registry
+from layercut.errors import PlanError
+from layercut.models.view import DecoderView
+from layercut.scoring.methods.angular_distance import Options, angular_distances
+from layercut.scoring.score import finished
+from layercut.selection.pattern import keeps_kinds, no_such_plan
+from layercut.selection.select import Planner, Request
+from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
+
+NEEDS_SCORING = "angular-distance"
+
+
+def planner(view: DecoderView, batches: CalibrationBatches, request: Request) -> Planner:
+    """Measure every angle once; each size is then a look along one diagonal."""
+    registry.check_model("scoring", request.scoring, view)
+    options = registry.parse_options("scoring", request.scoring, dict(request.scoring_options))
+    assert isinstance(options, Options)
+    start = time.perf_counter()
+    distances = angular_distances(view, batches, options)
+    bare = LayerScores(tuple(distances.diagonal(1).tolist()))
+    seconds = time.perf_counter() - start
+    scores = finished(view, batches, bare, request.scoring, options.model_dump(), seconds)
+
+    def plan(n_drop: int) -> tuple[PruningPlan, Evidence]:
+        dropped = closest_block(distances.diagonal(n_drop).tolist(), n_drop, request)
+        made = PruningPlan(
+            model=view.name,
+            n_layers=view.n_layers,
+            dropped=dropped,
+            method="block",
+            rounds=(Round(scores.values, dropped, None),),
+            fingerprint=scores.fingerprint,
+        )
+        return made, Evidence(scores=(scores,))
+
+    return plan
+
+
+def closest_block(distances: list[float], n_drop: int, request: Request) -> tuple[int, ...]:
+    """The allowed block of ``n_drop`` layers with the smallest distance between its ends.
+
+    Args:
+        distances: of the block that starts at layer 0, 1, …
+        n_drop: its length.
+        request: what must stay, and the pattern that the others must follow.
+
+    Raises:
+        PlanError: there is none.
+    """
+    n_layers = len(distances) + n_drop - 1
+    blocks = {start: tuple(range(start, start + n_drop)) for start in range(len(distances))}
+    free = {s: block for s, block in blocks.items() if not request.protect & set(block)}
+    if not free:
+        raise PlanError(
+            f"no block of {n_drop} of {n_layers} layers lies between the protected ones. Lower "
+            "drop_layers, protect fewer, or set selection.strategy: lowest."
+        )
+    allowed = [start for start, block in free.items() if keeps_kinds(request.kinds, block)]
+    if not allowed:
+        raise no_such_plan(n_drop, n_layers)
+    return blocks[min(allowed, key=lambda start: (distances[start], -start))]

@@ -1,0 +1,173 @@
+"""Choose whole cuts: price each by what its refit leaves, then find the cheapest plan exactly.
+
+Source   ours; METHODS §5
+Formula  prices and the shortest path: ``layercut.selection.cut_prices``
+Rule     prices ignore how cuts interact, so a short search around the cheapest plan compares
+         held-out losses after a refit at the cuts
+Cost     that of the prices; each plan that the search tries, one forward pass over the sample more
+Limits   layer 0 stays; cuts longer than LONGEST_CUT are not priced
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from layercut import progress
+from layercut.checkpoints.layer_types import Kinds
+from layercut.engine.loss import mean_loss
+from layercut.engine.residual_stream import ResidualStream
+from layercut.errors import PlanError
+from layercut.models.view import DecoderView
+from layercut.recovery.methods import refit
+from layercut.scoring.score import finished
+from layercut.selection.cut_prices import (
+    HELD_OUT_EVERY,
+    Plan,
+    Prices,
+    cheapest_plans,
+    price_cuts,
+    sensitivities,
+)
+from layercut.selection.pattern import keeps_kinds, no_such_plan
+from layercut.selection.select import Planner, Request
+from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
+
+NEEDS_SCORING = "residual-sensitivity"
+LONGEST_CUT = 10
+SAMPLE_SHARE = 0.25
+SAMPLE_TOKENS = (4096, 8192)
+LENGTH_LIMITS = (LONGEST_CUT, 6, 4, 3, 2, 1)
+PLANS_TRIED = 20
+REFIT = refit.Options(layers="cuts", modules="down", held_out_every=HELD_OUT_EVERY)
+
+
+def planner(view: DecoderView, batches: CalibrationBatches, request: Request) -> Planner:
+    """Price every cut; each size then costs a shortest path and a search on held-out loss."""
+    refit.check_refit(view)
+    start = time.perf_counter()
+    protect = request.protect | {0}
+    sample = thin(batches)
+    dense = ResidualStream(view, sample, remember=True)
+    slopes, values = sensitivities(view, sample, dense)
+    prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT)
+    n_priced = int(refit.held_out_rows(sample, HELD_OUT_EVERY).sum())
+    cheapest = cheapest_plans(prices, view.n_layers, protect, request.kinds)
+    curve = {n: cheapest[n][0] / n_priced for n in sorted(cheapest)}
+    bare = LayerScores(tuple(values), n_targets=sample.n_targets)
+    seconds = time.perf_counter() - start
+    scores = finished(view, sample, bare, request.scoring, {}, seconds)
+
+    def plan(n_drop: int) -> tuple[PruningPlan, Evidence]:
+        starts = starting_plans(prices, view.n_layers, protect, n_drop, request.kinds)
+        if not starts and request.kinds is not None:
+            raise no_such_plan(n_drop, view.n_layers)
+        if not starts:
+            raise PlanError(
+                f"no plan drops {n_drop} of {view.n_layers} layers around the protected ones. "
+                "Lower drop_layers or protect fewer."
+            )
+        dropped, _ = search(view, sample, dense, starts, prices, protect, request.kinds)
+        made = PruningPlan(
+            model=view.name,
+            n_layers=view.n_layers,
+            dropped=dropped,
+            method="priced-cuts",
+            rounds=(Round(scores.values, dropped, None),),
+            fingerprint=scores.fingerprint,
+            curve=curve,
+        )
+        return made, Evidence(scores=(scores,))
+
+    return plan
+
+
+def thin(batches: CalibrationBatches) -> CalibrationBatches:
+    """An evenly spaced share of the sequences, enough to price with."""
+    least, most = SAMPLE_TOKENS
+    share = SAMPLE_SHARE * batches.n_sequences * batches.seq_len
+    wanted = min(max(least, share), most)
+    n_keep = max(HELD_OUT_EVERY, round(wanted / batches.seq_len))
+    every = max(1, batches.n_sequences // n_keep)
+    return replace(batches, input_ids=batches.input_ids[::every][:n_keep])
+
+
+def starting_plans(
+    prices: Prices,
+    n_layers: int,
+    protect: frozenset[int],
+    n_drop: int,
+    kinds: Kinds | None = None,
+) -> list[Plan]:
+    """The cheapest plan with cuts of any length, and those with no cut longer than 1, 2, 3, 4, 6.
+
+    A price is a bound on one cut's damage, tighter for some lengths than for others: the cheapest
+    plans under several limits are cheap in different ways, and a trial tells which is best.
+    """
+    plans = []
+    for longest in LENGTH_LIMITS:
+        allowed = {cut: price for cut, price in prices.items() if cut[1] <= longest}
+        curve = cheapest_plans(allowed, n_layers, protect, kinds)
+        if n_drop in curve:
+            plans.append(curve[n_drop][1])
+    return list(dict.fromkeys(plans))
+
+
+def search(
+    view: DecoderView,
+    batches: CalibrationBatches,
+    dense: ResidualStream,
+    starts: list[Plan],
+    prices: Prices,
+    protect: frozenset[int],
+    kinds: Kinds | None = None,
+) -> tuple[Plan, dict[Plan, float]]:
+    """Try the starts, then follow neighbours of the best by held-out loss, until the budget ends.
+
+    Returns:
+        The best plan and the held-out loss, in nats, of every plan tried.
+    """
+    losses = {plan: plan_loss(view, batches, dense, plan) for plan in starts}
+    best = min(starts, key=lambda plan: losses[plan])
+    while len(losses) < PLANS_TRIED:
+        near = neighbours(best, view.n_layers, protect)
+        candidates = [p for p in near if p not in losses and keeps_kinds(kinds, p)]
+        if not candidates:
+            break
+        candidate = min(candidates, key=lambda plan: plan_price(plan, prices))
+        losses[candidate] = plan_loss(view, batches, dense, candidate)
+        progress.figure(f"plan {len(losses)} of {PLANS_TRIED}: loss {min(losses.values()):.3f}")
+        if losses[candidate] < losses[best]:
+            best = candidate
+    return best, losses
+
+
+def plan_loss(
+    view: DecoderView, batches: CalibrationBatches, dense: ResidualStream, dropped: Plan
+) -> float:
+    """Held-out cross-entropy of the plan after a refit at its cuts, in nats."""
+    plan = PruningPlan(view.name, view.n_layers, dropped, "priced-cuts")
+    held_out = refit.held_out_rows(batches, HELD_OUT_EVERY)
+    dense.rewind(0)
+    tensors = refit.walk(view, plan, dense, held_out, REFIT)
+    sequences = batches.input_ids[held_out[:: batches.seq_len]]
+    with view.skipping(dropped), view.patched(tensors):
+        return mean_loss(view, sequences, batches.micro_batch)
+
+
+def neighbours(plan: Plan, n_layers: int, protect: frozenset[int]) -> list[Plan]:
+    """Plans that drop one other layer instead of one of these."""
+    gone = set(plan)
+    free = [layer for layer in range(n_layers) if layer not in gone | protect]
+    return [tuple(sorted(gone - {out} | {new})) for out in plan for new in free]
+
+
+def plan_price(plan: Plan, prices: Prices) -> float:
+    """The sum of a plan's prices; a cut too long to be priced counts as its parts."""
+    cuts = PruningPlan("", max(plan) + 1, plan, "").cuts
+    parts = [
+        (first + done, min(LONGEST_CUT, length - done))
+        for first, length in cuts
+        for done in range(0, length, LONGEST_CUT)
+    ]
+    return sum(prices.get(part, float("inf")) for part in parts)

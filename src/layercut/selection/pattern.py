@@ -1,0 +1,124 @@
+"""Patterns of unlike layers, and whether a reader that derives them by position gets them right.
+
+Some engines do not read which layer is of which type: they count. A pruned checkpoint runs right in
+them only if its kept layers follow the pattern that a fresh configuration of as many layers has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from layercut.checkpoints.config_edit import edit_config, read_config
+from layercut.checkpoints.folder import read_json_object
+from layercut.checkpoints.layer_types import Kinds, derived_kinds, given_kinds
+from layercut.errors import ModelError, PlanError, RecipeError
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+
+
+def pattern_to_keep(
+    view: DecoderView,
+    n_drop: int | None,
+    *,
+    drop: Sequence[int] | None = None,
+    protect: Sequence[int] = (),
+    rounds: str = "one-shot",
+) -> Kinds | None:
+    """The kinds that kept layers must show in their new places; ``None`` if any layers may go.
+
+    Args:
+        view: the model.
+        n_drop: how many layers are to go; ``None`` for as many as a budget allows.
+        drop: or exactly which ones.
+        protect: layers that must stay.
+        rounds: how decisions are made.
+
+    Raises:
+        RecipeError: the settings cannot preserve a pattern.
+        PlanError: no plan of this size can, or the whole model has no pattern of positions.
+    """
+    kinds = _position_kinds(view)
+    if kinds is None:
+        return None
+    if rounds == "each" or n_drop is None:
+        setting = "rounds: each" if n_drop else "max_perplexity_ratio"
+        raise RecipeError(
+            f"selection.{setting} cannot preserve the pattern of unlike layers, which only some "
+            "numbers of layers do. Ask for drop_layers in one shot, or set preserve_pattern: false."
+        )
+    if drop is not None and not keeps_kinds(kinds, drop):
+        raise no_such_plan(n_drop, len(kinds))
+    lowest_that_fit([0.0] * len(kinds), kinds, n_drop, frozenset(protect))
+    return kinds
+
+
+def _position_kinds(view: DecoderView) -> Kinds | None:
+    text = view.model.config.get_text_config(decoder=True)
+    kinds = given_kinds(text)
+    if len(set(kinds)) <= 1:
+        return None
+    if derived_kinds(text) != kinds:
+        raise PlanError(
+            f"selection.preserve_pattern cannot hold: {view.name} itself has another pattern than "
+            "engines derive from its number of layers. Set it to false."
+        )
+    # Some patterns are counts, such as Qwen2's max_window_layers, that follow any drop.
+    if all(_is_derived_without(view, layer) for layer in range(view.n_layers)):
+        return None
+    return kinds
+
+
+def keeps_kinds(kinds: Kinds | None, dropped: Sequence[int]) -> bool:
+    """Whether the kept layers are of the kinds that their new places have."""
+    if kinds is None:
+        return True
+    gone = set(dropped)
+    kept = [kind for layer, kind in enumerate(kinds) if layer not in gone]
+    return kept == list(kinds[: len(kept)])
+
+
+def lowest_that_fit(
+    values: Sequence[float], kinds: Kinds, n_drop: int, protect: frozenset[int]
+) -> tuple[int, ...]:
+    """The ``n_drop`` layers of the lowest total score whose loss keeps the pattern.
+
+    Exact: of layers 0…l with j kept, the cheapest choice depends on nothing else.
+
+    Raises:
+        PlanError: no choice of this size keeps it.
+    """
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for layer, (value, kind) in enumerate(zip(values, kinds, strict=True)):
+        after: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for n_dropped, (cost, dropped) in best.items():
+            moves = []
+            if kinds[layer - n_dropped] == kind:
+                moves.append((n_dropped, (cost, dropped)))
+            if layer not in protect and n_dropped < n_drop:
+                moves.append((n_dropped + 1, (cost + value, (*dropped, layer))))
+            for n, entry in moves:
+                after[n] = min(after.get(n, entry), entry)
+        best = after
+    if n_drop not in best:
+        raise no_such_plan(n_drop, len(kinds))
+    return best[n_drop][1]
+
+
+def no_such_plan(n_drop: int, n_layers: int) -> PlanError:
+    """What to raise when no plan of this size keeps the pattern."""
+    return PlanError(
+        f"no plan drops {n_drop} of {n_layers} layers, keeps the protected ones and preserves the "
+        "pattern of unlike layers. Ask for whole periods, or set selection.preserve_pattern: false."
+    )
+
+
+def _is_derived_without(view: DecoderView, layer: int) -> bool:
+    kept = [i for i in range(view.n_layers) if i != layer]
+    raw = read_json_object(view.path / "config.json")
+    try:
+        text = read_config(edit_config(raw, view.layout.rules, kept)).get_text_config(decoder=True)
+    except ModelError:  # only whole periods can go
+        return False
+    return derived_kinds(text) == given_kinds(text)

@@ -1,0 +1,69 @@
+"""Equal rows of numbers in memory, or in a file past a memory limit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+MEMORY_LIMIT_BYTES = 1024**3
+"""One set of activations larger than this is spooled to a temporary file."""
+
+
+class Spool:
+    """Equal rows of float32 numbers, written and read in slices; a file past the memory limit.
+
+    The file is unlinked as soon as it is mapped, so that no fault can leave it behind.
+
+    Attributes:
+        rows: all of them, (n_rows, width).
+        on_disk: whether they are mapped from a file.
+    """
+
+    def __init__(self, n_rows: int, width: int, *, limit_bytes: int | None = None) -> None:
+        n_bytes = n_rows * width * 4
+        self.on_disk = n_bytes > (MEMORY_LIMIT_BYTES if limit_bytes is None else limit_bytes)
+        if not self.on_disk:
+            self.rows = torch.empty(n_rows, width)
+            return
+        with tempfile.NamedTemporaryFile(prefix="layercut-spool-") as file:
+            # Touching a page that the full disk cannot hold would be a SIGBUS; reserving all
+            # bytes first turns that into an ordinary OSError.
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+            flat = torch.from_file(file.name, shared=True, size=n_rows * width)
+        self.rows = flat.view(n_rows, width)
+
+    def __len__(self) -> int:
+        return int(self.rows.shape[0])
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Put ``rows``, flattened to (n, width), at row ``start``."""
+        rows = rows.detach().reshape(-1, self.rows.shape[1])
+        self.rows[start : start + rows.shape[0]].copy_(rows)
+
+    def slices(self, n_rows: int = 4096) -> Iterator[Tensor]:
+        """All rows in order, as views of at most ``n_rows``."""
+        yield from self.rows.split(n_rows)
+
+    def part(self, start: int, stop: int | None) -> Spool:
+        """Rows ``start`` to ``stop``, sharing their memory."""
+        part = copy.copy(self)
+        part.rows = self.rows[start:stop]
+        return part
+
+    @contextmanager
+    def filling(self) -> Iterator[Callable[[Tensor, Tensor], None]]:
+        """A hook that writes a module's outputs one after the other, from the first row on."""
+        next_row = 0
+
+        def write(_: Tensor, output: Tensor) -> None:
+            nonlocal next_row
+            self.write(next_row, output)
+            next_row += output.numel() // self.rows.shape[1]
+
+        yield write

@@ -1,0 +1,1 @@
+"""All that takes optimiser steps in a trainer: healing, fine-tuning, early steps."""

@@ -1,0 +1,209 @@
+"""The first steps of a LoRA fine-tuning run on the intact model, made for their gradients alone.
+
+The run follows the learning-rate schedule of the whole fine-tuning that it is the start of, and the
+optimiser really steps; afterwards the adapters are gone and the model is bit for bit what it was.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import TrainerCallback
+
+from layercut import progress
+from layercut.data.encoding import IGNORED
+from layercut.data.tasks import read_rows
+from layercut.errors import DataError, ModelError, RecipeError
+from layercut.gradients.log import GradientLog
+from layercut.gradients.lora_weights import lora_weights
+from layercut.models.attention import eager
+from layercut.models.view import DecoderView
+from layercut.recipe.finetune import FinetuneSettings, LoraSettings
+from layercut.registry import MethodOptions
+from layercut.training.finetune import build_trainer, check_rows, detach, n_steps
+from layercut.training.finetune_trainer import CompletionTrainer
+from layercut.types import CalibrationBatches
+
+EARLY_SHARE = 0.01
+"""The paper's share of a run that is recorded; it sets the run's length where no data does."""
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Example = dict[str, Any]
+
+
+class EarlyRunOptions(MethodOptions):
+    """The run that is begun, GradPruner's by default, and how much of it is recorded.
+
+    Without ``data`` the model learns the calibration text, one gradient group of it a step, as if
+    in a run that is 100 times as long as the record; ``batch_size``, ``accumulation``, ``epochs``
+    and ``max_length`` count for ``data`` only.
+    """
+
+    data: str | None = Field(default=None, description="rows of the task, as for finetune.data")
+    steps: Count = Field(default=40, description="optimiser steps that are made and recorded")
+    epochs: Positive = Field(default=3.0, description="passes over the rows in the whole run")
+    max_steps: Count | None = Field(
+        default=None, description="optimiser steps of the whole run; instead of epochs"
+    )
+    rank: Count = Field(default=8, description="rank of the adapters")
+    alpha: Positive = Field(default=32, description="their scale is alpha / rank")
+    learning_rate: Positive = Field(default=1e-4, description="peak of the whole run")
+    batch_size: Count = Field(default=8, description="rows in memory at once")
+    accumulation: Count = Field(default=8, description="batches behind one optimiser step")
+    warmup_ratio: Share = Field(default=0.03, description="share of the whole run's steps")
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        default="linear", description="of the learning rate over the whole run"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="of AdamW")
+    max_length: Annotated[int, Field(ge=2)] = Field(default=512, description="tokens of a row")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of data order and adapters")
+
+    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
+        """As `layercut.training.early_steps.check`."""
+        check(view, batches, self)
+
+
+def check(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions) -> None:
+    """Refuse a run that cannot be made, before any long work.
+
+    Raises:
+        DataError: the rows cannot be learnt from, or are too few.
+        ModelError: the model has experts, whose weights adapters do not reach.
+        RecipeError: the run has fewer than ``options.steps`` steps, or does not suit the model.
+    """
+    _check_experts(view)
+    examples, settings = _lesson(view, batches, options)
+    if options.steps > (n_run := n_steps(settings, len(examples))):
+        raise RecipeError(
+            f"the early run is to record {options.steps} steps, but the run it begins has only "
+            f"{n_run} optimiser steps. Lower its steps, or raise its epochs."
+        )
+
+
+def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions) -> GradientLog:
+    """The gradient factors of the run's first steps, for all layers that are not skipped.
+
+    Args:
+        view: the model; unchanged afterwards.
+        batches: calibration text, learnt where ``options.data`` is ``None``.
+        options: the run.
+
+    Raises:
+        DataError: the rows cannot be learnt from, or are too few.
+        RecipeError: the run has fewer than ``options.steps`` steps.
+        NumericsError: a gradient is missing or not finite.
+    """
+    _check_experts(view)
+    examples, settings = _lesson(view, batches, options)
+    log = GradientLog(steps=options.steps, stop=True)
+    callbacks = [log, _Progress(options.steps)]
+    longest = max(example["length"] for example in examples)
+    with _adapted(view, examples, settings, callbacks=callbacks) as trainer, eager(view, longest):
+        trainer.train()
+    return log
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """Counts the early steps, not those of the run that they begin."""
+
+    def __init__(self, n_steps: int) -> None:
+        self.n_steps = n_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        progress.step(state.global_step, self.n_steps)
+
+
+@contextmanager
+def _adapted(
+    view: DecoderView,
+    examples: list[Example],
+    settings: FinetuneSettings,
+    *,
+    callbacks: Sequence[TrainerCallback],
+) -> Iterator[CompletionTrainer]:
+    """A trainer of adapters in ``view.model``, which are taken out again."""
+    with tempfile.TemporaryDirectory(prefix="layercut-early-") as scratch, torch.random.fork_rng():
+        torch.manual_seed(settings.seed or 0)
+        folder = Path(scratch)
+        trainer = build_trainer(
+            view, (), settings, output_dir=folder, callbacks=callbacks, examples=examples
+        )
+        try:
+            # No gradient reaches a skipped layer; its adapters are neither trained nor recorded.
+            for weight in lora_weights(trainer.model):
+                if weight.layer in view.skipped:
+                    weight.a.requires_grad_(False)
+                    weight.b.requires_grad_(False)
+            yield trainer
+        finally:
+            detach(view, trainer)
+
+
+def _check_experts(view: DecoderView) -> None:
+    layers = (layer for layer in range(view.n_layers) if view.expert_weights(layer))
+    if (layer := next(layers, None)) is not None:
+        raise ModelError(
+            f"layer {layer} of this {view.layout.model_type} model has experts, whose weights LoRA "
+            "adapters do not reach: their gradients would be missing. Choose another scoring "
+            "method, and recovery.method: projection or none."
+        )
+
+
+def _lesson(
+    view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions
+) -> tuple[list[Example], FinetuneSettings]:
+    """What is learnt, as `check_rows` has it, and how."""
+    if options.data is None:
+        return _windows(batches), _text_settings(batches, options)
+    settings = _task_settings(options)
+    try:
+        return check_rows(view, read_rows(options.data), settings), settings
+    except (DataError, RecipeError) as error:
+        # The rows are checked as those of `finetune` are, whose keys the message names.
+        raise type(error)(str(error).replace("finetune.", "the early run's ")) from None
+
+
+def _windows(batches: CalibrationBatches) -> list[Example]:
+    """Each window of calibration text as it stands, learnt from its second token on."""
+    return [
+        {"input_ids": ids, "labels": [IGNORED, *ids[1:]], "length": len(ids)}
+        for ids in batches.input_ids.tolist()
+    ]
+
+
+def _text_settings(batches: CalibrationBatches, options: EarlyRunOptions) -> FinetuneSettings:
+    group = min(batches.gradient_batch, batches.n_sequences)
+    # Only a divisor of the group leaves none of its sequences out of the step.
+    batch_size = max(n for n in range(1, group + 1) if group % n == 0 and n <= batches.micro_batch)
+    changes = {
+        "batch_size": batch_size,
+        "accumulation": group // batch_size,
+        "max_steps": options.max_steps or round(options.steps / EARLY_SHARE),
+    }
+    return _task_settings(options).model_copy(update=changes)
+
+
+def _task_settings(options: EarlyRunOptions) -> FinetuneSettings:
+    return FinetuneSettings(
+        mode="lora",
+        epochs=options.epochs,
+        max_steps=options.max_steps,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        accumulation=options.accumulation,
+        warmup_ratio=options.warmup_ratio,
+        scheduler=options.scheduler,
+        weight_decay=options.weight_decay,
+        max_length=options.max_length,
+        lora=LoraSettings(rank=options.rank, alpha=options.alpha),
+        save_steps=None,
+        seed=options.seed,
+    )

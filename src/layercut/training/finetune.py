@@ -1,0 +1,248 @@
+"""LoRA or full fine-tuning on a task's rows, through TRL and PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from layercut.data.tasks import TaskRow
+from layercut.errors import RecipeError
+from layercut.models.attention import eager
+from layercut.models.view import DecoderView
+from layercut.recipe.finetune import FinetuneSettings
+from layercut.training.finetune_checks import check_rows, choice_tokens, pad_token
+from layercut.training.finetune_trainer import CompletionTrainer
+from layercut.training.lora_adapters import adapted_names, adapters_on, detach
+from layercut.training.progress_callback import Watch
+from layercut.training.resume import (
+    last_checkpoint,
+    model_hash,
+    rows_hash,
+    settings_hash,
+    trainer_folder,
+)
+
+__all__ = [
+    "FinetuneSettings",
+    "Tuning",
+    "build_trainer",
+    "check_rows",
+    "detach",
+    "n_steps",
+    "trained_names",
+    "tune",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What a fine-tuning run took.
+
+    Attributes:
+        n_rows: training rows.
+        n_steps: optimiser steps of the whole run.
+        resumed_at: step of the checkpoint it went on from; 0 for a run from the start.
+        train_seconds: wall-clock time of all steps, those before that checkpoint included.
+        loss: mean training loss over the last tenth of the steps, in nats per label.
+    """
+
+    n_rows: int
+    n_steps: int
+    resumed_at: int
+    train_seconds: float
+    loss: float
+
+
+def tune(
+    view: DecoderView,
+    rows: Sequence[TaskRow],
+    settings: FinetuneSettings | None = None,
+    *,
+    work_dir: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    teacher: DecoderView | None = None,
+    adapter_dir: Path | None = None,
+    adapter_base: Path | None = None,
+    log_dir: Path | None = None,
+) -> Tuning:
+    """Train ``view.model`` in place and fold the adapters into its weights.
+
+    Args:
+        view: the model; a plain one again afterwards, with changed weights.
+        rows: training rows.
+        settings: the recipe's section ``finetune``; default: GradPruner's values.
+        work_dir: where checkpoints are kept; a run of the same model, rows and settings that finds
+            one there goes on from it. ``None``: no checkpoints.
+        callbacks: further trainer callbacks.
+        teacher: the model to distil from; needed with ``settings.distill``.
+        adapter_dir: where to save the adapter before it is folded in.
+        adapter_base: the checkpoint that the saved adapter's configuration names.
+        log_dir: where TensorBoard's records go with ``report_to: tensorboard``; default: ``runs``.
+
+    Raises:
+        DataError: a row cannot be learnt from, or there are too few.
+        ModelError: the tokenizer has neither a padding nor an end-of-text token.
+        OutputError: ``work_dir`` holds something else than layercut's checkpoints.
+        RecipeError: settings that do not suit the model.
+        NumericsError: the loss became NaN or infinite.
+    """
+    settings = settings or FinetuneSettings()
+    watch = Watch()
+    with contextlib.ExitStack() as stack:
+        folder, settings = stack.enter_context(trainer_folder(work_dir, settings))
+        models = [model_hash(model) for model in (view, teacher) if model is not None]
+        trainer = build_trainer(
+            view, rows, settings, output_dir=folder, callbacks=[watch, *callbacks], teacher=teacher
+        )
+        stack.callback(detach, view, trainer)
+        longest = max(trainer.train_dataset["length"][:])
+        for model in (view, teacher):
+            if model is not None:
+                stack.enter_context(eager(model, longest))
+        _direct_records(trainer, log_dir or Path("runs"))
+        contents = [*models, settings_hash(settings), rows_hash(trainer.train_dataset)]
+        checkpoint = last_checkpoint(folder, contents)
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = watch.earlier_seconds + time.perf_counter() - start
+        if adapter_dir is not None:
+            _save_adapter(trainer.model, adapter_dir, adapter_base or view.path)
+        if settings.mode == "lora":
+            trainer.model.merge_adapter()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tail = losses[-max(1, len(losses) // 10) :] or [math.nan]
+    return Tuning(
+        n_rows=len(rows),
+        n_steps=trainer.state.global_step,
+        resumed_at=watch.first_step,
+        train_seconds=seconds,
+        loss=statistics.fmean(tail),
+    )
+
+
+def build_trainer(
+    view: DecoderView,
+    rows: Sequence[TaskRow],
+    settings: FinetuneSettings,
+    *,
+    output_dir: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    teacher: DecoderView | None = None,
+    examples: list[dict[str, Any]] | None = None,
+) -> CompletionTrainer:
+    """A TRL trainer over ``view.model``; give the model back with `detach`.
+
+    Args:
+        view: the model; in LoRA mode adapters are put into it, its own weights stay untouched.
+        rows: training rows.
+        settings: the recipe's section ``finetune``.
+        output_dir: where the trainer keeps its checkpoints.
+        callbacks: further trainer callbacks.
+        teacher: the model to distil from; needed with ``settings.distill``.
+        examples: instead of ``rows``, what `check_rows` makes of them.
+
+    Raises:
+        DataError: a row cannot be learnt from, or there are too few.
+        ModelError: the tokenizer has neither a padding nor an end-of-text token.
+        RecipeError: settings that do not suit the model.
+    """
+    if (teacher is None) != (settings.distill is None):
+        raise RecipeError("finetune.distill and a teacher model go together. Give both or neither.")
+    dataset = Dataset.from_list(examples or check_rows(view, rows, settings))
+    if view.tokenizer.pad_token_id is None:
+        warnings.warn(
+            f"the tokenizer of {view.name} has no padding token; the end-of-text token pads, "
+            "masked from attention and loss.",
+            stacklevel=2,
+        )
+    collator = DataCollatorForLanguageModeling(pad_token_id=pad_token(view))
+    if settings.mode == "full":
+        view.model.requires_grad_(True)
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for a property by its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        trainer = CompletionTrainer(
+            model=view.model,
+            args=_arguments(view, settings, output_dir),
+            train_dataset=dataset,
+            processing_class=view.tokenizer,
+            data_collator=collator,
+            peft_config=adapters_on(view, settings.lora) if settings.mode == "lora" else None,
+            callbacks=list(callbacks),
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.distill, trainer.teacher = settings.distill, teacher
+    if settings.distill is not None and settings.distill.over == "choices":
+        trainer.choices = torch.tensor(choice_tokens(rows, view.tokenizer), device=view.device)
+    return trainer
+
+
+def n_steps(settings: FinetuneSettings, n_rows: int) -> int:
+    """Optimiser steps of a run over ``n_rows`` rows in one process."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return math.ceil(settings.epochs * math.ceil(n_rows / settings.rows_per_step))
+
+
+def _arguments(view: DecoderView, settings: FinetuneSettings, output_dir: Path) -> SFTConfig:
+    on_cpu = view.device.type == "cpu"
+    return SFTConfig(
+        output_dir=str(output_dir),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.rate,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        warmup_steps=settings.warmup_ratio,
+        lr_scheduler_type=settings.scheduler,
+        weight_decay=settings.weight_decay,
+        max_length=None,  # `training_example` has cut the rows
+        bf16=view.mixed_precision or view.model.dtype == torch.bfloat16,
+        activation_checkpointing=False,
+        use_cache=view.model.config.use_cache,  # else the trainer edits the model's configuration
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        seed=settings.seed or 0,
+        report_to=settings.report_to,
+        save_strategy="no" if settings.save_steps is None else "steps",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+    )
+
+
+def _direct_records(trainer: CompletionTrainer, folder: Path) -> None:
+    """Keep TensorBoard's records out of the folder of the checkpoints, which does not stay."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder)
+
+
+def _save_adapter(model: Any, folder: Path, base: Path) -> None:
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = str(base)
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def trained_names(view: DecoderView, settings: FinetuneSettings) -> list[str]:
+    """Names of the tensors that fine-tuning changes, once the adapters are folded in."""
+    if settings.mode == "full":
+        return list(view.model.state_dict())
+    return adapted_names(view)

@@ -1,0 +1,237 @@
+"""transformers' trainer with the loss of a heal, its budget, and its held-out judgement."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from layercut import progress
+from layercut.errors import NumericsError
+from layercut.recipe.heal import HealSettings
+from layercut.training.distillation_loss import Divergence
+from layercut.training.progress_callback import Watch
+
+ENDLESS = 1_000_000_000
+"""Steps of a trainer that the clock stops."""
+
+GUIDES_BYTES = 2**30
+"""Memory for the teacher's states: a quarter of a step's time in every pass but the first."""
+
+
+class Budget(Watch):
+    """How much of the steps or minutes is spent.
+
+    Attributes:
+        reserve: seconds at the end that the last judgement needs.
+    """
+
+    def __init__(self, settings: HealSettings) -> None:
+        super().__init__("heal")
+        self.settings = settings
+        self.reserve = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run so far."""
+        kept: dict[str, Any] = super().state()
+        kept["attributes"]["reserve"] = self.reserve
+        return kept
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note where the run begins."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.first_step:
+            kept = state.stateful_callbacks[type(self).__name__]
+            self.reserve = kept["attributes"]["reserve"]
+
+    def share(self, step: int) -> float:
+        """The part that is spent after ``step`` steps, 0 to 1."""
+        if self.settings.minutes is None:
+            return min(1.0, step / self.max_steps)
+        return min(1.0, self.seconds / max(1e-9, 60 * self.settings.minutes - self.reserve))
+
+    @property
+    def max_steps(self) -> int:
+        """Steps after which training stops in any case."""
+        return self.settings.steps or ENDLESS
+
+    def report(self, state: Any) -> None:
+        """Say how much of the budget is spent."""
+        if self.settings.minutes is None:
+            super().report(state)
+        else:
+            total = round(60 * self.settings.minutes)
+            progress.step(min(round(self.seconds), total), total)
+
+
+def rate(share: float, settings: HealSettings) -> float:
+    """The learning rate as a part of its peak, after ``share`` of the budget."""
+    if share < settings.warmup_ratio:
+        return share / settings.warmup_ratio
+    rest = (1 - share) / (1 - settings.warmup_ratio)
+    if settings.scheduler == "linear":
+        return rest
+    return 1.0 if settings.scheduler == "constant" else (1 - math.cos(math.pi * rest)) / 2
+
+
+class Judge(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Measures the loss on held-out windows, keeps the best adapters, ends the training.
+
+    Attributes:
+        losses: (step, held-out loss in nats per token) of every judgement, the start's first.
+        stopped_early: no judgement of the last ``patience`` was the best.
+    """
+
+    def __init__(
+        self,
+        divergence: Divergence,
+        windows: Tensor,
+        settings: HealSettings,
+        budget: Budget,
+        folder: Path,
+    ) -> None:
+        self.losses: list[tuple[int, float]] = []
+        self.stopped_early = False
+        self._divergence = divergence
+        self._windows = windows.split(settings.batch_size)
+        self._guides: list[Tensor] = []
+        self._settings = settings
+        self._budget = budget
+        self._folder = folder
+        self._best: dict[str, Tensor] = {}
+
+    @property
+    def best_step(self) -> int:
+        """The step after which the loss was lowest; 0: before any training."""
+        return min(self.losses, key=lambda pair: pair[1])[0]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the judgements so far."""
+        return {"args": {}, "attributes": {"losses": self.losses}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Judge the start, or recall the judgements of the run that is resumed."""
+        self._guides = [self._divergence.guide(ids) for ids in self._windows]
+        if state.global_step:
+            kept = state.stateful_callbacks[type(self).__name__]["attributes"]
+            self.losses = [(step, loss) for step, loss in kept["losses"]]
+            if self.best_step:
+                self._best = load_file(self._file(self.best_step))
+        else:
+            self._judge(kwargs["model"], 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Judge when it is time, and see whether to go on."""
+        step = state.global_step
+        share = self._budget.share(step)
+        if share >= min(1.0, len(self.losses) / self._settings.evaluations):
+            self._judge(kwargs["model"], step)
+        if self.is_over(step):
+            control.should_training_stop = True
+            control.should_save = self._settings.save_steps is not None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the adapters that no checkpoint needs any more."""
+        for file in self._folder.glob("best-*.safetensors"):
+            if file != self._file(self.best_step):
+                file.unlink()
+
+    def is_over(self, step: int) -> bool:
+        """Whether the budget is spent, or nothing has become better for too long."""
+        judged = [s for s, _ in self.losses]
+        since = len(judged) - 1 - judged.index(self.best_step)
+        self.stopped_early = since >= self._settings.patience
+        return self.stopped_early or self._budget.share(step) >= 1
+
+    def restore(self, model: Any) -> None:
+        """Put the best adapters back."""
+        with torch.no_grad():
+            for name, parameter in _trained(model).items():
+                parameter.copy_(self._best[name])
+
+    @torch.no_grad()
+    def _judge(self, model: Any, step: int) -> None:
+        before = self._budget.seconds
+        was_training = model.training
+        model.eval()
+        pairs = zip(self._windows, self._guides, strict=True)
+        summed = sum(len(ids) * float(self._divergence(ids, guide)) for ids, guide in pairs)
+        model.train(was_training)
+        loss = summed / sum(len(ids) for ids in self._windows)
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"the held-out loss is {loss} at step {step}. Lower heal.learning_rate, or use "
+                "dtype: float32."
+            )
+        self.losses.append((step, loss))
+        progress.figure(f"held-out loss {self.losses[0][1]:.3f} → {loss:.3f}")
+        if step and self.best_step == step:
+            self._best = {name: p.detach().clone() for name, p in _trained(model).items()}
+            if self._settings.save_steps is not None:
+                save_file(self._best, self._file(step))
+        # The longest one so far, so that the share that is spent never falls.
+        self._budget.reserve = max(self._budget.reserve, self._budget.seconds - before)
+
+    def _file(self, step: int) -> Path:
+        return self._folder / f"best-{step}.safetensors"
+
+
+class HealTrainer(Trainer):  # type: ignore[misc]
+    """A trainer of adapters against the dense model's distribution, within a budget.
+
+    Attributes:
+        divergence: the loss.
+        settings: the recipe's section ``heal``.
+        budget: what the learning rate follows.
+        judge: what ends the training.
+        guides: the teacher's states of windows that were trained on, for when they come again.
+    """
+
+    divergence: Divergence
+    settings: HealSettings
+    budget: Budget
+    judge: Judge
+    guides: dict[int, Tensor]
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Tensor:
+        """Mean loss of one step's windows, in nats per token."""
+        ids, window = inputs["input_ids"], inputs["window"].tolist()
+        if all(index in self.guides for index in window):
+            return self.divergence(ids, torch.stack([self.guides[index] for index in window]))
+        guide = self.divergence.guide(ids)
+        if (len(self.guides) + len(window)) * guide[0].nbytes <= GUIDES_BYTES:
+            self.guides |= dict(zip(window, guide, strict=True))
+        return self.divergence(ids, guide)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The learning rate over the share of the budget that is spent."""
+        chosen: Optimizer = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(
+            chosen, lambda step: rate(self.budget.share(step), self.settings)
+        )
+        return self.lr_scheduler
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        # transformers would take a further step of a run that had ended within an epoch.
+        if self.state.global_step and self.judge.is_over(self.state.global_step):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
+
+
+def _trained(model: Any) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
