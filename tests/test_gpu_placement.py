@@ -9,16 +9,20 @@ import pytest
 import torch
 
 from conftest import plan_of
-from layercut.engine.residual_stream import ResidualStream, workplace
+from layercut.engine.residual_stream import accumulation_device
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
-from layercut.recovery.methods import refit
-from layercut.recovery.runtime_maps import fit_unfoldable, unfolded
-from layercut.registry import available
+from layercut.recovery.layer_fit import held_out_rows, refit_layers
+from layercut.recovery.runtime_maps import applied_maps
+from layercut.registry import available, describe
 from layercut.scoring.score import score
 from layercut.selection.select import select
 from layercut.types import CalibrationBatches
 from pretended_gpu import CPU, GPU, pretended_gpu
+from repairs import fitted_maps
+
+STORED = {name for name in available("recovery") if describe("recovery", name).stores}
+AT_RUN_TIME = {*available("recovery")} - STORED
 
 
 def test_mixing_two_places_is_refused():
@@ -35,18 +39,17 @@ def test_mixing_two_places_is_refused():
 
 def test_sums_are_made_where_there_is_memory():
     with pretended_gpu(free_bytes=1000):
-        assert workplace(GPU, 999) == GPU
-        assert workplace(GPU, 1000) == CPU
+        assert accumulation_device(GPU, 999) == GPU
+        assert accumulation_device(GPU, 1000) == CPU
     with pretended_gpu(free_bytes=600, unused_bytes=500):
-        assert workplace(GPU, 1000) == GPU
-    assert workplace(CPU, 1000) == CPU
+        assert accumulation_device(GPU, 1000) == GPU
+    assert accumulation_device(CPU, 1000) == CPU
 
 
 @pytest.mark.parametrize("free_bytes", [2**40, 0])
 def test_refit_on_a_gpu(view: DecoderView, batches: CalibrationBatches, free_bytes: int):
     def walked() -> dict[str, torch.Tensor]:
-        stream, held_out = ResidualStream(view, batches), refit.held_out_rows(batches, 2)
-        return refit.walk(view, plan_of(2, 3), stream, held_out, refit.Options())
+        return refit_layers(view, plan_of(2, 3), batches, held_out_rows(batches, 2))
 
     expected = walked()
     assert expected
@@ -88,7 +91,7 @@ def test_scores_on_a_gpu(view: DecoderView, batches: CalibrationBatches, method:
         assert score(view, batches, method=method).values == expected.values
 
 
-@pytest.mark.parametrize("method", sorted({*available("recovery")} - {"refit", "sign-merge"}))
+@pytest.mark.parametrize("method", sorted(STORED - {"refit", "sign-merge"}))
 def test_recoveries_on_a_gpu(view: DecoderView, batches: CalibrationBatches, method: str):
     plan = plan_of(2, 3)
     expected = fit(view, plan, None, batches, method=method)
@@ -101,14 +104,15 @@ def test_recoveries_on_a_gpu(view: DecoderView, batches: CalibrationBatches, met
         torch.testing.assert_close(patch.tensors[name], tensor, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["linear-patch", "ghost"])
-def test_matrices_in_the_cut_on_a_gpu(view: DecoderView, batches: CalibrationBatches, kind: str):
+@pytest.mark.parametrize("method", sorted(AT_RUN_TIME))
+def test_matrices_in_the_cut_on_a_gpu(view: DecoderView, batches: CalibrationBatches, method: str):
     plan = plan_of(2, 3)
-    expected = fit_unfoldable(view, plan, batches, kind)
+    expected = fitted_maps(view, plan, batches, method)
     with pretended_gpu() as gpu:
         gpu.put(view.model)
-        matrices = fit_unfoldable(view, plan, batches, kind)
-        with unfolded(view, plan, matrices):
+        repair = fitted_maps(view, plan, batches, method)
+        with applied_maps(view, plan, repair):
             view.token_losses(batches.input_ids)
-    for layer, matrix in expected.items():
-        torch.testing.assert_close(matrices[layer], matrix, rtol=0, atol=0)
+    assert expected.maps.keys() == repair.maps.keys()
+    for layer, matrix in expected.maps.items():
+        torch.testing.assert_close(repair.maps[layer], matrix, rtol=0, atol=0)

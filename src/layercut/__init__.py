@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from layercut.models.surgery import apply
     from layercut.models.view import DecoderView
     from layercut.output.save import save
-    from layercut.pipeline.finetune_run import tune_checkpoint
+    from layercut.pipeline.finetune_run import finetune_checkpoint as tune_checkpoint
     from layercut.pipeline.run import run
     from layercut.recipe.finetune import FinetuneSettings
     from layercut.recipe.heal import HealSettings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import resource
@@ -43,6 +44,18 @@ def reset_peak_rss() -> None:
     """Let the peak be counted from now on; without effect where the system cannot."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def restart_peak_rss(so_far: int) -> int:
+    """The highest peak memory until now, in bytes; from here on it is measured anew.
+
+    Args:
+        so_far: an earlier peak.
+    """
+    highest = max(so_far, peak_rss_bytes())
+    gc.collect()  # what earlier stages left in cycles is not the next one's
+    reset_peak_rss()
+    return highest
 
 
 def available_memory_bytes() -> int:

@@ -1,27 +1,64 @@
-"""A folder is the registry: a method is a file of ``scoring/``, ``selection/`` or ``recovery/``.
+"""A folder is the registry: a method is a file of ``STAGE/methods`` that declares itself.
 
-A method file offers ``Options``, a frozen pydantic model, and one function: ``score`` in scoring,
-``select`` in selection, ``fit`` in recovery. What its options ask of a model and text,
-``Options.check`` can refuse early. Its recipe name is its file name with ``-`` for ``_``.
+A method file has three names: ``METHOD``, a `Method`; ``Options``, a `MethodOptions`; and the
+stage's function: ``score`` in scoring, ``plan`` in selection, ``fit`` in recovery. Its name in a
+recipe is its file name with ``-`` for ``_``. docs/add_a_method.md walks through two of them.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from layercut.errors import ModelError, RecipeError, suggestion
+from layercut.errors import RecipeError, suggestion
 
-if TYPE_CHECKING:
-    from layercut.models.view import DecoderView
-    from layercut.types import CalibrationBatches
+Stage = Literal["scoring", "selection", "recovery"]
+Rounds = Literal["one-shot", "each"]
+Check = Callable[[Any, Any, Any, int], None]
+"""``check(view, batches, options, n_drop)``: refuses, before any long work, what cannot work."""
 
-Room = Literal["scoring", "selection", "recovery"]
+FUNCTIONS = {"scoring": "score", "selection": "plan", "recovery": "fit"}
+"""Stage → the function that its method files have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What a method file declares of itself.
+
+    Attributes:
+        stage: the stage of its folder; may be left out.
+        reads_model: whether it runs or compares layers one by one, which some families forbid.
+        check: refuses models, texts and sizes that it cannot work with.
+        revision: raised when its results change: cached rows of an older revision are recomputed.
+        strategy: of a score: how `compare` chooses layers by it.
+        rounds: of a score: whether `compare` scores again after every dropped layer.
+        needs_scoring: of a selection: the only score that it works with.
+        needs_tasks: it learns task rows, and calibration text only where there are none.
+        needs_previous_layer: of a recovery: a kept layer must stand before every cut.
+        needs_gradient_log: of a recovery: it reads the gradients that a score recorded.
+        shares_dense_stream: of a recovery: ``fit`` takes ``dense=``, the intact model's stream.
+        stores: of a recovery: a checkpoint can hold the result; else `compare` alone takes it.
+    """
+
+    stage: str | None = None
+    reads_model: bool = True
+    check: Check | None = None
+    revision: int = 1
+    strategy: str = "lowest"
+    rounds: Rounds = "one-shot"
+    needs_scoring: str | None = None
+    needs_tasks: bool = False
+    needs_previous_layer: bool = False
+    needs_gradient_log: bool = False
+    shares_dense_stream: bool = False
+    stores: bool = True
 
 
 class MethodOptions(BaseModel):
@@ -29,82 +66,168 @@ class MethodOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
-        """Refuse, before any long work, what cannot work here; by default nothing.
 
-        Args:
-            view: the model.
-            batches: calibration text.
-            n_drop: layers that are to go, or that may at most under a perplexity budget.
-        """
+@dataclass(frozen=True, slots=True)
+class MethodCall:
+    """A method with its options, ready to be called.
+
+    Attributes:
+        stage: what it is a method of.
+        name: as a recipe names it.
+        method: what its file declares.
+        options: checked, and completed with defaults.
+        function: ``score``, ``plan`` or ``fit`` of its file.
+    """
+
+    stage: Stage
+    name: str
+    method: Method
+    options: Any
+    function: Callable[..., Any]
 
 
-def check_model(room: Room, name: str, view: DecoderView) -> None:
-    """Refuse a method that runs layers one by one on a family where that means nothing.
-
-    A method that reads only the number of layers says so with ``READS_MODEL = False``.
+def available(stage: Stage) -> tuple[str, ...]:
+    """Names of the methods of a stage, sorted; imports none of them.
 
     Raises:
-        ModelError: the family's layers cannot be run or compared alone.
+        RecipeError: a file declares no method, or another stage's, or has a name taken twice.
     """
-    if getattr(load_method(room, name), "READS_MODEL", True):
-        check_runs_alone(view, f"{room} '{name}'")
+    return tuple(sorted(_find_files(stage)))
 
 
-def check_runs_alone(view: DecoderView, method: str) -> None:
-    """Refuse a family whose layers cannot be run or compared alone.
+def check_files() -> None:
+    """Refuse folders with a file that is no method, of whatever stage; imports none of them.
+
+    Raises:
+        RecipeError: as for `available`.
+    """
+    for stage in get_args(Stage):
+        available(stage)
+
+
+def describe(stage: Stage, name: str) -> Method:
+    """What a method's file declares.
+
+    Raises:
+        RecipeError: there is no such method, or its file is not complete.
+    """
+    return _load(stage, name)[0]
+
+
+def resolve(
+    stage: Stage, name: str, options: dict[str, Any] | None = None, *, seed: int | None = None
+) -> MethodCall:
+    """A method with its options, checked and completed with its defaults.
 
     Args:
-        view: the model.
-        method: what needs to, as the message names it.
+        stage: what it is a method of.
+        name: as a recipe names it.
+        options: the method's own.
+        seed: for a method that draws and whose options set no seed of their own.
 
     Raises:
-        ModelError: they cannot.
+        RecipeError: no such method, an unknown key or an impossible value; names every one.
     """
-    if why := view.layout.unscorable:
-        raise ModelError(
-            f"{method} cannot work on '{view.layout.model_type}': {why}. Name the layers "
-            "with selection.drop, and set recovery.method: none."
-        )
-
-
-def available(room: Room) -> tuple[str, ...]:
-    """Names of the methods in ``room``, sorted; imports none of them."""
-    folder = Path(__file__).parent / room / "methods"
-    names = (module.name for module in pkgutil.iter_modules([str(folder)]))
-    return tuple(sorted(name.replace("_", "-") for name in names if not name.startswith("_")))
-
-
-def load_method(room: Room, name: str) -> ModuleType:
-    """The method's module.
-
-    Raises:
-        RecipeError: there is no such method; the closest name is suggested.
-    """
-    known = available(room)
-    if name not in known:
-        hint = suggestion(name, known)
-        raise RecipeError(f"unknown {room} method '{name}'{hint} (known: {', '.join(known)})")
-    return importlib.import_module(f"layercut.{room}.methods.{name.replace('-', '_')}")
-
-
-def parse_options(room: Room, name: str, options: dict[str, Any]) -> MethodOptions:
-    """The method's options, checked and completed with its defaults.
-
-    Raises:
-        RecipeError: an unknown key or an impossible value; names every one.
-    """
-    module = load_method(room, name)
+    method, model, function = _load(stage, name)
+    values = dict(options or {})
+    if seed is not None and "seed" in model.model_fields:
+        values.setdefault("seed", seed % 2**32)  # what trainers take
     try:
-        parsed: MethodOptions = module.Options(**options)
+        return MethodCall(stage, name, method, model(**values), function)
     except ValidationError as error:
-        known = list(module.Options.model_fields)
         problems = []
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"])
-            hint = suggestion(key, known) if item["type"] == "extra_forbidden" else ""
+            unknown = item["type"] == "extra_forbidden"
+            hint = suggestion(key, model.model_fields) if unknown else ""
             # What concerns several options has no key of its own.
-            place = f"{room}.options.{key}" if key else f"{room}.options"
+            place = f"{stage}.options.{key}" if key else f"{stage}.options"
             problems.append(f"{place}: {item['msg'].removeprefix('Value error, ')}{hint}")
         raise RecipeError("; ".join(problems)) from None
-    return parsed
+
+
+def check_stores(name: str) -> None:
+    """Refuse a recovery whose result no checkpoint can hold.
+
+    Raises:
+        RecipeError: it adds operations at run time.
+    """
+    if not describe("recovery", name).stores:
+        raise RecipeError(
+            f"recovery '{name}' adds an operation at run time that no checkpoint holds. Use it in "
+            "`layercut compare`, or choose another recovery.method."
+        )
+
+
+def _load(stage: Stage, name: str) -> tuple[Method, type[MethodOptions], Callable[..., Any]]:
+    files = _find_files(stage)
+    if name not in files:
+        hint = suggestion(name, files)
+        raise RecipeError(
+            f"unknown {stage} method '{name}'{hint} (known: {', '.join(sorted(files))})"
+        )
+    contents = vars(importlib.import_module(f"layercut.{stage}.methods.{name.replace('-', '_')}"))
+    method, options = contents["METHOD"], contents.get("Options")
+    function = contents.get(FUNCTIONS[stage])
+    if not isinstance(method, Method):
+        raise RecipeError(f"{files[name]}: METHOD is not a layercut.registry.Method. Make it one.")
+    if not (isinstance(options, type) and issubclass(options, MethodOptions)):
+        raise RecipeError(f"{files[name]} has no class Options of MethodOptions. Add one.")
+    if not callable(function):
+        raise RecipeError(f"{files[name]} has no function {FUNCTIONS[stage]}. Add it.")
+    return method, options, function
+
+
+def _find_files(stage: Stage) -> dict[str, Path]:
+    """Name → file of every method in the folders of ``layercut.STAGE.methods``."""
+    package = importlib.import_module(f"layercut.{stage}.methods")
+    files: dict[str, Path] = {}
+    for folder in package.__path__:
+        for found in pkgutil.iter_modules([folder]):
+            if found.name.startswith("_"):
+                continue
+            path = Path(folder) / f"{found.name}.py"
+            name = found.name.replace("_", "-")
+            if name in files:
+                raise RecipeError(
+                    f"{path}: there is a {stage} method '{name}' already, in {files[name]}. "
+                    "Rename one of the files."
+                )
+            _check_declaration(path, stage)
+            files[name] = path
+    return files
+
+
+def _check_declaration(path: Path, stage: Stage) -> None:
+    """Refuse a file that does not say ``METHOD = Method(…)`` of this stage; it is not imported."""
+    example = f"declare METHOD = Method(…), as the other files of {stage}/methods do."
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read as a method file ({error}). Mend it.") from error
+    for statement in body:
+        if not isinstance(statement, ast.Assign | ast.AnnAssign):
+            continue
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        if not any(isinstance(t, ast.Name) and t.id == "METHOD" for t in targets):
+            continue
+        keywords = statement.value.keywords if isinstance(statement.value, ast.Call) else []
+        for keyword in keywords:
+            if keyword.arg == "stage" and isinstance(keyword.value, ast.Constant):
+                _check_stage(path, keyword.value.value, stage)
+        return
+    raise RecipeError(f"{path} does not say what it is: {example[0].upper()}{example[1:]}")
+
+
+def _check_stage(path: Path, declared: Any, stage: Stage) -> None:
+    stages = get_args(Stage)
+    if declared is not None and declared not in stages:
+        hint = suggestion(str(declared), cast(tuple[str, ...], stages))
+        raise RecipeError(
+            f"{path} declares the unknown stage '{declared}'{hint} (known: {', '.join(stages)})"
+        )
+    if declared not in (None, stage):
+        raise RecipeError(
+            f"{path} declares the stage '{declared}' but lies among the methods of {stage}. "
+            "Move the file, or correct METHOD."
+        )

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layercut.engine.residual_stream import ResidualStream
-    from layercut.gradients.log import GradientLog
+LayerSet = tuple[int, ...]
+"""Sorted layer indices."""
+
+Cut = tuple[int, int]
+"""A contiguous run of layers: the first one, and how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,24 @@ class CalibrationBatches:
         yield from self.input_ids.split(self.micro_batch)
 
 
+class GradientRecord(Protocol):
+    """Gradients that a score recorded, by the weight that received them."""
+
+    @property
+    def weights(self) -> Mapping[str, Any]:
+        """Every recorded weight by its name in the model."""
+
+    @property
+    def n_steps(self) -> int:
+        """Optimiser steps that were recorded."""
+
+    def elementwise(self, name: str) -> Tensor:
+        """Mean squared gradient of one weight, (out, in)."""
+
+    def layer_scores(self) -> LayerScores:
+        """One number per layer from all of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerScores:
     """One importance per layer of the input model; higher = keep.
@@ -79,7 +100,7 @@ class LayerScores:
     n_targets: int = 0
     seconds: float = 0.0
     fingerprint: str = ""
-    gradient_log: GradientLog | None = field(default=None, repr=False, compare=False)
+    gradient_log: GradientRecord | None = field(default=None, repr=False, compare=False)
 
     def to_json(self, model: str) -> dict[str, Any]:
         """Content of ``scores.json``."""
@@ -104,7 +125,7 @@ class Round:
     """
 
     scores: tuple[float | None, ...]
-    dropped: tuple[int, ...]
+    dropped: LayerSet
     margin: float | None
 
 
@@ -127,7 +148,7 @@ class PruningPlan:
 
     model: str
     n_layers: int
-    dropped: tuple[int, ...]
+    dropped: LayerSet
     method: str
     rounds: tuple[Round, ...] = ()
     fingerprint: str = ""
@@ -135,15 +156,15 @@ class PruningPlan:
     trials: Mapping[int, float] = field(default_factory=dict)
 
     @property
-    def kept(self) -> tuple[int, ...]:
+    def kept(self) -> LayerSet:
         """Sorted layer indices that stay."""
         gone = set(self.dropped)
         return tuple(i for i in range(self.n_layers) if i not in gone)
 
     @property
-    def cuts(self) -> tuple[tuple[int, int], ...]:
+    def cuts(self) -> tuple[Cut, ...]:
         """Contiguous dropped runs as (first layer, number of layers)."""
-        runs: list[tuple[int, int]] = []
+        runs: list[Cut] = []
         for layer in self.dropped:
             if runs and sum(runs[-1]) == layer:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
@@ -187,13 +208,10 @@ class Evidence:
     Attributes:
         scores: those of every round.
         gradient_log: the record of the first round, which saw every layer; igia's alone.
-        dense: the intact model's stream over the same calibration set, with its history, where
-            several recoveries share it.
     """
 
     scores: tuple[LayerScores, ...]
-    gradient_log: GradientLog | None = None
-    dense: ResidualStream | None = None
+    gradient_log: GradientRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,3 +229,18 @@ class WeightPatch:
     method: str
     notes: Mapping[str, Any] = field(default_factory=dict)
     rescaled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeMaps:
+    """What no weight can hold: a matrix behind a kept layer, applied to the residual stream.
+
+    Attributes:
+        maps: kept layer before a cut → A, (d, d) float32; the stream x becomes x·A behind it.
+        method: recovery method.
+        notes: numbers worth showing.
+    """
+
+    maps: Mapping[int, Tensor]
+    method: str
+    notes: Mapping[str, Any] = field(default_factory=dict)

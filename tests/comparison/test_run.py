@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError, OutputError, PlanError, RecipeError
 from layercut.models.view import DecoderView
 from layercut.recovery.methods import refit
+from layercut.registry import MethodCall
 
 
 @pytest.fixture
@@ -61,7 +63,8 @@ def test_rows_of_an_earlier_revision_are_measured_anew(
     settings |= {"methods": ["block-influence+refit"], "drop_layers": [1]}
     layercut.compare(settings, tmp_path / "out")
     n_rows = len(Store(tmp_path / "out").rows.known)
-    monkeypatch.setattr(refit, "REVISION", refit.REVISION + 1)
+    revised = replace(refit.METHOD, revision=refit.METHOD.revision + 1)
+    monkeypatch.setattr(refit, "METHOD", revised)
     layercut.compare(settings, tmp_path / "out")
     assert len(Store(tmp_path / "out").rows.known) == n_rows + 1
 
@@ -80,13 +83,13 @@ def test_a_scoring_is_made_once_and_booked_to_all(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     made: list[tuple[str, tuple[int, ...]]] = []
-    original = plans.score
+    original = plans.score_layers
 
-    def counted(view: DecoderView, *rest: Any, method: str, **options: Any) -> Any:
-        made.append((method, tuple(sorted(view.skipped))))
-        return original(view, *rest, method=method, **options)
+    def counted(view: DecoderView, batches: Any, scoring: MethodCall) -> Any:
+        made.append((scoring.name, tuple(sorted(view.skipped))))
+        return original(view, batches, scoring)
 
-    monkeypatch.setattr(plans, "score", counted)
+    monkeypatch.setattr(plans, "score_layers", counted)
     settings["methods"] = ["sleb", "shortened-llama-ppl", "perplexity+refit"]
     result = layercut.compare({**settings, "layer_losses": True}, tmp_path / "out")
     assert len(made) == len(set(made)) == 2  # the intact model, and SLEB's second round
@@ -201,7 +204,7 @@ def test_a_bug_in_a_method_is_not_swallowed(
     def broken(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("layercut.comparison.runner.fit", broken)
+    monkeypatch.setattr("layercut.comparison.runner.fit_repair", broken)
     with pytest.raises(ZeroDivisionError):
         layercut.compare(settings, tmp_path / "out")
 
@@ -209,14 +212,14 @@ def test_a_bug_in_a_method_is_not_swallowed(
 def test_layer_losses_that_fail_leave_the_rest(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    original = plans.score
+    original = plans.score_layers
 
-    def failing(*given: Any, method: str, **options: Any) -> Any:
-        if method == "perplexity":
+    def failing(view: Any, batches: Any, scoring: MethodCall) -> Any:
+        if scoring.name == "perplexity":
             raise NumericsError("the loss is nan.")
-        return original(*given, method=method, **options)
+        return original(view, batches, scoring)
 
-    monkeypatch.setattr(plans, "score", failing)
+    monkeypatch.setattr(plans, "score_layers", failing)
     settings |= {"methods": ["shortgpt"], "drop_layers": [1], "layer_losses": True}
     result = layercut.compare(settings, tmp_path / "out")
     assert result.truth is None

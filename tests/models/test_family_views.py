@@ -9,14 +9,15 @@ from conftest import plan_of
 from family_configs import FAMILIES, Family
 from layercut.engine.layerwise import layer_gradients
 from layercut.errors import ModelError
-from layercut.models.droppable import fixed_layers
+from layercut.models.droppable import layers_to_keep
 from layercut.models.load import load
 from layercut.models.view import DecoderView
-from layercut.recovery.runtime_maps import fit_unfoldable, unfolded
+from layercut.recovery.runtime_maps import applied_maps
 from layercut.scoring.methods.perplexity import losses_without
 from layercut.scoring.score import score
 from layercut.selection.select import select
-from layercut.types import CalibrationBatches
+from layercut.types import CalibrationBatches, RuntimeMaps
+from repairs import fitted_maps
 from saved_families import save_family, tokens
 
 PRUNABLE = sorted(name for name, family in FAMILIES.items() if not family.unprunable)
@@ -65,7 +66,7 @@ def test_operations_at_the_cuts_act_on_the_stream(case: tuple[Family, DecoderVie
     plan = plan_of(view.n_layers - 2, n_layers=view.n_layers)
     if view.layout.rules.unscorable:
         with pytest.raises(ModelError, match="recovery 'ghost' cannot work on"):
-            fit_unfoldable(view, plan, batches(), "ghost")
+            fitted_maps(view, plan, batches(), "ghost")
         return
     before = plan.dropped[0] - 1
     matrix = torch.linspace(0.5, 2, view.hidden_size).diag()
@@ -75,7 +76,8 @@ def test_operations_at_the_cuts_act_on_the_stream(case: tuple[Family, DecoderVie
         for layer in plan.kept:
             hidden = view.run_layer(layer, hidden, inputs)
             hidden = hidden @ matrix if layer == before else hidden
-    with view.skipping(plan.dropped), unfolded(view, plan, {before: matrix}):
+    repair = RuntimeMaps({before: matrix}, "by hand")
+    with view.skipping(plan.dropped), applied_maps(view, plan, repair):
         torch.testing.assert_close(
             view.token_losses(tokens()), view.stream_losses(hidden, tokens())
         )
@@ -105,7 +107,7 @@ def test_selection_leaves_pinned_layers_alone(case: tuple[Family, DecoderView]) 
     family, view = case
     if family.model_type == "jamba":
         # Its pattern is counted from the first layer on: only the end can go without a shift.
-        assert set(fixed_layers(view)) == set(range(view.n_layers - 1))
+        assert set(layers_to_keep(view)) == set(range(view.n_layers - 1))
         return
     plan, _ = select(view, batches(), strategy="lowest", scoring="reverse-order", drop_layers=2)
     assert not set(plan.dropped) & view.layout.pinned.keys()

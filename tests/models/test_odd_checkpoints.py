@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from conftest import plan_of, save_tiny
 from family_configs import FAMILIES, LATENT, ROUTED, SMALL, Family
 from layercut.errors import ModelError
+from layercut.models.check_method import check_model
 from layercut.models.load import load
 from layercut.models.surgery import apply
 from layercut.output.save import save
 from layercut.pipeline.inspect import inspect
 from layercut.pipeline.prune_files import prune
-from layercut.registry import check_model
+from layercut.registry import resolve
 from layercut.types import WeightPatch
 from quantised_siblings import edit_config
 from saved_families import pass_over, save_family, tokens
@@ -190,5 +191,5 @@ def test_layers_whose_selection_others_reuse_must_stay(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="layer 4 cannot be dropped: later layers attend to the"):
         prune(str(source), tmp_path / "out", drop=[4])
     with pytest.raises(ModelError, match="reuse what earlier ones compute"):
-        check_model("scoring", "gradmap", view)
+        check_model(resolve("scoring", "gradmap"), view)
     prune_both_ways(source, tmp_path, dropped=(0, 3, 5))

@@ -10,7 +10,7 @@ from conftest import save_tiny
 from layercut.cli import main
 from layercut.errors import ModelError
 from layercut.models.load import load
-from layercut.pipeline.inspect import PRECEDING, inspect
+from layercut.pipeline.inspect import NEEDS_PREVIOUS, inspect
 from quantised_siblings import edit_config, quantised
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
@@ -25,7 +25,7 @@ def test_figures_are_those_of_the_loaded_model(tiny_llama: Path) -> None:
     assert (found.tied, found.context, found.quantisation) == (False, 128, "")
     assert found.stored == {"F32": 4 * found.n_parameters}
     assert found.refusal == ""
-    assert [i for i, layer in enumerate(found.layers) if layer.pinned == PRECEDING] == [0]
+    assert [i for i, layer in enumerate(found.layers) if layer.pinned == NEEDS_PREVIOUS] == [0]
     assert found.scoring["memory_bytes"] > 4 * found.n_parameters
     assert found.scoring["seconds"] > 0
 

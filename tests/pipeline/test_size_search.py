@@ -12,10 +12,15 @@ from layercut.engine.loss import mean_loss
 from layercut.errors import DataError, NumericsError, PlanError
 from layercut.models.view import DecoderView
 from layercut.pipeline import size_search
-from layercut.selection.select import Planner, Request
+from layercut.registry import resolve
+from layercut.selection.select import PlanOfSize, Request
 from layercut.types import CalibrationBatches, Evidence, PruningPlan
 
-LOWEST = {"strategy": "lowest", "request": Request(scoring="block-influence"), "recovery": "none"}
+SCORING = resolve("scoring", "block-influence")
+LOWEST = {
+    "request": Request(scoring=SCORING, strategy="lowest"),
+    "recovery": resolve("recovery", "none"),
+}
 
 
 def test_the_largest_size_within_the_budget(view: DecoderView, batches: CalibrationBatches):
@@ -32,33 +37,33 @@ def test_the_largest_size_within_the_budget(view: DecoderView, batches: Calibrat
 
 def test_trials_are_measured_on_sequences_set_aside(view: DecoderView, batches: CalibrationBatches):
     plan, _, patch = size_search.prune_within(view, batches, max_perplexity_ratio=1e9, **LOWEST)
-    _, judging = size_search.split(batches)
-    assert judging.input_ids.equal(batches.input_ids[3:4])
-    dense = mean_loss(view, judging.input_ids, 1)
+    _, held_out = size_search.split(batches)
+    assert held_out.input_ids.equal(batches.input_ids[3:4])
+    dense = mean_loss(view, held_out.input_ids, 1)
     with view.skipping(plan.dropped), view.patched(patch.tensors):
-        pruned = mean_loss(view, judging.input_ids, 1)
+        pruned = mean_loss(view, held_out.input_ids, 1)
     assert plan.trials[len(plan.dropped)] == pytest.approx(math.exp(pruned - dense), rel=1e-5)
 
 
-def test_split_keeps_fitting_and_judging_apart(batches: CalibrationBatches):
-    fitting, judging = size_search.split(batches)
-    assert fitting.n_sequences + judging.n_sequences == batches.n_sequences
-    assert judging.n_sequences == 1
+def test_split_keeps_fitting_and_held_out_apart(batches: CalibrationBatches):
+    fitting, held_out = size_search.split(batches)
+    assert fitting.n_sequences + held_out.n_sequences == batches.n_sequences
+    assert held_out.n_sequences == 1
 
 
 def test_every_eighth_sequence_is_set_aside():
     ids = torch.arange(17)[:, None].expand(17, 4)
-    fitting, judging = size_search.split(CalibrationBatches(ids, 2, 2, "numbers", "0"))
-    assert judging.input_ids[:, 0].tolist() == [7, 15]
+    fitting, held_out = size_search.split(CalibrationBatches(ids, 2, 2, "numbers", "0"))
+    assert held_out.input_ids[:, 0].tolist() == [7, 15]
     assert fitting.input_ids[:, 0].tolist() == [*range(7), *range(8, 15), 16]
 
 
 def refuse_from(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No plan of ``limit`` layers or more."""
-    original = size_search.planner
+    original = size_search.plan_sizes
 
-    def planner(*arguments: Any, **settings: Any) -> Planner:
-        choose = original(*arguments, **settings)
+    def plan_sizes(*arguments: Any) -> PlanOfSize:
+        choose = original(*arguments)
 
         def chosen(size: int) -> tuple[PruningPlan, Evidence]:
             if size >= limit:
@@ -67,7 +72,7 @@ def refuse_from(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return chosen
 
-    monkeypatch.setattr(size_search, "planner", planner)
+    monkeypatch.setattr(size_search, "plan_sizes", plan_sizes)
 
 
 def test_a_size_without_a_plan_counts_as_too_large(
@@ -88,7 +93,7 @@ def test_no_plan_of_any_size_is_an_error_with_its_reason(
 
 
 def test_protecting_every_layer_is_an_error(view: DecoderView, batches: CalibrationBatches):
-    request = Request(scoring="block-influence", protect=frozenset(range(6)))
+    request = Request(scoring=SCORING, strategy="lowest", protect=frozenset(range(6)))
     with pytest.raises(PlanError, match=r"no layer of 6 may be dropped: 6 are protected"):
         size_search.prune_within(
             view, batches, max_perplexity_ratio=2.0, **(LOWEST | {"request": request})

@@ -10,15 +10,22 @@ from layercut.errors import NumericsError, PlanError, RecipeError
 from layercut.models.hooks import capture
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
-from layercut.recovery.methods.linear_map import repair, solve
+from layercut.recovery.layer_fit import mean_squared_errors
+from layercut.recovery.methods.linear_map import _map_outputs, fit_linear_map
 from layercut.spool import Spool
 from layercut.types import CalibrationBatches
+from spools import spool
 
 
-def spool(rows: torch.Tensor) -> Spool:
-    filled = Spool(*rows.shape)
-    filled.write(0, rows)
-    return filled
+def repair(
+    outputs: Spool, mlp: Spool, targets: Spool, alpha: float
+) -> tuple[torch.Tensor, tuple[float, float]]:
+    """What a fit does at one cut; ``outputs``, y + m, are changed to y + m·T."""
+    missing = spool(targets.rows - outputs.rows)
+    projection = fit_linear_map(missing, mlp, alpha)
+    errors = mean_squared_errors(missing, mlp, projection)
+    _map_outputs(outputs, mlp, projection)
+    return projection, errors
 
 
 def random_rows(n: int = 400, width: int = 8) -> tuple[torch.Tensor, ...]:
@@ -33,7 +40,7 @@ def test_map_by_hand():
     # α = 0: T = 3; α = 0.5: α̂ = 0.5·2/1 = 1, T = 6/(2 + 1) = 2
     ones = torch.ones(2, 1)
     for alpha, expected in ((0.0, 3.0), (0.5, 2.0)):
-        assert float(solve(spool(2 * ones), spool(ones), alpha)) == pytest.approx(expected)
+        assert float(fit_linear_map(spool(2 * ones), spool(ones), alpha)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2])
@@ -45,7 +52,7 @@ def test_map_equals_stacked_least_squares(alpha: float):
     rows = torch.cat([m.double(), ridge * torch.eye(8, dtype=torch.float64)])
     sides = torch.cat([(target - y).double(), torch.zeros(8, 8, dtype=torch.float64)])
     expected = torch.linalg.lstsq(rows, sides).solution.T
-    solved = solve(spool(target - y - m), spool(m), alpha)
+    solved = fit_linear_map(spool(target - y - m), spool(m), alpha)
     torch.testing.assert_close(solved, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -61,22 +68,23 @@ def test_planted_map_is_found_and_its_output_follows():
 def test_the_penalty_does_not_depend_on_tokens_or_scale():
     m, y, target, _ = random_rows()
     missing = target - y - m
-    once = solve(spool(missing), spool(m), 0.3)
-    twice = solve(spool(torch.cat([missing] * 2)), spool(torch.cat([m] * 2)), 0.3)
-    scaled = solve(spool(10 * missing), spool(10 * m), 0.3)
+    once = fit_linear_map(spool(missing), spool(m), 0.3)
+    twice = fit_linear_map(spool(torch.cat([missing] * 2)), spool(torch.cat([m] * 2)), 0.3)
+    scaled = fit_linear_map(spool(10 * missing), spool(10 * m), 0.3)
     torch.testing.assert_close(twice, once, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(scaled, once, rtol=1e-5, atol=1e-6)
 
 
 def test_a_strong_penalty_removes_the_mlp():
     m, y, target, _ = random_rows()
-    assert float(solve(spool(target - y - m), spool(m), 1e9).abs().max()) < 1e-6
+    assert float(fit_linear_map(spool(target - y - m), spool(m), 1e9).abs().max()) < 1e-6
 
 
 def test_a_silent_mlp_changes_nothing():
     zeros = torch.zeros(10, 3)
     assert torch.equal(
-        solve(spool(torch.ones(10, 3)), spool(zeros), 0.0), torch.eye(3, dtype=torch.float64)
+        fit_linear_map(spool(torch.ones(10, 3)), spool(zeros), 0.0),
+        torch.eye(3, dtype=torch.float64),
     )
 
 
@@ -89,7 +97,7 @@ def test_fewer_tokens_than_dimensions_still_have_a_solution():
 
 def test_activations_that_are_not_finite_are_an_error():
     with pytest.raises(NumericsError, match="not finite"):
-        solve(spool(torch.ones(4, 2)), spool(torch.full((4, 2), float("nan"))), 0.0)
+        fit_linear_map(spool(torch.ones(4, 2)), spool(torch.full((4, 2), float("nan"))), 0.0)
 
 
 def test_every_cut_is_fitted_in_the_model_repaired_so_far(

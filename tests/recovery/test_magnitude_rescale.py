@@ -16,16 +16,10 @@ from layercut.recovery.fit import fit
 from layercut.recovery.methods.magnitude_rescale import (
     channel_ratios,
     check_scale_free,
-    magnitude_gaps,
+    measure_magnitude_gaps,
 )
-from layercut.spool import Spool
 from layercut.types import CalibrationBatches, PruningPlan
-
-
-def spool(rows: torch.Tensor) -> Spool:
-    filled = Spool(*rows.shape)
-    filled.write(0, rows)
-    return filled
+from spools import spool
 
 
 def published(view: DecoderView, plan: PruningPlan, alphas: dict[int, float]) -> dict:
@@ -55,7 +49,7 @@ def test_ratios_by_hand():
 
 def test_alpha_equals_the_ratio_of_hidden_states(view: DecoderView, batches: CalibrationBatches):
     states = view.model(batches.input_ids, output_hidden_states=True, use_cache=False).hidden_states
-    alphas = magnitude_gaps(view, plan_of(1, 3, 4), batches)
+    alphas = measure_magnitude_gaps(view, plan_of(1, 3, 4), batches)
     for first, after in ((1, 2), (3, 5)):
         norms = [states[i].double().abs().sum(dim=1) for i in (first, after)]
         assert alphas[first] == pytest.approx(float((norms[1] / norms[0]).mean()), rel=1e-5)
@@ -67,7 +61,7 @@ def test_logits_are_those_of_the_published_form(
 ):
     plan = plan_of(*dropped)
     patch = fit(view, plan, None, batches, method="magnitude-rescale")
-    tensors = published(view, plan, magnitude_gaps(view, plan, batches))
+    tensors = published(view, plan, measure_magnitude_gaps(view, plan, batches))
     with view.skipping(dropped):
         with view.patched(tensors):
             expected = view.model(batches.input_ids, use_cache=False).logits
@@ -102,7 +96,7 @@ def test_a_cut_at_the_end_changes_nothing(view: DecoderView, batches: Calibratio
 def test_a_planted_identity_leaves_no_gap(view: DecoderView, batches: CalibrationBatches):
     view.layers[2].input_layernorm.weight.data.zero_()
     view.layers[2].post_attention_layernorm.weight.data.zero_()
-    assert magnitude_gaps(view, plan_of(2), batches) == {2: 1.0}
+    assert measure_magnitude_gaps(view, plan_of(2), batches) == {2: 1.0}
     assert not fit(view, plan_of(2), None, batches, method="magnitude-rescale").tensors
 
 

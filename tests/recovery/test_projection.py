@@ -11,20 +11,14 @@ from layercut.models.output_projections import down_projection
 from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
+from layercut.recovery.layer_fit import mean_squared_errors
 from layercut.recovery.methods.projection import (
-    errors,
-    largest_mean_shift,
+    find_largest_mean_shift,
     solve_closed_form,
     solve_gradient_descent,
 )
-from layercut.spool import Spool
 from layercut.types import CalibrationBatches
-
-
-def spool(rows: torch.Tensor) -> Spool:
-    filled = Spool(*rows.shape)
-    filled.write(0, rows)
-    return filled
+from spools import spool
 
 
 def random_rows(n: int = 400, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +60,7 @@ def test_planted_projection_is_found_exactly():
     r = m @ (planted - torch.eye(8)).T
     solved = solve_closed_form(spool(r), spool(m), 1e-12)
     torch.testing.assert_close(solved.float(), planted, rtol=1e-4, atol=1e-4)
-    before, after = errors(spool(r), spool(m), solved)
+    before, after = mean_squared_errors(spool(r), spool(m), solved)
     assert after < 1e-6 * before
 
 
@@ -97,7 +91,7 @@ def test_the_shift_is_the_largest_over_kept_layers(view: DecoderView, batches: C
         )
         for layer in (0, 1, 4)
     }
-    found = largest_mean_shift(view, plan, batches)
+    found = find_largest_mean_shift(view, plan, batches)
     if found.layer in shifts:
         assert found.norm == pytest.approx(max(shifts.values()), rel=1e-4)
     assert found.norm >= max(shifts.values()) * (1 - 1e-4)
@@ -105,7 +99,7 @@ def test_the_shift_is_the_largest_over_kept_layers(view: DecoderView, batches: C
 
 def test_rows_of_the_shift_add_up_to_the_target(view: DecoderView, batches: CalibrationBatches):
     plan = plan_of(1)
-    shift = largest_mean_shift(view, plan, batches)
+    shift = find_largest_mean_shift(view, plan, batches)
     mean = shift.residual.rows.mean(dim=0)
     assert float(mean.norm()) == pytest.approx(shift.norm, rel=1e-4)
 
@@ -125,7 +119,7 @@ def test_projection_moves_the_pruned_model_as_predicted(
     # The error after the fit, measured on the patched model itself.
     plan = plan_of(2, 3)
     patch = fit(view, plan, None, batches, method="projection", penalty=0.01)
-    target = largest_mean_shift(view, plan, batches)
+    target = find_largest_mean_shift(view, plan, batches)
     dense_target = target.residual.rows.clone()
     name = f"model.layers.{target.layer}.mlp.down_proj.weight"
     weight = view.model.get_parameter(name)

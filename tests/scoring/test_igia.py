@@ -15,7 +15,7 @@ from conftest import N_LAYERS, VOCABULARY
 from layercut.data.encoding import IGNORED
 from layercut.errors import DataError, RecipeError
 from layercut.models.view import DecoderView
-from layercut.registry import parse_options
+from layercut.registry import resolve
 from layercut.scoring.score import score
 from layercut.training import early_steps
 from layercut.types import CalibrationBatches
@@ -181,4 +181,4 @@ def test_fewer_rows_than_one_step_are_refused(
 
 def test_impossible_options_are_refused_by_name():
     with pytest.raises(RecipeError, match=r"scoring\.options\.steps.*scoring\.options\.rnak"):
-        parse_options("scoring", "igia", {"steps": 0, "rnak": 4})
+        resolve("scoring", "igia", {"steps": 0, "rnak": 4})

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
 
 from layercut.errors import PlanError, RecipeError
 from layercut.models.view import DecoderView
+from layercut.registry import resolve
 from layercut.scoring.score import score
 from layercut.selection.methods import block
-from layercut.selection.select import Request, planner
+from layercut.selection.select import Request, plan_sizes
 from layercut.selection.select import select as select_by
 from layercut.types import CalibrationBatches
 
 select = functools.partial(select_by, strategy="block", scoring="angular-distance")
-KINDS = (("local",), ("global",)) * 3
+ANGLES = resolve("scoring", "angular-distance")
+LAYER_TYPES = (("local",), ("global",)) * 3
+
+
+def request_of(**how: Any) -> Request:
+    return Request(scoring=ANGLES, strategy="block", **how)
 
 
 def make_identity(view: DecoderView, *layers: int) -> None:
@@ -57,24 +64,25 @@ def test_planted_block_is_found(
 def test_closest_block_by_hand():
     # blocks of two of five layers: 0–1, 1–2, 2–3, 3–4
     distances = [0.4, 0.1, 0.3, 0.3]
-    assert block.closest_block(distances, 2, Request()) == (1, 2)
-    assert block.closest_block(distances, 2, Request(protect=frozenset({1}))) == (3, 4)
+    assert block.closest_block(distances, 2, request_of()) == (1, 2)
+    assert block.closest_block(distances, 2, request_of(protect=frozenset({1}))) == (3, 4)
 
 
 def test_a_block_keeps_the_pattern():
     # Every second layer differs: only blocks of an even number of layers leave the others in place.
-    assert block.closest_block([0.1, 0.2, 0.3, 0.4, 0.5], 2, Request(kinds=KINDS)) == (0, 1)
+    request = request_of(layer_types=LAYER_TYPES)
+    assert block.closest_block([0.1, 0.2, 0.3, 0.4, 0.5], 2, request) == (0, 1)
+    request = request_of(layer_types=LAYER_TYPES, protect=frozenset({5}))
     with pytest.raises(PlanError, match="preserves the pattern"):
-        block.closest_block([0.1, 0.2, 0.3, 0.4], 3, Request(kinds=KINDS, protect=frozenset({5})))
+        block.closest_block([0.1, 0.2, 0.3, 0.4], 3, request)
 
 
 def test_one_pass_serves_plans_of_every_size(
     view: DecoderView, batches: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
 ):
-    request = Request(scoring="angular-distance")
-    choose = planner(view, batches, strategy="block", request=request)
+    plan_of_size = plan_sizes(view, batches, request_of())
     monkeypatch.setattr(DecoderView, "embed", None)
-    assert [len(choose(n)[0].dropped) for n in range(1, 5)] == [1, 2, 3, 4]
+    assert [len(plan_of_size(n)[0].dropped) for n in range(1, 5)] == [1, 2, 3, 4]
 
 
 def test_evidence_holds_the_single_layers_distances(view: DecoderView, batches: CalibrationBatches):

@@ -8,59 +8,59 @@ import pytest
 from transformers import AutoConfig
 
 from conftest import save_tiny
-from layercut.checkpoints.layer_types import derived_kinds, given_kinds
+from layercut.checkpoints.layer_types import derive_layer_types, read_layer_types
 from layercut.errors import PlanError, RecipeError
 from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.selection.cut_prices import cheapest_plans
 from layercut.selection.methods.lowest import lowest
-from layercut.selection.pattern import keeps_kinds, lowest_that_fit, pattern_to_keep
+from layercut.selection.pattern import keeps_pattern, lowest_in_pattern, pattern_to_keep
 from layercut.selection.select import select
 from layercut.types import CalibrationBatches
 
 # Two local layers, then a global one, as Gemma 3 has five and one.
-KINDS = (("local",), ("local",), ("global",)) * 3
+LAYER_TYPES = (("local",), ("local",), ("global",)) * 3
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
 
 
 def all_that_fit(n_drop: int, protect: frozenset[int] = frozenset()) -> list[tuple[int, ...]]:
-    choices = itertools.combinations(sorted(set(range(len(KINDS))) - protect), n_drop)
-    return [dropped for dropped in choices if keeps_kinds(KINDS, dropped)]
+    choices = itertools.combinations(sorted(set(range(len(LAYER_TYPES))) - protect), n_drop)
+    return [dropped for dropped in choices if keeps_pattern(LAYER_TYPES, dropped)]
 
 
 def test_what_keeps_a_pattern() -> None:
-    assert keeps_kinds(KINDS, (0, 1, 2))  # a whole period
-    assert keeps_kinds(KINDS, (1, 2, 3))  # and any shift of it: local, | local, global, …
-    assert keeps_kinds(KINDS, (8,))  # the end follows from the start
-    assert not keeps_kinds(KINDS, (2,))
-    assert not keeps_kinds(KINDS, (0, 3))
-    assert keeps_kinds(None, (2,))
+    assert keeps_pattern(LAYER_TYPES, (0, 1, 2))  # a whole period
+    assert keeps_pattern(LAYER_TYPES, (1, 2, 3))  # and any shift of it: local, | local, global, …
+    assert keeps_pattern(LAYER_TYPES, (8,))  # the end follows from the start
+    assert not keeps_pattern(LAYER_TYPES, (2,))
+    assert not keeps_pattern(LAYER_TYPES, (0, 3))
+    assert keeps_pattern(None, (2,))
 
 
 @pytest.mark.parametrize("n_drop", range(1, 7))
 @pytest.mark.parametrize("protect", [frozenset(), frozenset({0, 7})])
 def test_the_cheapest_choice_is_found(n_drop: int, protect: frozenset[int]) -> None:
-    values = [random.Random(n_drop).random() for _ in KINDS]
+    values = [random.Random(n_drop).random() for _ in LAYER_TYPES]
     possible = all_that_fit(n_drop, protect)
     if not possible:
         with pytest.raises(PlanError, match="preserves the pattern of unlike layers"):
-            lowest_that_fit(values, KINDS, n_drop, protect)
+            lowest_in_pattern(values, LAYER_TYPES, n_drop, protect)
         return
     best = min(possible, key=lambda dropped: sum(values[i] for i in dropped))
-    assert lowest_that_fit(values, KINDS, n_drop, protect) == best
+    assert lowest_in_pattern(values, LAYER_TYPES, n_drop, protect) == best
 
 
 def test_without_a_pattern_the_lowest_scores_go() -> None:
     values = [3.0, 1.0, 2.0, 0.5, 4.0]
     alike = (("same",),) * 5
-    assert list(lowest_that_fit(values, alike, 2, frozenset({3}))) == [1, 2]
+    assert list(lowest_in_pattern(values, alike, 2, frozenset({3}))) == [1, 2]
     assert lowest(values, 2, protect=frozenset({3}))[0] == [1, 2]
 
 
 def test_priced_plans_keep_the_pattern() -> None:
     generator = random.Random(3)
     prices = {(i, n): generator.random() for i in range(1, 9) for n in range(1, 9 - i + 1)}
-    curve = cheapest_plans(prices, 9, frozenset({0}), KINDS)
+    curve = cheapest_plans(prices, 9, frozenset({0}), LAYER_TYPES)
     free = cheapest_plans(prices, 9, frozenset({0}))
     for n_drop in free:
         possible = all_that_fit(n_drop, frozenset({0}))
@@ -75,12 +75,12 @@ def test_priced_plans_keep_the_pattern() -> None:
 def test_patterns_by_position_are_told_from_shifted_ones(model_type: str) -> None:
     settings = {"num_hidden_layers": 12}
     config = AutoConfig.for_model(model_type, **settings)
-    kinds = given_kinds(config)
-    assert len(set(kinds)) > 1
-    assert derived_kinds(config) == kinds
+    layer_types = read_layer_types(config)
+    assert len(set(layer_types)) > 1
+    assert derive_layer_types(config) == layer_types
     shifted = {k: v[1:] for k in ("layer_types", "no_rope_layers") if (v := getattr(config, k, 0))}
     config = AutoConfig.for_model(model_type, num_hidden_layers=11, **shifted)
-    assert derived_kinds(config) != given_kinds(config)
+    assert derive_layer_types(config) != read_layer_types(config)
 
 
 def test_llama_has_no_pattern_to_keep(view: DecoderView, batches: CalibrationBatches) -> None:
@@ -92,7 +92,7 @@ def test_llama_has_no_pattern_to_keep(view: DecoderView, batches: CalibrationBat
 
 def test_counts_of_layers_follow_any_drop(tmp_path: Path) -> None:
     view = load(str(save_tiny(tmp_path, "qwen2", **WINDOWS)))
-    assert len(set(given_kinds(view.model.config))) == 2
+    assert len(set(read_layer_types(view.model.config))) == 2
     assert pattern_to_keep(view, 2, rounds="each") is None
 
 
@@ -106,8 +106,8 @@ def test_patterns_that_engines_do_not_derive_cannot_be_preserved(tmp_path: Path)
 @pytest.fixture
 def patterned(view: DecoderView, monkeypatch: pytest.MonkeyPatch) -> DecoderView:
     """The tiny Llama as if its layers were local, global, local, global …"""
-    kinds = (("local",), ("global",)) * 3
-    monkeypatch.setattr("layercut.selection.pattern._position_kinds", lambda _: kinds)
+    layer_types = (("local",), ("global",)) * 3
+    monkeypatch.setattr("layercut.selection.pattern._types_by_position", lambda _: layer_types)
     return view
 
 
@@ -125,7 +125,7 @@ def test_all_strategies_keep_the_pattern(
     for n_drop in (1, 2, 3, 4):
         plan, _ = select(patterned, batches, drop_layers=n_drop, preserve_pattern=True, **how)
         assert len(plan.dropped) == n_drop
-        assert keeps_kinds((("local",), ("global",)) * 3, plan.dropped)
+        assert keeps_pattern((("local",), ("global",)) * 3, plan.dropped)
 
 
 def test_settings_that_cannot_keep_a_pattern_are_refused(

@@ -100,12 +100,12 @@ def test_a_class_without_rows_is_refused(
 ):
     source = write_rows(tmp_path / "odd.jsonl", [1] * 8)
     with pytest.raises(DataError, match="no training row has the answer 'even'"):
-        early_steps.check(view, batches, EarlyRunOptions(data=source, **SMALL))
+        early_steps.check_early_run(view, batches, EarlyRunOptions(data=source, **SMALL))
 
 
 def test_calibration_text_is_enough_for_the_defaults(
     view: DecoderView, batches: CalibrationBatches
 ):
-    early_steps.check(view, batches, EarlyRunOptions())
+    early_steps.check_early_run(view, batches, EarlyRunOptions())
     with pytest.raises(RecipeError, match="to record 40 steps, but the run it begins has only 39"):
-        early_steps.check(view, batches, EarlyRunOptions(max_steps=39))
+        early_steps.check_early_run(view, batches, EarlyRunOptions(max_steps=39))

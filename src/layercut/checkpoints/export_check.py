@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from layercut.checkpoints.folder import read_json_object
 from layercut.checkpoints.hf_calls import INVALID, quiet
-from layercut.checkpoints.layer_types import derived_kinds, given_kinds
+from layercut.checkpoints.layer_types import derive_layer_types, read_layer_types
 from layercut.errors import ModelError
 
 LLAMA_CPP = "llama.cpp and Ollama"
@@ -193,7 +193,7 @@ class ExportState:
 
 
 def _pattern(state: ExportState) -> bool:
-    return derived_kinds(state.text) != given_kinds(state.text)
+    return derive_layer_types(state.text) != read_layer_types(state.text)
 
 
 def _slides(state: ExportState) -> bool:

@@ -15,11 +15,11 @@ PER_LAYER = (
 """Keys of a configuration with one entry per layer that transformers derives if they are absent."""
 
 
-Kinds = tuple[tuple[Any, ...], ...]
+LayerTypes = tuple[tuple[Any, ...], ...]
 """Per layer, its entries of all those keys."""
 
 
-def given_kinds(text: Any) -> Kinds:
+def read_layer_types(text: Any) -> LayerTypes:
     """What a text configuration says of each of its layers.
 
     Args:
@@ -29,7 +29,7 @@ def given_kinds(text: Any) -> Kinds:
     return tuple(zip(*(value for value in values if value), strict=True))
 
 
-def derived_kinds(text: Any) -> Kinds:
+def derive_layer_types(text: Any) -> LayerTypes:
     """What a reader makes of the same configuration without those keys."""
     content = {key: value for key, value in text.to_dict().items() if key not in PER_LAYER}
     fresh = type(text).from_dict(content)

@@ -65,9 +65,9 @@ def finetune(
     set_up_libraries(offline=offline)
     from layercut.cli.progress_display import progress_display
     from layercut.cli.tables import print_result
-    from layercut.pipeline.finetune_run import tune_checkpoint
+    from layercut.pipeline.finetune_run import finetune_checkpoint
 
     command = shlex.join(["layercut", *context.obj])
     with progress_display(quiet=quiet):
-        result = tune_checkpoint(recipe, output_dir, overwrite=overwrite, command=command)
+        result = finetune_checkpoint(recipe, output_dir, overwrite=overwrite, command=command)
     print_result(result, output_dir, quiet=quiet)

@@ -1,4 +1,4 @@
-"""Who takes part: every way of choosing layers crossed with every recovery, as data.
+"""What is compared: every way of choosing layers with every recovery, from the registry.
 
 ``SCORE+RECOVERY`` names a pair; a score's name may end in ``@each`` or ``@one-shot``, which says
 whether it scores again after every dropped layer. A preset is a published method by its own name.
@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from layercut.errors import RecipeError, suggestion
-from layercut.registry import available
-
-Rounds = Literal["one-shot", "each"]
-
-UNFOLDABLE = ("linear-patch", "ghost")
-"""Recoveries that no plain weights can hold; see `layercut.recovery.runtime_maps`."""
+from layercut.registry import Rounds, available, describe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class LayerChoice:
     """A way of choosing layers.
 
     Attributes:
-        scoring: a file of ``layercut/scoring``.
-        strategy: a file of ``layercut/selection``.
+        scoring: a file of ``layercut/scoring/methods``.
+        strategy: a file of ``layercut/selection/methods``.
         rounds: score once, or again after every dropped layer.
         keep_first: layers at the start that are protected.
         keep_last: layers at the end that are protected.
@@ -57,21 +52,21 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Contestant:
+class Entry:
     """A choice with a recovery.
 
     Attributes:
-        name: what the user called it.
+        name: as the user called it.
         choice: which layers go.
-        chooser: the choice's name.
-        recovery: a file of ``layercut/recovery``, or one of ``UNFOLDABLE``.
+        choice_name: the choice's name.
+        recovery: a file of ``layercut/recovery/methods``.
         source: where the combination was published; empty for one that was not.
         reading: what the source leaves open and how it is read here.
     """
 
     name: str
-    choice: Choice
-    chooser: str
+    choice: LayerChoice
+    choice_name: str
     recovery: str
     source: str = ""
     reading: str = ""
@@ -79,54 +74,78 @@ class Contestant:
     @property
     def pair(self) -> str:
         """``SCORE+RECOVERY``."""
-        return f"{self.chooser}+{self.recovery}"
+        return f"{self.choice_name}+{self.recovery}"
 
 
-CHOICES: dict[str, Choice] = {
-    "random": Choice(scoring="random"),
-    "reverse-order": Choice(scoring="reverse-order"),
-    "magnitude": Choice(scoring="magnitude"),
-    "magnitude+": Choice(scoring="magnitude", keep_first=4, keep_last=2),
-    "taylor": Choice(scoring="taylor"),
-    "taylor+": Choice(scoring="taylor", keep_first=4, keep_last=2),
-    "block-influence": Choice(scoring="block-influence"),
-    "angular-distance": Choice(scoring="angular-distance", strategy="block"),
-    "perplexity": Choice(scoring="perplexity"),
-    "sleb": Choice(scoring="perplexity", rounds="each", keep_first=1, keep_last=1),
-    "gradmap": Choice(scoring="gradmap", rounds="each"),
-    "igia": Choice(scoring="igia"),
-    "residual-sensitivity": Choice(scoring="residual-sensitivity"),
-    "priced-cuts": Choice(scoring="residual-sensitivity", strategy="priced-cuts"),
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A published method by its own name.
+
+    Attributes:
+        name: that name.
+        pair: ``SCORE+RECOVERY``.
+        source: where the combination was published.
+        reading: what the source leaves open and how it is read here.
+    """
+
+    name: str
+    pair: str
+    source: str
+    reading: str = ""
+
+
+VARIANTS = {
+    "magnitude+": LayerChoice(scoring="magnitude", keep_first=4, keep_last=2),
+    "taylor+": LayerChoice(scoring="taylor", keep_first=4, keep_last=2),
+    "sleb": LayerChoice(scoring="perplexity", rounds="each", keep_first=1, keep_last=1),
 }
-"""Name → which layers go. gradmap scores in rounds, as its paper does."""
+"""Published ways of using a score that protect layers at the ends."""
+
+WITHOUT_TASK = "the early run learns the calibration text, because there is no task"
 
 
-def recoveries() -> tuple[str, ...]:
-    """Every recovery that a pair may name."""
-    return (*available("recovery"), *UNFOLDABLE)
+def layer_choices() -> dict[str, LayerChoice]:
+    """Name → which layers go: every score as its file declares, every selection that has a score of
+    its own, and the published variants.
+    """
+    choices = {}
+    for name in available("scoring"):
+        method = describe("scoring", name)
+        choices[name] = LayerChoice(scoring=name, strategy=method.strategy, rounds=method.rounds)
+    for name in available("selection"):
+        scoring = describe("selection", name).needs_scoring
+        if scoring is not None and choices[scoring].strategy != name:
+            choices[name] = LayerChoice(scoring=scoring, strategy=name)
+    return choices | VARIANTS
 
 
-def _pair(name: str) -> Contestant:
-    chooser, plus, recovery = name.rpartition("+")
+def parse_pair(name: str) -> Entry:
+    """The entry that ``SCORE+RECOVERY`` names.
+
+    Raises:
+        RecipeError: a part is unknown; the closest name is suggested.
+    """
+    choice_name, plus, recovery = name.rpartition("+")
+    choices = layer_choices()
     if not plus:
-        known = (*PRESETS, *GROUPS, *(f"{choice}+none" for choice in CHOICES))
+        known = (*PRESETS, *GROUPS, *(f"{choice}+none" for choice in choices))
         raise RecipeError(
             f"unknown method '{name}'{suggestion(name, known)} (presets: {', '.join(PRESETS)}; or "
             "SCORE+RECOVERY, published, all)"
         )
-    if recovery not in recoveries():
-        hint = suggestion(recovery, recoveries())
+    recoveries = available("recovery")
+    if recovery not in recoveries:
+        hint = suggestion(recovery, recoveries)
         raise RecipeError(
-            f"method '{name}': unknown recovery '{recovery}'{hint} "
-            f"(known: {', '.join(recoveries())})"
+            f"method '{name}': unknown recovery '{recovery}'{hint} (known: {', '.join(recoveries)})"
         )
-    base, at, rounds = chooser.partition("@")
-    if base not in CHOICES:
-        hint = suggestion(base, CHOICES)
+    base, at, rounds = choice_name.partition("@")
+    if base not in choices:
+        hint = suggestion(base, choices)
         raise RecipeError(
-            f"method '{name}': unknown score '{base}'{hint} (known: {', '.join(CHOICES)})"
+            f"method '{name}': unknown score '{base}'{hint} (known: {', '.join(choices)})"
         )
-    choice = CHOICES[base]
+    choice = choices[base]
     if at:
         if rounds not in get_args(Rounds) or choice.strategy != "lowest":
             raise RecipeError(
@@ -134,53 +153,52 @@ def _pair(name: str) -> Contestant:
                 "lowest layers go."
             )
         choice = replace(choice, rounds=cast(Rounds, rounds))
-    return Contestant(name=name, choice=choice, chooser=chooser, recovery=recovery)
-
-
-def _preset(name: str, pair: str, source: str, reading: str = "") -> Contestant:
-    return replace(_pair(pair), name=name, source=source, reading=reading)
+    learns = (describe("scoring", choice.scoring), describe("recovery", recovery))
+    reading = WITHOUT_TASK if any(method.needs_tasks for method in learns) else ""
+    return Entry(
+        name=name, choice=choice, choice_name=choice_name, recovery=recovery, reading=reading
+    )
 
 
 ONCE = (
     "the paper compensates after every dropped layer and scores the compensated model; here layers "
     "are scored in rounds and compensated once, at the end"
 )
-OURS = _preset("ours", "priced-cuts+refit", "layercut's default")
+OURS = Preset("ours", "priced-cuts+refit", "layercut's default")
 CONTROLS = (
-    _preset("random", "random+none", "control"),
-    _preset("reverse-order", "reverse-order+none", "control; arXiv:2411.15558"),
+    Preset("random", "random+none", "control"),
+    Preset("reverse-order", "reverse-order+none", "control; arXiv:2411.15558"),
 )
 PUBLISHED = (
-    _preset("shortgpt", "block-influence+none", "arXiv:2403.03853"),
-    _preset("uidl", "angular-distance+none", "arXiv:2403.17887"),
-    _preset("sleb", "sleb+none", "arXiv:2402.09025"),
-    _preset("shortened-llama-ppl", "perplexity+none", "arXiv:2402.02834"),
-    _preset("shortened-llama-taylor", "taylor++none", "arXiv:2402.02834"),
-    _preset("magnitude+", "magnitude++none", "arXiv:2402.02834"),
-    _preset(
+    Preset("shortgpt", "block-influence+none", "arXiv:2403.03853"),
+    Preset("uidl", "angular-distance+none", "arXiv:2403.17887"),
+    Preset("sleb", "sleb+none", "arXiv:2402.09025"),
+    Preset("shortened-llama-ppl", "perplexity+none", "arXiv:2402.02834"),
+    Preset("shortened-llama-taylor", "taylor++none", "arXiv:2402.02834"),
+    Preset("magnitude+", "magnitude++none", "arXiv:2402.02834"),
+    Preset(
         "laco",
         "block-influence+laco",
         "arXiv:2402.11187",
         "the paper merges wherever the model's output stays similar beyond a threshold; here block "
         "influence says where, so that the number of layers can be given",
     ),
-    _preset("replaceme", "angular-distance+linear-map", "arXiv:2505.02819"),
-    _preset("prune-and-comp", "block-influence@each+magnitude-rescale", "arXiv:2507.18212", ONCE),
-    _preset("prune-and-comp-ppl", "perplexity@each+magnitude-rescale", "arXiv:2507.18212", ONCE),
-    _preset("linear-patch", "angular-distance+linear-patch", "arXiv:2505.24680"),
-    _preset(
+    Preset("replaceme", "angular-distance+linear-map", "arXiv:2505.02819"),
+    Preset("prune-and-comp", "block-influence@each+magnitude-rescale", "arXiv:2507.18212", ONCE),
+    Preset("prune-and-comp-ppl", "perplexity@each+magnitude-rescale", "arXiv:2507.18212", ONCE),
+    Preset("linear-patch", "angular-distance+linear-patch", "arXiv:2505.24680"),
+    Preset(
         "ghost",
         "angular-distance+ghost",
-        "Ghosted Layers",
+        "arXiv:2605.15491",
         "the extra operation stands at the cut of the block that angular distance chooses",
     ),
-    _preset("gradmap", "gradmap+projection", "arXiv:2602.14649"),
-    _preset(
+    Preset("gradmap", "gradmap+projection", "arXiv:2602.14649"),
+    Preset(
         "gradpruner",
         "igia+sign-merge",
         "arXiv:2601.19503",
-        "the early run learns the calibration text, because there is no task; the paper fine-tunes "
-        "after the merge, which here stands alone",
+        f"{WITHOUT_TASK}; the paper fine-tunes after the merge, which here stands alone",
     ),
 )
 PRESETS = {preset.name: preset for preset in (OURS, *PUBLISHED, *CONTROLS)}
@@ -188,8 +206,8 @@ GROUPS = ("published", "all")
 DEFAULT = ("ours", "gradmap", "shortgpt", "uidl", "replaceme", "reverse-order")
 
 
-def parse_methods(names: Sequence[str]) -> tuple[Contestant, ...]:
-    """The contestants that ``names`` stand for, in order, each once.
+def parse_methods(names: Sequence[str]) -> tuple[Entry, ...]:
+    """The entries that ``names`` stand for, in order, each once.
 
     Args:
         names: presets, pairs, ``published`` (every preset), or ``all`` (every preset and pair).
@@ -197,21 +215,28 @@ def parse_methods(names: Sequence[str]) -> tuple[Contestant, ...]:
     Raises:
         RecipeError: a name is unknown; the closest one is suggested.
     """
-    found = [contestant for name in names for contestant in _named(name)]
-    if not found:
+    entries = [entry for name in names for entry in _expand(name)]
+    if not entries:
         raise RecipeError("methods names no contestant. Name one, or published.")
-    by_pair: dict[str, Contestant] = {}
-    for contestant in found:
-        by_pair.setdefault(contestant.pair, contestant)
+    by_pair: dict[str, Entry] = {}
+    for entry in entries:
+        by_pair.setdefault(entry.pair, entry)
     return tuple(by_pair.values())
 
 
-def _named(name: str) -> list[Contestant]:
+def _expand(name: str) -> list[Entry]:
     if name == "published":
-        return list(PRESETS.values())
+        return [_resolve_preset(preset) for preset in PRESETS.values()]
     if name == "all":
-        pairs = [f"{choice}+{recovery}" for choice in CHOICES for recovery in recoveries()]
-        return [*PRESETS.values(), *map(_pair, pairs)]
+        recoveries = available("recovery")
+        pairs = [f"{choice}+{recovery}" for choice in layer_choices() for recovery in recoveries]
+        return [*_expand("published"), *map(parse_pair, pairs)]
     if name in PRESETS:
-        return [PRESETS[name]]
-    return [_pair(name)]
+        return [_resolve_preset(PRESETS[name])]
+    return [parse_pair(name)]
+
+
+def _resolve_preset(preset: Preset) -> Entry:
+    entry = parse_pair(preset.pair)
+    reading = preset.reading or entry.reading
+    return replace(entry, name=preset.name, source=preset.source, reading=reading)

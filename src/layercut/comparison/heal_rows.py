@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from layercut.comparison.config import ComparisonSettings
 from layercut.comparison.measure import EMPTY, Judge
-from layercut.comparison.plans import CANNOT
+from layercut.comparison.plans import NOT_APPLICABLE
 from layercut.comparison.store import digest
 from layercut.models.load import reload
 from layercut.models.surgery import apply
@@ -24,10 +24,10 @@ from layercut.types import CalibrationBatches, PruningPlan, WeightPatch
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
-KEPT = ("pair", "source", "reading", "layers", "dropped", "cuts", "reason")
+COPIED_KEYS = ("pair", "source", "reading", "layers", "dropped", "cuts", "reason")
 
 
-ITSELF = {
+DENSE_UNCHANGED = {
     "pair": "",
     "source": "",
     "reading": "the dense model as it is: distilled from itself alone, it would not change",
@@ -101,17 +101,17 @@ class Healer:
 
         method = f"{old['method']}, healed {self.budget}"
         if cut is None and self.settings.label_weight == 0:
-            return old | {"method": method, "seconds": {"heal": 0.0}} | ITSELF
+            return old | {"method": method, "seconds": {"heal": 0.0}} | DENSE_UNCHANGED
         copy = reload(self.view)
         if cut is not None:
             apply(copy, *cut)
         begun = {"pair": "", "source": "", "reading": "", **EMPTY}
-        begun |= {key: old[key] for key in KEPT if key in old}
+        begun |= {key: old[key] for key in COPIED_KEYS if key in old}
         begun["method"] = method
         try:
             healing = heal(copy, self.view, self.windows, self.settings, work_dir=self.work_dir)
             measured = judge.measure(EMPTY, copy)
-        except CANNOT as error:
+        except NOT_APPLICABLE as error:
             return begun | {"reason": str(error)}
         return {
             **begun,

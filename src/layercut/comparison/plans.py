@@ -1,4 +1,4 @@
-"""Layers for every choice and size, each scoring made once and its time booked to all who use it.
+"""Layers for every choice and size; each scoring is computed once and its time counted for all.
 
 A scoring is known by its method, its options and the layers that were skipped: SLEB's first round
 is Shortened-LLaMA's, and six rounds are the first six of twelve. What a choice costs is what it
@@ -13,24 +13,32 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layercut import progress, registry
-from layercut.comparison.entries import Choice
+from layercut.comparison.entries import LayerChoice
 from layercut.comparison.store import Store, digest
 from layercut.errors import DataError, ModelError, NumericsError, PlanError, RecipeError
-from layercut.models.droppable import check_dropped, fixed_layers
-from layercut.scoring.score import score
-from layercut.selection.select import Planner, Request, check_request, planner
-from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
+from layercut.models.check_method import check_method
+from layercut.models.droppable import check_dropped
+from layercut.registry import MethodCall
+from layercut.scoring.score import score_layers
+from layercut.selection.select import PlanOfSize, Request, plan_sizes, resolve_request
+from layercut.types import (
+    CalibrationBatches,
+    Evidence,
+    GradientRecord,
+    LayerScores,
+    PruningPlan,
+    Round,
+)
 
 if TYPE_CHECKING:
-    from layercut.gradients.log import GradientLog
     from layercut.models.view import DecoderView
 
-CANNOT = (RecipeError, PlanError, ModelError, DataError, NumericsError)
+NOT_APPLICABLE = (RecipeError, PlanError, ModelError, DataError, NumericsError)
 """What says that a method cannot work here; everything else is the machine's fault or ours."""
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class CachedPlan:
     """A plan, and what it would have cost to choose it alone.
 
     Attributes:
@@ -42,8 +50,8 @@ class Chosen:
     seconds: dict[str, float]
 
 
-class Scorings:
-    """`layercut.scoring.score.score` with a memory that outlives the process.
+class ScoreCache:
+    """`layercut.scoring.score.score_layers` with a memory that outlives the process.
 
     Attributes:
         fresh_seconds: time spent in scorings that were not remembered.
@@ -52,17 +60,20 @@ class Scorings:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.fresh_seconds = 0.0
-        self._log: tuple[str, GradientLog] | None = None
+        self._log: tuple[str, GradientRecord] | None = None
 
     def __call__(
-        self, view: DecoderView, batches: CalibrationBatches, *, method: str, **options: Any
+        self, view: DecoderView, batches: CalibrationBatches, scoring: MethodCall
     ) -> LayerScores:
-        """As `layercut.scoring.score.score`; without a record of gradients (see `gradient_log`)."""
+        """As `layercut.scoring.score.score_layers`; without a record of gradients.
+
+        `gradient_log` has that.
+        """
         skipped = sorted(view.skipped)
-        key = self._key(method, options, skipped)
+        key = self._key(scoring, skipped)
         record = self.store.scores.get(key)
         if record is None:
-            new = score(view, batches, method=method, **options)
+            new = score_layers(view, batches, scoring)
             self.fresh_seconds += new.seconds
             if new.gradient_log is not None and not skipped:
                 self._log = key, new.gradient_log
@@ -74,7 +85,7 @@ class Scorings:
             record = self.store.scores.add(key, new.to_json(view.name) | marks)
         return LayerScores(
             values=tuple(record["scores"]),
-            method=method,
+            method=scoring.name,
             options=record["options"],
             n_targets=record["n_targets"],
             seconds=record["seconds"],
@@ -82,27 +93,28 @@ class Scorings:
         )
 
     def gradient_log(
-        self, view: DecoderView, batches: CalibrationBatches, method: str, options: dict[str, Any]
-    ) -> GradientLog | None:
+        self, view: DecoderView, batches: CalibrationBatches, scoring: MethodCall
+    ) -> GradientRecord | None:
         """The gradients behind a scoring of the intact model, if it made a record of them.
 
         A record is too large to be kept on disk: where another process scored, it is made again.
         """
-        key = self._key(method, options, [])
+        key = self._key(scoring, [])
         known = self.store.scores.get(key)
         if known is None or not known["gradient_log"]:
             return None
         if self._log is None or self._log[0] != key:
-            log = score(view, batches, method=method, **options).gradient_log
+            log = score_layers(view, batches, scoring).gradient_log
             self._log = None if log is None else (key, log)
         return None if self._log is None else self._log[1]
 
-    def _key(self, method: str, options: dict[str, Any], skipped: list[int]) -> str:
-        parsed = registry.parse_options("scoring", method, options)
-        return digest(method, parsed.model_dump(mode="json"), skipped)
+    def _key(self, scoring: MethodCall, skipped: list[int]) -> str:
+        revision = [scoring.method.revision] if scoring.method.revision > 1 else []
+        options = scoring.options.model_dump(mode="json")
+        return digest(scoring.name, options, skipped, *revision)
 
 
-class Chooser:
+class PlanCache:
     """Plans of one model and text for any choice and size."""
 
     def __init__(
@@ -112,95 +124,81 @@ class Chooser:
         self.batches = batches
         self.store = store
         self.seed = seed
-        self.scorings = Scorings(store)
+        self.scores = ScoreCache(store)
 
     def choose(
-        self, choice: Choice, sizes: Sequence[int], *, protect: Sequence[int] = ()
-    ) -> dict[int, Chosen | str]:
+        self, choice: LayerChoice, sizes: Sequence[int], recovery: MethodCall
+    ) -> dict[int, CachedPlan | str]:
         """Size → the plan, or why there is none. What the sizes share is computed once.
 
         Args:
             choice: how layers are chosen.
             sizes: layers to drop.
-            protect: layers that must stay besides those of the choice and of the family.
+            recovery: what repairs the model, which may need a layer that the choice does not.
         """
-        view = self.view
-        kept = {*protect, *choice.protect(view.n_layers), *fixed_layers(view)}
-        keys = {size: digest(choice.to_json(), self.seed, sorted(kept), size) for size in sizes}
-        found: dict[int, Chosen | str] = {}
-        plan_of: Planner | None = None
+        scoring = self.resolve(choice)
+        plans: dict[int, CachedPlan | str] = {}
+        plan_of_size: PlanOfSize | None = None
         for size in sizes:
-            record = self.store.plans.get(keys[size])
-            if record is None:
-                try:
-                    check_request(view.n_layers, drop_layers=size, protect=sorted(kept))
-                    plan_of = plan_of or self._planner(choice, frozenset(kept), size)
-                    record = self._planned(plan_of, choice, size)
-                except CANNOT as error:
-                    found[size] = str(error)
-                    continue
-                record = self.store.plans.add(keys[size], record)
-            found[size] = Chosen(plan_from(record["plan"], view.name), record["seconds"])
-        return found
+            try:
+                request = resolve_request(
+                    self.view,
+                    scoring=scoring,
+                    strategy=choice.strategy,
+                    rounds=choice.rounds,
+                    drop_layers=size,
+                    protect=sorted(choice.protect(self.view.n_layers)),
+                    recovery=recovery,
+                    scorer=self.scores,
+                )
+                key = digest(choice.to_json(), self.seed, sorted(request.protect), size)
+                record = self.store.plans.get(key)
+                if record is None:
+                    if plan_of_size is None:
+                        check_method(scoring, self.view, self.batches, size)
+                        plan_of_size = plan_sizes(self.view, self.batches, request)
+                    record = self.store.plans.add(key, self._plan(plan_of_size, request, size))
+            except NOT_APPLICABLE as error:
+                plans[size] = str(error)
+                continue
+            plans[size] = CachedPlan(read_plan(record["plan"], self.view.name), record["seconds"])
+        return plans
 
-    def evidence(self, choice: Choice, *, gradients: bool) -> Evidence:
+    def evidence(self, choice: LayerChoice, *, gradients: bool) -> Evidence:
         """What the choice leaves for recovery: the record of gradients, where one is wanted."""
         if not gradients:
             return Evidence(scores=())
-        options = self.options(choice)
-        log = self.scorings.gradient_log(self.view, self.batches, choice.scoring, options)
+        log = self.scores.gradient_log(self.view, self.batches, self.resolve(choice))
         return Evidence(scores=(), gradient_log=log)
 
-    def options(self, choice: Choice) -> dict[str, Any]:
-        """The scoring's options, with the seed where it takes one."""
-        return seeded("scoring", choice.scoring, choice.options, self.seed)
+    def resolve(self, choice: LayerChoice) -> MethodCall:
+        """The choice's scoring, with the seed where it takes one."""
+        return registry.resolve("scoring", choice.scoring, dict(choice.options), seed=self.seed)
 
-    def _planner(self, choice: Choice, protect: frozenset[int], size: int) -> Planner:
-        registry.check_model("scoring", choice.scoring, self.view)
-        options = self.options(choice)
-        parsed = registry.parse_options("scoring", choice.scoring, options)
-        parsed.check(self.view, self.batches, size)
-        request = Request(
-            protect=protect,
-            scoring=choice.scoring,
-            scoring_options=options,
-            rounds=choice.rounds,
-            scorer=self.scorings,
-        )
-        return planner(self.view, self.batches, strategy=choice.strategy, request=request)
-
-    def _planned(self, plan_of: Planner, choice: Choice, size: int) -> dict[str, Any]:
-        scored = self.scorings.fresh_seconds
+    def _plan(self, plan_of_size: PlanOfSize, request: Request, size: int) -> dict[str, Any]:
+        scored = self.scores.fresh_seconds
         start = time.perf_counter()
-        plan, evidence = plan_of(size)
+        plan, evidence = plan_of_size(size)
         whole = time.perf_counter() - start
         check_dropped(self.view, plan.dropped)
-        if choice.strategy != "lowest":  # what scores by itself, for the figure of all scores
-            self._keep(choice, evidence.scores[0])
+        if request.strategy != "lowest":  # what scores by itself, for the plot of all scores
+            self._keep(request, evidence.scores[0])
         seconds = {
             "score": sum(scores.seconds for scores in evidence.scores),
             # The search alone: what was scored on the way is in `score`, remembered or not.
-            "select": max(0.0, whole - (self.scorings.fresh_seconds - scored)),
+            "select": max(0.0, whole - (self.scores.fresh_seconds - scored)),
         }
         progress.figure(f"{size} layers: {', '.join(map(str, plan.dropped))}")
         return {"plan": plan.to_json(), "seconds": seconds}
 
-    def _keep(self, choice: Choice, scores: LayerScores) -> None:
-        key = digest(choice.to_json(), self.seed)
+    def _keep(self, request: Request, scores: LayerScores) -> None:
+        key = digest(request.strategy, request.scoring.name, self.seed)
         if self.store.scores.get(key) is None:
-            marks = {"skipped": [], "strategy": choice.strategy, "gradient_log": False}
+            marks = {"skipped": [], "strategy": request.strategy, "gradient_log": False}
             self.store.scores.add(key, scores.to_json(self.view.name) | marks)
 
 
-def seeded(room: registry.Room, name: str, options: Any, seed: int) -> dict[str, Any]:
-    """A method's options with the comparison's seed, where it takes one and has none."""
-    given = dict(options)
-    if "seed" in registry.load_method(room, name).Options.model_fields:
-        given.setdefault("seed", seed % 2**32)  # what trainers take
-    return given
-
-
-def plan_from(content: dict[str, Any], model: str) -> PruningPlan:
+def read_plan(content: dict[str, Any], model: str) -> PruningPlan:
     """The plan that `PruningPlan.to_json` wrote."""
     return PruningPlan(
         model=model,

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from layercut.comparison.rank_correlation import ranks
-from layercut.comparison.result import TRUTH, Comparison, Row
+from layercut.comparison.result import LAYER_LOSS, Comparison, Row
 from layercut.report.plots import WIDTH
 from layercut.report.svg import GRID, LINES, MUTED, SHADES, SURFACE, inline_svg, style
 
@@ -143,10 +143,10 @@ def scores(result: Comparison) -> str:
     """Rank of every layer under every score, the true loss on top."""
     correlations = result.correlations()
     names = sorted(
-        (name for name in result.scores if name != TRUTH),
+        (name for name in result.scores if name != LAYER_LOSS),
         key=lambda name: -correlations.get(name, -2.0),
     )
-    names = [TRUTH, *names] if TRUTH in result.scores else names
+    names = [LAYER_LOSS, *names] if LAYER_LOSS in result.scores else names
     n_layers = len(result.scores[names[0]])
     with style():
         plot = Plot(figsize=(WIDTH, 0.32 * len(names) + 1.0), layout="constrained")

@@ -17,7 +17,7 @@ from layercut.results import Provenance
 
 Row = dict[str, Any]
 DENSE = "dense"
-TRUTH = "loss without the layer"
+LAYER_LOSS = "loss without the layer"
 MISSING = "–"
 LAYERS = "Layers"
 SPEEDS = {
@@ -63,7 +63,7 @@ class Comparison:
     @property
     def truth(self) -> tuple[float, ...] | None:
         """The loss without each layer, in nats per token, where it was measured."""
-        return self.scores.get(TRUTH)
+        return self.scores.get(LAYER_LOSS)
 
     def correlations(self) -> dict[str, float]:
         """Score → Spearman's correlation with the loss without each layer."""
@@ -72,7 +72,7 @@ class Comparison:
         found = {
             name: spearman(values, self.truth)
             for name, values in self.scores.items()
-            if name != TRUTH
+            if name != LAYER_LOSS
         }
         return {name: value for name, value in found.items() if value is not None}
 
@@ -106,7 +106,7 @@ def gathered(
         if not record["skipped"]:
             name = record["method"]
             name = name if record["strategy"] == "lowest" else f"{name}, {record['strategy']}"
-            scores[TRUTH if name == "perplexity" else name] = tuple(record["scores"])
+            scores[LAYER_LOSS if name == "perplexity" else name] = tuple(record["scores"])
     windows = store.identity["evaluation"].get("windows", {})
     return Comparison(settings, origin, dense, rows, scores, windows=windows)
 

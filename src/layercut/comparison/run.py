@@ -1,4 +1,4 @@
-"""The whole comparison: choose, recover and judge every contestant at every size."""
+"""The whole comparison: choose, recover and judge every entry at every size."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from layercut.comparison.entries import parse_methods
 from layercut.comparison.measure import Judge
 from layercut.comparison.report import write_files
 from layercut.comparison.result import Comparison, gathered
-from layercut.comparison.runner import Arena
+from layercut.comparison.runner import ComparisonRunner
 from layercut.comparison.store import check_folder, opened
 from layercut.data.calibration import calibration_batches
 from layercut.engine.loss import check_vocabulary
-from layercut.errors import RecipeError
 from layercut.evaluation.harness import harness_rows
 from layercut.machine import provenance
+from layercut.models.check_method import check_lengths
 from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.recipe.validation import validated
@@ -76,7 +76,7 @@ def _compared(
     origin: Provenance,
 ) -> Comparison:
     """Everything but the files that are made from the rows."""
-    contestants = parse_methods(settings.methods)
+    entries = parse_methods(settings.methods)
     check_folder(folder, overwrite=overwrite)
     harness = settings.evaluation.harness
     rows = harness_rows(harness, settings.evaluation.harness_limit)
@@ -84,7 +84,8 @@ def _compared(
     view = load(
         settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
     )
-    check_lengths(view, settings, drawn=batches is not None)
+    drawn = {} if batches is not None else {"calibration": settings.calibration.seq_len}
+    check_lengths(view, **drawn, evaluation=settings.evaluation.seq_len)
     for size in settings.drop_layers:
         check_request(view.n_layers, drop_layers=size)
     judge = Judge(view, settings.evaluation, rows, speed=settings.speed)
@@ -94,12 +95,12 @@ def _compared(
     with opened(folder, overwrite=overwrite) as store:
         store.claim(identity(view, batches, judge, settings))
         before = model_hash(view)
-        arena = Arena(view, batches, store, judge, settings)
-        dense = arena.dense()
-        for contestant in contestants:
-            arena.run(contestant)
+        runner = ComparisonRunner(view, batches, store, judge, settings)
+        dense = runner.dense()
+        for entry in entries:
+            runner.run(entry)
         if settings.layer_losses:
-            arena.layer_losses()
+            runner.layer_losses()
         assert model_hash(view) == before, "the model is no longer dense"
         shown = settings.model_dump(mode="json", exclude={"layer_losses"})
         shown["calibration"] = {
@@ -109,25 +110,6 @@ def _compared(
             "gradient_batch": batches.gradient_batch,
         }
         return gathered(store, shown, origin, dense)
-
-
-def check_lengths(view: DecoderView, settings: ComparisonSettings, *, drawn: bool) -> None:
-    """Refuse windows that are longer than the model's context.
-
-    Args:
-        view: the model.
-        settings: of the comparison.
-        drawn: whether there are calibration windows already.
-
-    Raises:
-        RecipeError: names the key.
-    """
-    for key in ("evaluation",) if drawn else ("calibration", "evaluation"):
-        if (length := getattr(settings, key).seq_len) > view.context:
-            raise RecipeError(
-                f"{key}.seq_len is {length}, but the model's context is {view.context} tokens. "
-                "Lower it."
-            )
 
 
 def identity(

@@ -11,13 +11,16 @@ import time
 from typing import Any
 
 import torch
+from torch import nn
 
+from layercut.models.hooks import capture
+from layercut.models.output_projections import LinearMap, in_features
 from layercut.models.view import DecoderView, LayerInputs
 from layercut.spool import Spool
-from layercut.types import CalibrationBatches, Evidence
+from layercut.types import CalibrationBatches
 
 
-def workplace(device: torch.device, n_bytes: int) -> torch.device:
+def accumulation_device(device: torch.device, n_bytes: int) -> torch.device:
     """Where sums over spooled rows are made: the model's GPU if it has ``n_bytes`` free.
 
     Rows are spooled in the machine's memory, but on its cores the products of a large model's
@@ -72,6 +75,11 @@ class ResidualStream:
         assert self.history is not None
         self.layer, self.states = layer, self.history[layer]
 
+    def advance_to(self, layer: int) -> None:
+        """Run every token through all layers in front of ``layer``."""
+        while self.layer < layer:
+            self.advance(self.layer)
+
     def fork(self) -> ResidualStream:
         """An independent stream at the same place."""
         twin = copy.copy(self)
@@ -107,17 +115,33 @@ class ResidualStream:
             self.layer_seconds.append(time.perf_counter() - begun)
 
 
-def dense_stream(
-    view: DecoderView, batches: CalibrationBatches, evidence: Evidence | None
+def start_dense_stream(
+    view: DecoderView, batches: CalibrationBatches, shared: ResidualStream | None = None
 ) -> ResidualStream:
-    """The intact model's stream at layer 0: the shared one where there is one.
+    """The intact model's stream at layer 0: the shared one, rewound, where there is one.
 
     It is only read and advanced; what changes a stream's rows works on a `fork`.
     """
-    if evidence is None or evidence.dense is None:
+    if shared is None:
         return ResidualStream(view, batches)
-    evidence.dense.rewind(0)
-    return evidence.dense
+    shared.rewind(0)
+    return shared
+
+
+def advance_and_record_inputs(stream: ResidualStream, layer: int, module: LinearMap) -> Spool:
+    """Move ``stream`` past ``layer`` and return what ``module`` read, (n_tokens, in)."""
+    inputs = Spool(len(stream.states), in_features(module))
+    with inputs.filling() as write, capture(module, lambda read, _: write(read, read)):
+        stream.advance(layer)
+    return inputs
+
+
+def advance_and_record_outputs(stream: ResidualStream, layer: int, module: nn.Module) -> Spool:
+    """Move ``stream`` past ``layer`` and return what ``module`` adds to it, (n_tokens, d)."""
+    outputs = Spool(len(stream.states), stream.states.rows.shape[1])
+    with outputs.filling() as write, capture(module, write):
+        stream.advance(layer)
+    return outputs
 
 
 def history_bytes(view: DecoderView, batches: CalibrationBatches) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
 
-def fixed_layers(view: DecoderView) -> dict[int, str]:
+def layers_to_keep(view: DecoderView) -> dict[int, str]:
     """Layers that selection must not choose → why.
 
     They are those that the family pins, and those without which the configuration cannot be

@@ -24,11 +24,11 @@ from layercut.errors import ModelError
 from layercut.models.load import has_bfloat16, weights_dtype
 from layercut.models.view import LOSS_CHUNK
 from layercut.recipe.recipe import Recipe
-from layercut.registry import load_method
+from layercut.registry import describe
 
 PASSES = 3
 """Of the default score: forward, backward through activations, and forward once more."""
-PRECEDING = "the default recovery needs a kept layer before every cut"
+NEEDS_PREVIOUS = "the default recovery needs a kept layer before every cut"
 TYPE_KEYS = ("layer_types", "mlp_layer_types")
 PROBE_SECONDS = 0.3
 
@@ -157,12 +157,12 @@ def _layers(
         if name.startswith(f"{layout.layers}."):
             sizes[int(name[len(layout.layers) + 1 :].partition(".")[0])] += _numel(shape)
     kinds = [value for key in TYPE_KEYS if (value := getattr(text, key, None))]
-    needs_first = getattr(load_method("recovery", _default("recovery")), "NEEDS_PRECEDING", False)
+    needs_first = describe("recovery", _default("recovery")).needs_previous_layer
     layers = tuple(
         Layer(
             kind=" + ".join(str(kind[index]) for kind in kinds),
             n_parameters=sizes[index],
-            pinned=layout.pinned.get(index, PRECEDING if needs_first and index == 0 else ""),
+            pinned=layout.pinned.get(index, NEEDS_PREVIOUS if needs_first and index == 0 else ""),
         )
         for index in sorted(sizes)
     )

@@ -1,13 +1,127 @@
-"""A model that is about to be changed and written elsewhere."""
+"""Every refusal of a run, before any compute: from a recipe to a job that can be done."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from layercut import registry
 from layercut.checkpoints.output_dir import check_disk_space, check_output_dir
+from layercut.data.calibration import calibration_batches
+from layercut.data.sources import read_texts
+from layercut.engine.loss import check_vocabulary
+from layercut.evaluation.evaluate import check_tasks
+from layercut.evaluation.harness import check_harness
+from layercut.models.check_method import check_lengths, check_method, check_model
 from layercut.models.load import load
 from layercut.models.view import DecoderView
+from layercut.pipeline.finetune_stage import FinetuneJob, prepare_finetune
+from layercut.pipeline.heal_stage import HealJob, prepare_heal
+from layercut.pipeline.size_search import split
 from layercut.recipe.recipe import Recipe
+from layercut.registry import MethodCall
+from layercut.selection.select import Request, check_scoring, resolve_request
+from layercut.types import CalibrationBatches
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A recipe with everything it names read, resolved and found possible.
+
+    Attributes:
+        recipe: what was asked for.
+        output_dir: the new checkpoint's folder.
+        overwrite: whether an earlier output is replaced.
+        view: the intact model, which the stages change in place.
+        batches: calibration text.
+        request: how layers are chosen, the scoring's options among it.
+        recovery: how kept layers are repaired, with its options.
+        heal: the heal's windows and configuration, if one is asked for.
+        finetune: the fine-tuning's rows and configuration, if one is asked for.
+    """
+
+    recipe: Recipe
+    output_dir: Path
+    overwrite: bool
+    view: DecoderView
+    batches: CalibrationBatches
+    request: Request
+    recovery: MethodCall
+    heal: HealJob | None
+    finetune: FinetuneJob | None
+
+    @property
+    def evaluation(self) -> Mapping[str, Any]:
+        """What is measured of every stage, as `layercut.evaluate` takes it."""
+        return self.recipe.evaluation.model_dump()
+
+
+def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> Job:
+    """Load the model and its data, and refuse what cannot work.
+
+    Args:
+        recipe: what is asked for.
+        output_dir: the new checkpoint's folder.
+        overwrite: replace an earlier output.
+
+    Raises:
+        LayercutError: see errors.py.
+    """
+    scoring, recovery = resolve_methods(recipe)
+    view = open_model(recipe, output_dir, overwrite=overwrite)
+    section = recipe.selection
+    search_size = section.max_perplexity_ratio is not None
+    check_model(recovery, view)
+    if section.drop is None:
+        check_model(scoring, view)
+    request = resolve_request(
+        view,
+        scoring=scoring,
+        recovery=recovery,
+        search_size=search_size,
+        **section.model_dump(exclude={"max_perplexity_ratio"}),
+    )
+    check_evaluation(recipe, view)
+    check_lengths(
+        view, calibration=recipe.calibration.seq_len, evaluation=recipe.evaluation.seq_len
+    )
+    batches = calibration_batches(recipe.calibration, view.tokenizer, seed=recipe.seed)
+    check_vocabulary(view, batches.input_ids)
+    if search_size:
+        split(batches)
+    for call in (scoring, recovery):
+        check_method(call, view, batches, request.n_drop)
+    return Job(
+        recipe=recipe,
+        output_dir=output_dir,
+        overwrite=overwrite,
+        view=view,
+        batches=batches,
+        request=request,
+        recovery=recovery,
+        finetune=prepare_finetune(recipe, view, output_dir),
+        heal=prepare_heal(recipe, view, batches, output_dir),
+    )
+
+
+def resolve_methods(recipe: Recipe) -> tuple[MethodCall, MethodCall]:
+    """Scoring and recovery with their options; refuses bad ones before anything is loaded.
+
+    Raises:
+        RecipeError: an option that a method does not have, a score that the strategy cannot use, or
+            a recovery that no checkpoint can hold.
+    """
+    check_scoring(recipe.selection.strategy, recipe.scoring.method)
+    registry.check_stores(recipe.recovery.method)
+    scoring = registry.resolve(
+        "scoring", recipe.scoring.method, recipe.scoring.options, seed=recipe.seed
+    )
+    recovery = registry.resolve(
+        "recovery", recipe.recovery.method, recipe.recovery.options, seed=recipe.seed
+    )
+    return scoring, recovery
 
 
 def open_model(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> DecoderView:
@@ -23,3 +137,15 @@ def open_model(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> DecoderV
     check_output_dir(output_dir, view.path, overwrite=overwrite)
     check_disk_space(view.path, output_dir)
     return view
+
+
+def check_evaluation(recipe: Recipe, view: DecoderView) -> None:
+    """Refuse texts, tasks and harness tasks that cannot be read or do not fit the model.
+
+    Raises:
+        LayercutError: says which one, and why.
+    """
+    for source in recipe.evaluation.text.values():
+        next(iter(read_texts(source)))
+    check_tasks(view, recipe.evaluation.tasks)
+    check_harness(recipe.evaluation.harness)

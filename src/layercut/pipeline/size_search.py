@@ -1,8 +1,8 @@
-"""As many layers as a perplexity budget allows, proven on text that chose and repaired nothing.
+"""As many layers as a perplexity limit allows, measured on text that chose and repaired nothing.
 
 Rule     every eighth calibration sequence is set aside; bisection over the number of dropped
          layers, each probe with its own selection and its own recovery; the largest number whose
-         perplexity on the sequences set aside, over the dense model's, is within the budget
+         perplexity on the sequences set aside, over the dense model's, is within the limit
 Cost     one selection and one recovery for each of about log₂(L) probes; prices and scores are
          computed once
 Limits   takes the ratio to grow with the number of layers, as it does but for noise
@@ -11,15 +11,15 @@ Limits   takes the ratio to grow with the number of layers, as it does but for n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layercut import progress
 from layercut.engine.loss import mean_loss
 from layercut.errors import DataError, PlanError
-from layercut.recovery.fit import fit
-from layercut.selection.select import Request, most_droppable, planner
+from layercut.recovery.fit import fit_repair
+from layercut.registry import MethodCall
+from layercut.selection.select import Request, most_droppable, plan_sizes
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 if TYPE_CHECKING:
@@ -36,21 +36,17 @@ def prune_within(
     batches: CalibrationBatches,
     *,
     max_perplexity_ratio: float,
-    strategy: str = "priced-cuts",
-    request: Request | None = None,
-    recovery: str = "refit",
-    recovery_options: Mapping[str, Any] | None = None,
+    request: Request,
+    recovery: MethodCall,
 ) -> Pruned:
-    """Choose and repair the shallowest model that stays within the budget.
+    """Choose and repair the shallowest model that stays within the limit.
 
     Args:
         view: the intact model; unchanged afterwards.
-        batches: calibration text; some of it judges and does nothing else.
+        batches: calibration text; every eighth sequence measures and does nothing else.
         max_perplexity_ratio: highest perplexity, as a multiple of the dense model's.
-        strategy: a file of ``layercut/selection``.
-        request: protected layers, score and rounds.
-        recovery: a file of ``layercut/recovery``.
-        recovery_options: that method's own options.
+        request: strategy, score, rounds and protected layers.
+        recovery: how kept layers are repaired.
 
     Returns:
         The plan, whose ``trials`` hold the ratio of every size tried, the evidence and the patch.
@@ -59,29 +55,30 @@ def prune_within(
         DataError: too little calibration text to set any aside.
         PlanError: dropping a single layer is already too much, or not possible.
     """
-    request = request or Request()
     fits, fails = 0, 1 + most_droppable(view.n_layers, len(request.protect))
     if fails <= 1:
         raise PlanError(
             f"no layer of {view.n_layers} may be dropped: {len(request.protect)} are protected. "
             "Protect fewer."
         )
-    fitting, judging = split(batches)
-    dense = mean_loss(view, judging.input_ids, judging.micro_batch)
-    choose = planner(view, fitting, strategy=strategy, request=request)
+    fitting, held_out = split(batches)
+    dense = mean_loss(view, held_out.input_ids, held_out.micro_batch)
+    plan_of_size = plan_sizes(view, fitting, request)
     trials: dict[int, float] = {}
     best: Pruned | None = None
     refusal: PlanError | None = None
     while fails - fits > 1:
         size = (fits + fails) // 2
         try:
-            plan, evidence = choose(size)
-        except PlanError as error:  # no plan has this size, so it fits no budget
+            plan, evidence = plan_of_size(size)
+        except PlanError as error:  # no plan has this size, so it meets no limit
             fails, refusal = size, error
             continue
-        patch = fit(view, plan, evidence, fitting, method=recovery, **(recovery_options or {}))
+        patch = fit_repair(view, plan, evidence, fitting, recovery)
+        assert isinstance(patch, WeightPatch)  # `prepare` refuses what cannot be stored
         with view.skipping(plan.dropped), view.patched(patch.tensors):
-            trials[size] = math.exp(mean_loss(view, judging.input_ids, judging.micro_batch) - dense)
+            loss = mean_loss(view, held_out.input_ids, held_out.micro_batch)
+        trials[size] = math.exp(loss - dense)
         progress.figure(f"{size} layers: perplexity × {trials[size]:.3f}")
         if trials[size] <= max_perplexity_ratio:
             fits, best = size, (plan, evidence, patch)
@@ -92,7 +89,7 @@ def prune_within(
     return replace(best[0], trials=dict(sorted(trials.items()))), *best[1:]
 
 
-def _none_within(budget: float, ratio: float | None, refusal: PlanError | None) -> PlanError:
+def _none_within(limit: float, ratio: float | None, refusal: PlanError | None) -> PlanError:
     """Why no layer goes: ``ratio`` without one is too high, or there is no plan without one."""
     if ratio is None:
         why = f"not one layer can be dropped: {refusal}"
@@ -101,11 +98,11 @@ def _none_within(budget: float, ratio: float | None, refusal: PlanError | None) 
             f"dropping one layer already gives {ratio:.3f} × the dense perplexity on held-out "
             "text. Allow more, calibrate on more text, or ask for a number with drop_layers."
         )
-    return PlanError(f"no plan meets max_perplexity_ratio {budget}: {why}")
+    return PlanError(f"no plan meets max_perplexity_ratio {limit}: {why}")
 
 
 def split(batches: CalibrationBatches) -> tuple[CalibrationBatches, CalibrationBatches]:
-    """Sequences that choose and repair, and those that judge: every eighth, at least one.
+    """Sequences that choose and repair, and those that measure: every eighth, at least one.
 
     Raises:
         DataError: fewer than four sequences.
@@ -117,9 +114,9 @@ def split(batches: CalibrationBatches) -> tuple[CalibrationBatches, CalibrationB
         )
     every = min(SET_ASIDE_EVERY, batches.n_sequences)
     order = range(batches.n_sequences)
-    judging = [i for i in order if i % every == every - 1]
+    held_out = [i for i in order if i % every == every - 1]
     fitting = [i for i in order if i % every != every - 1]
     return (
         replace(batches, input_ids=batches.input_ids[fitting]),
-        replace(batches, input_ids=batches.input_ids[judging]),
+        replace(batches, input_ids=batches.input_ids[held_out]),
     )

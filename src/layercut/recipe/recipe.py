@@ -30,7 +30,7 @@ from layercut.recipe.evaluation import EvaluationSection
 from layercut.recipe.finetune import FinetuneSettings
 from layercut.recipe.heal import HealSettings
 from layercut.recipe.validation import validated
-from layercut.registry import Room, available
+from layercut.registry import Stage, available, check_files
 
 AMOUNTS = ("drop_layers", "drop_fraction", "drop", "max_perplexity_ratio")
 """The spellings of one setting: how much goes. At most one is given."""
@@ -38,9 +38,9 @@ AMOUNTS = ("drop_layers", "drop_fraction", "drop", "max_perplexity_ratio")
 DEFAULT_DROP_LAYERS = 6
 
 
-def _known(room: Room) -> AfterValidator:
+def _known(stage: Stage) -> AfterValidator:
     def check(name: str) -> str:
-        known = available(room)
+        known = available(stage)
         if name not in known:
             hint = suggestion(name, known)
             raise ValueError(f"unknown method '{name}'{hint} (known: {', '.join(known)})")
@@ -250,6 +250,7 @@ def load_recipe(
     Raises:
         RecipeError: the file or a value cannot be used; lists every problem with its key path.
     """
+    check_files()
     name = "recipe" if isinstance(source, Mapping) else str(source)
     if isinstance(source, Mapping):
         data = copy.deepcopy(dict(source))

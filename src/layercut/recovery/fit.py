@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from layercut import registry
 from layercut.checkpoints.patch import round_patch
 from layercut.errors import NumericsError, PlanError
+from layercut.models.check_method import check_method
 from layercut.models.droppable import check_dropped
-from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
+from layercut.registry import MethodCall
+from layercut.types import CalibrationBatches, Evidence, PruningPlan, RuntimeMaps, WeightPatch
 
 if TYPE_CHECKING:
+    from layercut.engine.residual_stream import ResidualStream
     from layercut.models.view import DecoderView
 
 
@@ -31,34 +34,68 @@ def fit(
         plan: which layers go.
         evidence: what selection left, or ``None``.
         batches: calibration text.
-        method: a file of ``layercut/recovery``, with ``-`` for ``_``.
+        method: a file of ``layercut/recovery/methods``, with ``-`` for ``_``.
         **options: that method's own options.
 
     Returns:
         Tensors in the dtype that the checkpoint stores, so that memory and file agree.
 
     Raises:
-        RecipeError: unknown method or option.
+        RecipeError: unknown method or option, or a method whose result no checkpoint holds.
         PlanError: the method needs a kept layer before every cut, and layer 0 is dropped.
         ModelError: the model cannot be pruned so, or not repaired exactly by this method.
         NumericsError: a fitted tensor is not finite.
     """
-    module = registry.load_method("recovery", method)
-    parsed = registry.parse_options("recovery", method, options)
-    if getattr(module, "NEEDS_PRECEDING", False) and 0 in plan.dropped:
+    registry.check_stores(method)
+    patch = fit_repair(view, plan, evidence, batches, registry.resolve("recovery", method, options))
+    assert isinstance(patch, WeightPatch)
+    return patch
+
+
+def fit_repair(
+    view: DecoderView,
+    plan: PruningPlan,
+    evidence: Evidence | None,
+    batches: CalibrationBatches,
+    recovery: MethodCall,
+    *,
+    dense: ResidualStream | None = None,
+) -> WeightPatch | RuntimeMaps:
+    """Fit what makes up for the dropped layers: weights, or matrices for run time.
+
+    Args:
+        view: the intact model; unchanged afterwards.
+        plan: which layers go.
+        evidence: what selection left, or ``None``.
+        batches: calibration text.
+        recovery: the method with its options.
+        dense: the intact model's stream over ``batches``, where several recoveries share it.
+
+    Raises:
+        PlanError: the method needs a kept layer before every cut, and layer 0 is dropped.
+        ModelError: the model cannot be pruned so, or not repaired exactly by this method.
+        NumericsError: a fitted tensor is not finite.
+    """
+    if recovery.method.needs_previous_layer and 0 in plan.dropped:
         raise PlanError(
-            f"{method} needs a kept layer before every cut, but layer 0 is dropped. Protect layer "
-            "0, or choose another recovery."
+            f"{recovery.name} needs a kept layer before every cut, but layer 0 is dropped. Protect "
+            "layer 0, or choose another recovery."
         )
-    registry.check_model("recovery", method, view)
     check_dropped(view, plan.dropped)
-    parsed.check(view, batches, len(plan.dropped))
-    patch: WeightPatch = module.fit(view, plan, evidence, batches, parsed)
-    patch = round_patch(view.path, view.layout, replace(patch, method=method))
-    for name, tensor in patch.tensors.items():
+    check_method(recovery, view, batches, len(plan.dropped))
+    shared = {"dense": dense} if recovery.method.shares_dense_stream else {}
+    repair: WeightPatch | RuntimeMaps = recovery.function(
+        view, plan, evidence, batches, recovery.options, **shared
+    )
+    if isinstance(repair, RuntimeMaps):
+        tensors = {f"the map behind layer {layer}": a for layer, a in repair.maps.items()}
+    else:
+        repair = round_patch(view.path, view.layout, replace(repair, method=recovery.name))
+        tensors = dict(repair.tensors)
+    for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise NumericsError(
-                f"recovery '{method}' made values in {name} that are not finite. "
+                f"recovery '{recovery.name}' made values in {name} that are not finite. "
                 "Use more calibration text, or recovery.method: none."
             )
-    return patch
+    return repair

@@ -9,13 +9,13 @@ from layercut.models.view import DecoderView
 from layercut.types import PruningPlan
 
 
-def receivers(plan: PruningPlan) -> dict[int, int]:
+def merge_targets(plan: PruningPlan) -> dict[int, int]:
     """Dropped layer → the closest kept layer before it; the plan keeps layer 0."""
     return {layer: max(k for k in plan.kept if k < layer) for layer in plan.dropped}
 
 
-def namesakes(view: DecoderView, layer: int, kept: int) -> dict[str, str]:
-    """Names of ``layer``'s linear weights → those of their namesakes in ``kept``."""
+def match_names(view: DecoderView, layer: int, kept: int) -> dict[str, str]:
+    """Names of ``layer``'s linear weights → those of the same weights in ``kept``."""
     before, after = (f"{view.layout.layers}.{number}." for number in (layer, kept))
     return {name: after + name.removeprefix(before) for name in view.linear_weights(layer)}
 
@@ -28,11 +28,11 @@ def check_shapes(view: DecoderView, into: Mapping[int, int]) -> None:
         into: dropped layer → the kept layer that takes its weights.
 
     Raises:
-        ModelError: a weight has no namesake of its shape.
+        ModelError: the kept layer has no weight of that name and shape.
     """
     for layer, kept in into.items():
         weights, others = view.linear_weights(layer), view.linear_weights(kept)
-        for name, target in namesakes(view, layer, kept).items():
+        for name, target in match_names(view, layer, kept).items():
             if target not in others or others[target].shape != weights[name].shape:
                 raise ModelError(
                     f"{name} cannot be merged: layer {kept} has no {target} of its shape "

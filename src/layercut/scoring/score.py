@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from layercut import registry
 from layercut.errors import NumericsError
+from layercut.models.check_method import check_model
+from layercut.registry import MethodCall
 from layercut.types import CalibrationBatches, LayerScores
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def score(
     Args:
         view: the model; unchanged afterwards.
         batches: calibration text.
-        method: a file of ``layercut/scoring``, with ``-`` for ``_``.
+        method: a file of ``layercut/scoring/methods``, with ``-`` for ``_``.
         **options: that method's own options.
 
     Returns:
@@ -40,24 +42,32 @@ def score(
         ModelError: the model's layers cannot be scored.
         NumericsError: a score is NaN or infinite.
     """
-    module = registry.load_method("scoring", method)
-    parsed = registry.parse_options("scoring", method, options)
-    registry.check_model("scoring", method, view)
+    return score_layers(view, batches, registry.resolve("scoring", method, options))
+
+
+def score_layers(
+    view: DecoderView, batches: CalibrationBatches, scoring: MethodCall
+) -> LayerScores:
+    """As `score`, by a method that is resolved already.
+
+    Raises:
+        ModelError: the model's layers cannot be scored.
+        NumericsError: a score is NaN or infinite.
+    """
+    check_model(scoring, view)
     start = time.perf_counter()
-    scores: LayerScores = module.score(view, batches, parsed)
-    seconds = time.perf_counter() - start
-    return finished(view, batches, scores, method, parsed.model_dump(mode="json"), seconds)
+    scores: LayerScores = scoring.function(view, batches, scoring.options)
+    return with_provenance(view, batches, scores, scoring, time.perf_counter() - start)
 
 
-def finished(
+def with_provenance(
     view: DecoderView,
     batches: CalibrationBatches,
     scores: LayerScores,
-    method: str,
-    options: dict[str, Any],
+    scoring: MethodCall,
     seconds: float,
 ) -> LayerScores:
-    """A method's bare scores, checked and with their provenance.
+    """A method's bare scores, checked, with where they come from.
 
     Raises:
         NumericsError: a score is NaN or infinite.
@@ -66,16 +76,17 @@ def finished(
     for layer, value in enumerate(values):
         if value is not None and not math.isfinite(value):
             raise NumericsError(
-                f"the {method} score of layer {layer} is {value}. "
+                f"the {scoring.name} score of layer {layer} is {value}. "
                 "Check the weights and the calibration text."
             )
+    options = scoring.options.model_dump(mode="json")
     return replace(
         scores,
         values=values,
-        method=method,
+        method=scoring.name,
         options=options,
         seconds=seconds,
-        fingerprint=_fingerprint(view, batches, method, options),
+        fingerprint=_fingerprint(view, batches, scoring.name, options),
     )
 
 

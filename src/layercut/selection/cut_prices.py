@@ -1,6 +1,6 @@
 """What every cut would cost after its refit, and the cheapest plan of every size.
 
-Source   ours; METHODS §5
+Source   ours; docs/methods.md#priced-cuts
 Formula  price(i, n) = Σ_t ‖∇h_{i+n,t}‖₂ · ‖h_{i+n,t} − h_{i,t} − D·a_t‖₂ over held-out tokens:
          a first-order bound, in nats, on what dropping layers i…i+n−1 does to the loss
          D (d, in) refits layer i−1's down-projection towards h_{i+n}, with weights 1/‖h_{i,t}‖²;
@@ -19,20 +19,23 @@ import torch
 from torch import Tensor
 
 from layercut import progress
-from layercut.checkpoints.layer_types import Kinds
+from layercut.checkpoints.layer_types import LayerTypes
 from layercut.engine.layerwise import layer_gradients
-from layercut.engine.residual_stream import ResidualStream, workplace
+from layercut.engine.residual_stream import (
+    ResidualStream,
+    accumulation_device,
+    advance_and_record_inputs,
+)
 from layercut.models.output_projections import down_projection
 from layercut.models.view import DecoderView
-from layercut.recovery.methods import refit
+from layercut.recovery.layer_fit import factor_ridge, held_out_rows
 from layercut.spool import Spool
-from layercut.types import CalibrationBatches
+from layercut.types import CalibrationBatches, Cut, LayerSet
 
 HELD_OUT_EVERY = 4
 PENALTY = 0.1
 
-Plan = tuple[int, ...]
-Prices = dict[tuple[int, int], float]
+Prices = dict[Cut, float]
 
 
 def sensitivities(
@@ -70,13 +73,13 @@ def price_cuts(
     longest: int,
 ) -> Prices:
     """The price of every cut (first layer, number of layers) of at most ``longest`` layers."""
-    held_out = refit.held_out_rows(batches, HELD_OUT_EVERY)
+    held_out = held_out_rows(batches, HELD_OUT_EVERY)
     prices: Prices = {}
     assert dense.history is not None
     for start in progress.track(range(1, view.n_layers), total=view.n_layers - 1):
         dense.rewind(start - 1)
         module = down_projection(view, start - 1)[1]
-        inputs = refit.advance_capturing(dense.fork(), start - 1, module)
+        inputs = advance_and_record_inputs(dense.fork(), start - 1, module)
         ends = range(start + 1, min(start + longest, view.n_layers) + 1)
         targets = [dense.history[end] for end in ends]
         residuals = _residuals(inputs, dense.history[start], targets, held_out, view.device)
@@ -93,33 +96,34 @@ def _residuals(
     width, out = inputs.rows.shape[1], origin.rows.shape[1]
     # Rows of the inputs and of one target's changes; the Gram matrix, its factor, the fit.
     n_bytes = 4 * len(inputs) * (width + 3 * out) + 8 * width * (5 * width + 4 * out)
-    place = workplace(device, n_bytes)
+    device = accumulation_device(device, n_bytes)
     seen = ~held_out
     weight = origin.rows[seen].norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
-    a, a_held = (inputs.rows[seen] * weight).to(place), inputs.rows[held_out].to(place)
-    gram = (a.T @ a).double()
-    gram.diagonal().add_(PENALTY * gram.diagonal().mean())
-    factor, singular = torch.linalg.cholesky_ex(gram)
+    a, a_held = (inputs.rows[seen] * weight).to(device), inputs.rows[held_out].to(device)
+    factor = factor_ridge((a.T @ a).double(), PENALTY)
     for target in targets:
-        change = ((target.rows[seen] - origin.rows[seen]) * weight).to(place)
-        fitted = torch.cholesky_solve((a.T @ change).double(), factor).float()
-        missing = (target.rows[held_out] - origin.rows[held_out]).to(place)
-        after = (missing - a_held @ fitted).norm(dim=1)
-        before = missing.norm(dim=1)
+        missing = (target.rows[held_out] - origin.rows[held_out]).to(device)
+        length = missing.norm(dim=1)
         # A layer whose MLP is silent gives nothing to fit with.
-        yield (after if not singular and after.sum() < before.sum() else before).cpu()
+        if factor is not None:
+            change = ((target.rows[seen] - origin.rows[seen]) * weight).to(device)
+            update = torch.cholesky_solve((a.T @ change).double(), factor).float()
+            after = (missing - a_held @ update).norm(dim=1)
+            length = after if after.sum() < length.sum() else length
+        yield length.cpu()
 
 
 def cheapest_plans(
-    prices: Prices, n_layers: int, protect: frozenset[int], kinds: Kinds | None = None
-) -> dict[int, tuple[float, Plan]]:
+    prices: Prices, n_layers: int, protect: frozenset[int], layer_types: LayerTypes | None = None
+) -> dict[int, tuple[float, LayerSet]]:
     """For every number of dropped layers, the lowest sum of prices and the plan that has it.
 
     A shortest path over positions: from a kept layer, either keep the next one or make a cut and
-    keep the layer after it. With ``kinds``, a layer is kept only if its new place is of its kind.
+    keep the layer after it. With ``layer_types``, a layer is kept only where its new
+    place is of its type.
     """
     # best[p][n]: layers before p are decided, n of them dropped, and layer p − 1 is kept.
-    best: list[dict[int, tuple[float, Plan]]] = [{} for _ in range(n_layers + 2)]
+    best: list[dict[int, tuple[float, LayerSet]]] = [{} for _ in range(n_layers + 2)]
     best[1][0] = (0.0, ())
     allowed = {
         cut: price for cut, price in prices.items() if not protect & set(range(cut[0], sum(cut)))
@@ -134,7 +138,11 @@ def cheapest_plans(
                 entry = (cost + price, (*plan, *range(start, start + length)))
                 known = best[after].get(n_dropped + length)
                 kept, new = start + length, position - n_dropped
-                if kinds is not None and kept < n_layers and kinds[kept] != kinds[new]:
+                if (
+                    layer_types is not None
+                    and kept < n_layers
+                    and layer_types[kept] != layer_types[new]
+                ):
                     continue
                 if start < n_layers and (known is None or entry < known):
                     best[after][n_dropped + length] = entry

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from layercut.checkpoints.config_edit import edit_config, read_config
 from layercut.checkpoints.folder import read_json_object
-from layercut.checkpoints.layer_types import Kinds, derived_kinds, given_kinds
+from layercut.checkpoints.layer_types import LayerTypes, derive_layer_types, read_layer_types
 from layercut.errors import ModelError, PlanError, RecipeError
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def pattern_to_keep(
     drop: Sequence[int] | None = None,
     protect: Sequence[int] = (),
     rounds: str = "one-shot",
-) -> Kinds | None:
-    """The kinds that kept layers must show in their new places; ``None`` if any layers may go.
+) -> LayerTypes | None:
+    """The types that kept layers must have in their new places; ``None`` if any layers may go.
 
     Args:
         view: the model.
@@ -39,8 +39,8 @@ def pattern_to_keep(
         RecipeError: the settings cannot preserve a pattern.
         PlanError: no plan of this size can, or the whole model has no pattern of positions.
     """
-    kinds = _position_kinds(view)
-    if kinds is None:
+    layer_types = _types_by_position(view)
+    if layer_types is None:
         return None
     if rounds == "each" or n_drop is None:
         setting = "rounds: each" if n_drop else "max_perplexity_ratio"
@@ -48,18 +48,18 @@ def pattern_to_keep(
             f"selection.{setting} cannot preserve the pattern of unlike layers, which only some "
             "numbers of layers do. Ask for drop_layers in one shot, or set preserve_pattern: false."
         )
-    if drop is not None and not keeps_kinds(kinds, drop):
-        raise no_such_plan(n_drop, len(kinds))
-    lowest_that_fit([0.0] * len(kinds), kinds, n_drop, frozenset(protect))
-    return kinds
+    if drop is not None and not keeps_pattern(layer_types, drop):
+        raise no_such_plan(n_drop, len(layer_types))
+    lowest_in_pattern([0.0] * len(layer_types), layer_types, n_drop, frozenset(protect))
+    return layer_types
 
 
-def _position_kinds(view: DecoderView) -> Kinds | None:
+def _types_by_position(view: DecoderView) -> LayerTypes | None:
     text = view.model.config.get_text_config(decoder=True)
-    kinds = given_kinds(text)
-    if len(set(kinds)) <= 1:
+    layer_types = read_layer_types(text)
+    if len(set(layer_types)) <= 1:
         return None
-    if derived_kinds(text) != kinds:
+    if derive_layer_types(text) != layer_types:
         raise PlanError(
             f"selection.preserve_pattern cannot hold: {view.name} itself has another pattern than "
             "engines derive from its number of layers. Set it to false."
@@ -67,20 +67,20 @@ def _position_kinds(view: DecoderView) -> Kinds | None:
     # Some patterns are counts, such as Qwen2's max_window_layers, that follow any drop.
     if all(_is_derived_without(view, layer) for layer in range(view.n_layers)):
         return None
-    return kinds
+    return layer_types
 
 
-def keeps_kinds(kinds: Kinds | None, dropped: Sequence[int]) -> bool:
-    """Whether the kept layers are of the kinds that their new places have."""
-    if kinds is None:
+def keeps_pattern(layer_types: LayerTypes | None, dropped: Sequence[int]) -> bool:
+    """Whether the kept layers are of the layer_types that their new places have."""
+    if layer_types is None:
         return True
     gone = set(dropped)
-    kept = [kind for layer, kind in enumerate(kinds) if layer not in gone]
-    return kept == list(kinds[: len(kept)])
+    kept = [layer_type for layer, layer_type in enumerate(layer_types) if layer not in gone]
+    return kept == list(layer_types[: len(kept)])
 
 
-def lowest_that_fit(
-    values: Sequence[float], kinds: Kinds, n_drop: int, protect: frozenset[int]
+def lowest_in_pattern(
+    values: Sequence[float], layer_types: LayerTypes, n_drop: int, protect: frozenset[int]
 ) -> tuple[int, ...]:
     """The ``n_drop`` layers of the lowest total score whose loss keeps the pattern.
 
@@ -90,11 +90,11 @@ def lowest_that_fit(
         PlanError: no choice of this size keeps it.
     """
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-    for layer, (value, kind) in enumerate(zip(values, kinds, strict=True)):
+    for layer, (value, layer_type) in enumerate(zip(values, layer_types, strict=True)):
         after: dict[int, tuple[float, tuple[int, ...]]] = {}
         for n_dropped, (cost, dropped) in best.items():
             moves = []
-            if kinds[layer - n_dropped] == kind:
+            if layer_types[layer - n_dropped] == layer_type:
                 moves.append((n_dropped, (cost, dropped)))
             if layer not in protect and n_dropped < n_drop:
                 moves.append((n_dropped + 1, (cost + value, (*dropped, layer))))
@@ -102,7 +102,7 @@ def lowest_that_fit(
                 after[n] = min(after.get(n, entry), entry)
         best = after
     if n_drop not in best:
-        raise no_such_plan(n_drop, len(kinds))
+        raise no_such_plan(n_drop, len(layer_types))
     return best[n_drop][1]
 
 
@@ -121,4 +121,4 @@ def _is_derived_without(view: DecoderView, layer: int) -> bool:
         text = read_config(edit_config(raw, view.layout.rules, kept)).get_text_config(decoder=True)
     except ModelError:  # only whole periods can go
         return False
-    return derived_kinds(text) == given_kinds(text)
+    return derive_layer_types(text) == read_layer_types(text)

@@ -3,61 +3,157 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 from layercut import registry
-from layercut.checkpoints.layer_types import Kinds
+from layercut.checkpoints.layer_types import LayerTypes
 from layercut.errors import PlanError, RecipeError
-from layercut.models.droppable import check_dropped, fixed_layers
+from layercut.models.droppable import check_dropped, layers_to_keep
+from layercut.registry import MethodCall, Rounds
+from layercut.scoring.score import score_layers
 from layercut.selection.pattern import pattern_to_keep
-from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan
+from layercut.types import CalibrationBatches, Evidence, LayerScores, LayerSet, PruningPlan
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
-Rounds = Literal["one-shot", "each"]
-Scorer = Callable[..., LayerScores]
-"""What is called as `layercut.scoring.score.score` is."""
+DEFAULT_DROP_LAYERS = 6
+Scorer = Callable[["DecoderView", CalibrationBatches, MethodCall], LayerScores]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """How the user wants a strategy to choose.
+    """What a strategy chooses by, once all that can be refused early has been.
 
     Attributes:
-        protect: layers that must stay.
-        scoring: scoring method.
-        scoring_options: its options.
+        scoring: the scoring method with its options.
+        strategy: a file of ``layercut/selection/methods``.
         rounds: score once, or again after every dropped layer.
-        kinds: the pattern that kept layers must follow, if there is one to preserve.
-        scorer: what scores the layers, where that is not `layercut.scoring.score.score` itself.
+        n_drop: layers that go, or that may at most where the size is searched.
+        drop: exactly these layers go, and nothing is scored.
+        protect: layers that must stay.
+        layer_types: the pattern that kept layers must follow, if there is one to preserve.
+        scorer: computes scores; `layercut.scoring.score.score_layers`, or one that remembers.
     """
 
-    protect: frozenset[int] = frozenset()
-    scoring: str = "residual-sensitivity"
-    scoring_options: Mapping[str, Any] = field(default_factory=dict)
+    scoring: MethodCall
+    strategy: str = "lowest"
     rounds: Rounds = "one-shot"
-    kinds: Kinds | None = None
-    scorer: Scorer | None = None
+    n_drop: int = DEFAULT_DROP_LAYERS
+    drop: LayerSet | None = None
+    protect: frozenset[int] = frozenset()
+    layer_types: LayerTypes | None = None
+    scorer: Scorer = score_layers
 
 
-Planner = Callable[[int], tuple[PruningPlan, Evidence]]
+PlanOfSize = Callable[[int], tuple[PruningPlan, Evidence]]
 """Layers to drop → the plan of that size; what all sizes share is computed once."""
 
 
-def planner(
-    view: DecoderView, batches: CalibrationBatches, *, strategy: str, request: Request
-) -> Planner:
-    """What chooses plans of any size on this model and text.
+def resolve_request(
+    view: DecoderView,
+    *,
+    scoring: MethodCall,
+    strategy: str = "priced-cuts",
+    rounds: Rounds = "one-shot",
+    drop_layers: int | None = None,
+    drop_fraction: float | None = None,
+    drop: Sequence[int] | None = None,
+    protect: Sequence[int] = (),
+    preserve_pattern: bool = False,
+    search_size: bool = False,
+    recovery: MethodCall | None = None,
+    scorer: Scorer = score_layers,
+) -> Request:
+    """All that selection is asked, with the layers that the family and the recovery need.
+
+    Args:
+        view: the model.
+        scoring: the scoring method with its options.
+        strategy: a file of ``layercut/selection/methods``.
+        rounds: how decisions are made.
+        drop_layers: how many layers go (default 6 when nothing else is given).
+        drop_fraction: or which share of them, rounded to the nearest number.
+        drop: or exactly which ones.
+        protect: layers that must stay.
+        preserve_pattern: whether kept layers must be of the type that their new place has.
+        search_size: whether the number is to be found, instead of given.
+        recovery: what repairs the kept layers, if that is known.
+        scorer: computes scores.
 
     Raises:
-        RecipeError: unknown strategy or score, or two that do not go together.
+        RecipeError: unknown strategy, or settings that do not go together.
+        PlanError: the request cannot be met by this model.
+        ModelError: the family pins a layer that is named, or cannot express the kept ones.
     """
-    check_scoring(strategy, request.scoring)
-    module = registry.load_method("selection", strategy)
-    made: Planner = module.planner(view, batches, request)
-    return made
+    check_scoring(strategy, scoring.name)
+    kept = set(protect)
+    if recovery is not None and recovery.method.needs_previous_layer:
+        if 0 in (drop or ()):
+            raise PlanError(
+                f"recovery {recovery.name} needs a kept layer before every cut, but "
+                "selection.drop names layer 0. Keep it, or set recovery.method: none."
+            )
+        kept.add(0)
+    _check_indices(view.n_layers, drop or (), protect)
+    if drop is None:
+        kept |= set(layers_to_keep(view))
+    n_drop = check_request(
+        view.n_layers,
+        drop_layers=1 if search_size else drop_layers,
+        drop_fraction=drop_fraction,
+        drop=drop,
+        protect=sorted(kept),
+    )
+    if search_size:
+        n_drop = most_droppable(view.n_layers, len(kept))
+    if drop is not None:
+        check_dropped(view, drop)
+    layer_types = None
+    if preserve_pattern:
+        layer_types = pattern_to_keep(
+            view, None if search_size else n_drop, drop=drop, protect=sorted(kept), rounds=rounds
+        )
+    return Request(
+        scoring=scoring,
+        strategy=strategy,
+        rounds=rounds,
+        n_drop=n_drop,
+        drop=None if drop is None else tuple(sorted(drop)),
+        protect=frozenset(kept),
+        layer_types=layer_types,
+        scorer=scorer,
+    )
+
+
+def plan_sizes(view: DecoderView, batches: CalibrationBatches, request: Request) -> PlanOfSize:
+    """What chooses plans of any size on this model and text, by the request's strategy.
+
+    Raises:
+        ModelError: the model's layers cannot be scored.
+    """
+    plan = registry.resolve("selection", request.strategy).function
+    return cast(PlanOfSize, plan(view, batches, request))
+
+
+def choose_layers(
+    view: DecoderView, batches: CalibrationBatches, request: Request
+) -> tuple[PruningPlan, Evidence]:
+    """The plan that a resolved request asks for; the model is unchanged afterwards.
+
+    Raises:
+        PlanError: no plan of this size meets the request.
+        ModelError: the family cannot express the kept layers.
+    """
+    if request.drop is not None:
+        plan = PruningPlan(
+            model=view.name, n_layers=view.n_layers, dropped=request.drop, method="given"
+        )
+        return plan, Evidence(scores=())
+    plan, evidence = plan_sizes(view, batches, request)(request.n_drop)
+    check_dropped(view, plan.dropped)
+    return plan, evidence
 
 
 def select(
@@ -79,16 +175,16 @@ def select(
     Args:
         view: the model.
         batches: calibration text.
-        strategy: a file of ``layercut/selection``.
-        scoring: a file of ``layercut/scoring``; priced-cuts needs residual-sensitivity, block
-            angular-distance.
+        strategy: a file of ``layercut/selection/methods``.
+        scoring: a file of ``layercut/scoring/methods``; priced-cuts needs residual-sensitivity,
+            block angular-distance.
         scoring_options: that method's own options.
         rounds: ``one-shot``, or ``each`` to score again after every dropped layer.
         drop_layers: how many layers go (default 6 when nothing else is given).
         drop_fraction: or which share of them, rounded to the nearest number.
         drop: or exactly which ones; nothing is scored then.
         protect: layers that must stay.
-        preserve_pattern: drop only layers after which every kept one is of the kind that engines
+        preserve_pattern: drop only layers after which every kept one is of the type that engines
             expect in its new place.
 
     Raises:
@@ -96,35 +192,18 @@ def select(
         PlanError: the request cannot be met by this model.
         ModelError: the family pins a layer that is named, or cannot express the kept ones.
     """
-    check_scoring(strategy, scoring)
-    if drop is None:
-        protect = sorted({*protect, *fixed_layers(view)})
-    n_drop = check_request(
-        view.n_layers,
+    request = resolve_request(
+        view,
+        scoring=registry.resolve("scoring", scoring, dict(scoring_options or {})),
+        strategy=strategy,
+        rounds=rounds,
         drop_layers=drop_layers,
         drop_fraction=drop_fraction,
         drop=drop,
         protect=protect,
+        preserve_pattern=preserve_pattern,
     )
-    kinds = None
-    if preserve_pattern:
-        kinds = pattern_to_keep(view, n_drop, drop=drop, protect=protect, rounds=rounds)
-    if drop is not None:
-        check_dropped(view, drop)
-        plan = PruningPlan(
-            model=view.name, n_layers=view.n_layers, dropped=tuple(sorted(drop)), method="given"
-        )
-        return plan, Evidence(scores=())
-    request = Request(
-        protect=frozenset(protect),
-        scoring=scoring,
-        scoring_options=dict(scoring_options or {}),
-        rounds=rounds,
-        kinds=kinds,
-    )
-    plan, evidence = planner(view, batches, strategy=strategy, request=request)(n_drop)
-    check_dropped(view, plan.dropped)
-    return plan, evidence
+    return choose_layers(view, batches, request)
 
 
 def check_scoring(strategy: str, scoring: str) -> None:
@@ -133,7 +212,7 @@ def check_scoring(strategy: str, scoring: str) -> None:
     Raises:
         RecipeError: unknown strategy, or one that needs another score.
     """
-    needed = getattr(registry.load_method("selection", strategy), "NEEDS_SCORING", scoring)
+    needed = registry.describe("selection", strategy).needs_scoring or scoring
     if scoring != needed:
         raise RecipeError(
             f"selection.strategy {strategy} needs scoring.method {needed}, not {scoring}. "
@@ -155,7 +234,19 @@ def check_request(
         PlanError: an index that does not exist or stands twice, a protected layer asked to go, no
             layer or too many.
     """
-    for name, layers in (("drop", drop or ()), ("protect", protect)):
+    _check_indices(n_layers, drop or (), protect)
+    if drop is not None:
+        n_drop = len(drop)
+    elif drop_fraction is not None:
+        n_drop = round(drop_fraction * n_layers)
+    else:
+        n_drop = DEFAULT_DROP_LAYERS if drop_layers is None else drop_layers
+    _check_count(n_drop, n_layers, len(protect))
+    return n_drop
+
+
+def _check_indices(n_layers: int, drop: Sequence[int], protect: Sequence[int]) -> None:
+    for name, layers in (("drop", drop), ("protect", protect)):
         outside = [i for i in layers if not 0 <= i < n_layers]
         if outside:
             raise PlanError(
@@ -165,21 +256,13 @@ def check_request(
         if len(set(layers)) != len(layers):
             twice = next(i for i in layers if list(layers).count(i) > 1)
             raise PlanError(f"selection.{name} names layer {twice} twice. Name each layer once.")
-    both = sorted(set(drop or ()) & set(protect))
+    both = sorted(set(drop) & set(protect))
     if both:
         raise PlanError(f"layer {both[0]} is to be dropped and protected. Choose one.")
-    if drop is not None:
-        n_drop = len(drop)
-    elif drop_fraction is not None:
-        n_drop = round(drop_fraction * n_layers)
-    else:
-        n_drop = 6 if drop_layers is None else drop_layers
-    _check_count(n_drop, n_layers, len(protect))
-    return n_drop
 
 
 def _check_count(n_drop: int, n_layers: int, n_protected: int) -> None:
-    min_keep, most = min_keep_of(n_layers), most_droppable(n_layers, n_protected)
+    least, most = least_kept(n_layers), most_droppable(n_layers, n_protected)
     if n_drop < 1:
         raise PlanError(
             f"cannot drop {n_drop} of {n_layers} layers: nothing would change. "
@@ -188,15 +271,15 @@ def _check_count(n_drop: int, n_layers: int, n_protected: int) -> None:
     if n_drop > most:
         raise PlanError(
             f"cannot drop {n_drop} of {n_layers} layers: {n_protected} are protected and "
-            f"min_keep={min_keep} allows {most}. Lower drop_layers."
+            f"min_keep={least} allows {most}. Lower drop_layers."
         )
 
 
-def min_keep_of(n_layers: int) -> int:
-    """A model cut below a quarter of its depth is rubble; asking for it is a slip of the hand."""
+def least_kept(n_layers: int) -> int:
+    """A quarter of the layers, rounded up: a request to keep fewer is refused as a mistake."""
     return max(1, -(-n_layers // 4))
 
 
 def most_droppable(n_layers: int, n_protected: int) -> int:
     """The largest number of layers that any request may drop."""
-    return n_layers - max(min_keep_of(n_layers), n_protected)
+    return n_layers - max(least_kept(n_layers), n_protected)

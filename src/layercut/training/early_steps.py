@@ -66,12 +66,10 @@ class EarlyRunOptions(MethodOptions):
     max_length: Annotated[int, Field(ge=2)] = Field(default=512, description="tokens of a row")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of data order and adapters")
 
-    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
-        """As `layercut.training.early_steps.check`."""
-        check(view, batches, self)
 
-
-def check(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions) -> None:
+def check_early_run(
+    view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions
+) -> None:
     """Refuse a run that cannot be made, before any long work.
 
     Raises:

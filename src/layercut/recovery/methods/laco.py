@@ -16,15 +16,16 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_merging import check_shapes, namesakes, receivers
-from layercut.registry import MethodOptions
+from layercut.recovery.layer_merging import check_shapes, match_names, merge_targets
+from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
-
-NEEDS_PRECEDING = True
 
 
 class Options(MethodOptions):
     """No options."""
+
+
+METHOD = Method(needs_previous_layer=True)
 
 
 def fit(
@@ -35,11 +36,11 @@ def fit(
     options: Options,
 ) -> WeightPatch:
     """Sum the differences in float32; ``batches`` are not read."""
-    into = receivers(plan)
+    into = merge_targets(plan)
     check_shapes(view, into)
     tensors: dict[str, Tensor] = {}
     for layer, kept in progress.track(into.items(), total=len(into)):
-        for name, target in namesakes(view, layer, kept).items():
+        for name, target in match_names(view, layer, kept).items():
             original = view.model.get_parameter(target).data.float()
             difference = view.model.get_parameter(name).data.float() - original
             tensors[target] = tensors.get(target, original) + difference

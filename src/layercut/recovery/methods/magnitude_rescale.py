@@ -4,16 +4,9 @@ Source   arXiv:2507.18212 §3; which norms are compared is read in the released 
 Formula  α = mean_k mean_s ‖h_{e,s,k}‖₁ / ‖h_{b,s,k}‖₁
          h (tokens, d): dense residual stream entering the cut (b) and leaving it (e); k: channel;
          ‖·‖₁ over the tokens of sequence s
-         every weight that writes to the stream behind the cut, and its bias, times 1/α
-Rule     published: the embedding and every output and down-projection before the cut times α. That
-         would change a tied head, and no patch can untie one. The same model results if all that
-         is written behind the cut is divided by α instead [our reading]: with x the stream in
-         front of the cut and f_i what layer i adds, a function of its norm's output,
-             published  αx + Σ_i f_i(norm(αx + Σ_{j<i} f_j))
-             here       x + Σ_i g_i,  g_i = f_i(norm(x + Σ_{j<i} g_j)) / α
-         are α times each other at every layer, because norm(αz) = norm(z) up to its ε; the final
-         norm removes that factor as well. Cuts multiply. A contiguous cut has one α, and all are
-         measured in the dense model; the paper measures again after every layer it drops
+Rule     every weight and bias that writes to the stream behind the cut, times 1/α; cuts multiply.
+         The paper scales what lies before the cut by α: the same model, but it changes a tied
+         head (docs/methods.md#magnitude-rescale has the proof)
 Cost     one dense forward pass without the head
 Limits   exact only where nothing but a norm reads the stream, and no norm or nonlinearity stands
          behind the projections that write to it
@@ -28,7 +21,7 @@ import torch
 from torch import Tensor
 
 from layercut import progress
-from layercut.engine.residual_stream import dense_stream
+from layercut.engine.residual_stream import ResidualStream, start_dense_stream
 from layercut.errors import ModelError, NumericsError
 from layercut.models.output_projections import (
     PROBE_TOKENS,
@@ -37,7 +30,7 @@ from layercut.models.output_projections import (
     mlp_output,
 )
 from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
+from layercut.registry import Method, MethodOptions
 from layercut.spool import Spool
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
@@ -45,9 +38,13 @@ from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatc
 class Options(MethodOptions):
     """No options."""
 
-    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
-        """Refuse a model whose layers do not follow the scale of their input."""
-        check_scale_free(view, range(1, view.n_layers))
+
+def check(view: DecoderView, batches: CalibrationBatches, options: Options, n_drop: int) -> None:
+    """Refuse a model whose layers do not follow the scale of their input."""
+    check_scale_free(view, range(1, view.n_layers))
+
+
+METHOD = Method(shares_dense_stream=True, check=check)
 
 
 def fit(
@@ -56,37 +53,37 @@ def fit(
     evidence: Evidence | None,
     batches: CalibrationBatches,
     options: Options,
+    *,
+    dense: ResidualStream | None = None,
 ) -> WeightPatch:
     """Measure α at every cut in the dense model and scale all that is written behind it."""
-    alphas = magnitude_gaps(view, plan, batches, evidence)
+    alphas = measure_magnitude_gaps(view, plan, batches, dense)
     tensors: dict[str, Tensor] = {}
     for layer in plan.kept:
         factor = math.prod(1 / alpha for first, alpha in alphas.items() if first < layer)
         if factor != 1:
-            tensors |= scaled(view, layer, factor)
+            tensors |= scale_writers(view, layer, factor)
     notes = {"alpha": {str(first): alpha for first, alpha in alphas.items()}}
     return WeightPatch(tensors, "magnitude-rescale", notes)
 
 
-def magnitude_gaps(
+def measure_magnitude_gaps(
     view: DecoderView,
     plan: PruningPlan,
     batches: CalibrationBatches,
-    evidence: Evidence | None = None,
+    dense: ResidualStream | None = None,
 ) -> dict[int, float]:
     """First layer of every cut → α.
 
     Raises:
         NumericsError: a channel is silent in front of a cut, or the stream is not finite.
     """
-    dense = dense_stream(view, batches, evidence)
+    dense = start_dense_stream(view, batches, dense)
     alphas = {}
     for first, length in progress.track(plan.cuts, total=len(plan.cuts)):
-        while dense.layer < first:
-            dense.advance(dense.layer)
+        dense.advance_to(first)
         before = dense.fork().states
-        while dense.layer < first + length:
-            dense.advance(dense.layer)
+        dense.advance_to(first + length)
         alpha = float(channel_ratios(before, dense.states, batches.seq_len).mean())
         if not 0 < alpha < math.inf:
             raise NumericsError(
@@ -116,7 +113,7 @@ def channel_ratios(
     return totals / (len(before) // seq_len)
 
 
-def scaled(view: DecoderView, layer: int, factor: float) -> dict[str, Tensor]:
+def scale_writers(view: DecoderView, layer: int, factor: float) -> dict[str, Tensor]:
     """Every weight and bias by which a layer writes to the residual stream, times ``factor``."""
     names = list(mlp_output(view, layer).weights)
     if (attention := attention_output(view, layer)) is not None:
@@ -144,7 +141,7 @@ def check_scale_free(view: DecoderView, layers: Iterable[int]) -> None:
     for layer in range(view.n_layers):
         after = view.run_layer(layer, hidden, inputs)
         if layer in wanted:
-            with view.patched(scaled(view, layer, 2)):
+            with view.patched(scale_writers(view, layer, 2)):
                 doubled = view.run_layer(layer, 2 * hidden, inputs)
             added = float((after - hidden).float().norm())
             rounding = 8 * torch.finfo(after.dtype).eps * float(after.float().norm())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
+from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
-
-READS_MODEL = False
 
 
 class Options(MethodOptions):
     """No options."""
+
+
+METHOD = Method(reads_model=False)
 
 
 def fit(

@@ -1,14 +1,12 @@
 """Add the important weights of dropped layers to the kept ones that agree in sign (GradPruner).
 
-Source   arXiv:2601.19503 §3.2; which layers are merged is a reading (METHODS §1 step 7)
+Source   arXiv:2601.19503 §3.2; which layers are merged is a reading (docs/methods.md#sign-merge)
 Formula  Ŵ_j = W_j where F_j is among its ⌈keep·numel⌉ largest entries, else 0
          W_k ← W_k + Σ_j Ŵ_j ⊙ [sign(Ŵ_j) = sign(W_k)], the sign of the original W_k
          j: merged dropped layers; k: the closest kept layer before j; F_j (out, in): mean squared
          simulated gradient of W_j (scoring/igia.py)
-Rule     merge all: every dropped layer; beyond-safe: all but the n_safe lowest-scored ones. Linear
-         weights only; ties go to the lower index
-Cost     none with scoring igia, whose record is used; else the t steps of an early run. One F_j at
-         a time, and t·rank operations for each of its entries
+Rule     merge all: every dropped layer; beyond-safe: all but the n_safe lowest-scored ones
+Cost     none with scoring igia, whose record is used; else the t steps of an early run
 Limits   needs a kept layer before every cut, and weights of equal shape in both layers
 """
 
@@ -26,14 +24,12 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.errors import PlanError
-from layercut.gradients.log import GradientLog
 from layercut.models.output_projections import as_stored
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_merging import check_shapes, namesakes, receivers
-from layercut.training.early_steps import EarlyRunOptions, record
-from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
-
-NEEDS_PRECEDING = True
+from layercut.recovery.layer_merging import check_shapes, match_names, merge_targets
+from layercut.registry import Method
+from layercut.training.early_steps import EarlyRunOptions, check_early_run, record
+from layercut.types import CalibrationBatches, Evidence, GradientRecord, PruningPlan, WeightPatch
 
 
 class Options(EarlyRunOptions):
@@ -55,22 +51,27 @@ class Options(EarlyRunOptions):
             raise ValueError("merge: beyond-safe and an n_safe above 0 go together")
         return self
 
-    def check(self, view: DecoderView, batches: CalibrationBatches, n_drop: int) -> None:
-        """Refuse an impossible run, and an ``n_safe`` that leaves nothing to merge."""
-        self.check_safe(n_drop)
-        super().check(view, batches, n_drop)
 
-    def check_safe(self, n_drop: int) -> None:
-        """Refuse an ``n_safe`` that leaves nothing to merge of ``n_drop`` layers.
+def check_safe_number(options: Options, n_drop: int) -> None:
+    """Refuse an ``n_safe`` that leaves nothing to merge of ``n_drop`` layers.
 
-        Raises:
-            PlanError: there is nothing left.
-        """
-        if self.n_safe and self.n_safe >= n_drop:
-            raise PlanError(
-                f"recovery.options.n_safe is {self.n_safe}, but only {n_drop} layers are dropped: "
-                "none is left to merge. Lower n_safe, or set recovery.method: none."
-            )
+    Raises:
+        PlanError: there is nothing left.
+    """
+    if options.n_safe and options.n_safe >= n_drop:
+        raise PlanError(
+            f"recovery.options.n_safe is {options.n_safe}, but only {n_drop} layers are dropped: "
+            "none is left to merge. Lower n_safe, or set recovery.method: none."
+        )
+
+
+def check(view: DecoderView, batches: CalibrationBatches, options: Options, n_drop: int) -> None:
+    """Refuse an impossible early run, and an ``n_safe`` that leaves nothing to merge."""
+    check_safe_number(options, n_drop)
+    check_early_run(view, batches, options)
+
+
+METHOD = Method(needs_previous_layer=True, needs_gradient_log=True, needs_tasks=True, check=check)
 
 
 def fit(
@@ -81,8 +82,8 @@ def fit(
     options: Options,
 ) -> WeightPatch:
     """Sparsify each merged layer's weights by their own F and add what agrees in sign."""
-    options.check_safe(len(plan.dropped))
-    into = receivers(plan)
+    check_safe_number(options, len(plan.dropped))
+    into = merge_targets(plan)
     check_shapes(view, into)
     log = _gradients(view, plan, evidence, batches, options)
     discarded = by_score(plan, log)[: options.n_safe] if options.n_safe else []
@@ -97,7 +98,9 @@ def fit(
     return replace(patch, notes={**notes, **patch.notes})
 
 
-def merge(view: DecoderView, into: Mapping[int, int], log: GradientLog, keep: float) -> WeightPatch:
+def merge(
+    view: DecoderView, into: Mapping[int, int], log: GradientRecord, keep: float
+) -> WeightPatch:
     """The kept layers' weights with the dropped ones' important entries, float32.
 
     Args:
@@ -110,7 +113,7 @@ def merge(view: DecoderView, into: Mapping[int, int], log: GradientLog, keep: fl
     n_kept = n_added = 0
     for layer, receiver in progress.track(into.items(), total=len(into)):
         modules = view.linear_modules(layer)
-        for name, target in namesakes(view, layer, receiver).items():
+        for name, target in match_names(view, layer, receiver).items():
             weight = view.model.get_parameter(name)
             original = view.model.get_parameter(target)
             importance = as_stored(modules[name], log.elementwise(name))
@@ -140,7 +143,7 @@ def top_entries(importance: Tensor, share: float) -> Tensor:
     return mask.view_as(importance)
 
 
-def by_score(plan: PruningPlan, log: GradientLog) -> list[int]:
+def by_score(plan: PruningPlan, log: GradientRecord) -> list[int]:
     """The dropped layers from the lowest-scored on: in the order in which the plan dropped them.
 
     Within one decision the scores decide, of equal ones the higher index goes first, as in
@@ -162,7 +165,7 @@ def _gradients(
     evidence: Evidence | None,
     batches: CalibrationBatches,
     options: Options,
-) -> GradientLog:
+) -> GradientRecord:
     """The record that scoring left if it covers the dropped layers, else a new one."""
     log = evidence.gradient_log if evidence else None
     needed = {name for layer in plan.dropped for name in view.linear_weights(layer)}

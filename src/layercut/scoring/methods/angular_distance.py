@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from layercut import progress
 from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
+from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
 
 TOKENS_AT_ONCE = 256
@@ -34,6 +34,9 @@ class Options(MethodOptions):
     tokens: Literal["last", "all"] = Field(
         default="last", description="last: the last one of every sequence, as published; or all"
     )
+
+
+METHOD = Method(strategy="block")
 
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:

@@ -15,12 +15,15 @@ from torch.nn import functional
 
 from layercut import progress
 from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
+from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
 
 
 class Options(MethodOptions):
     """No options."""
+
+
+METHOD = Method()
 
 
 @torch.no_grad()

@@ -15,12 +15,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from layercut import progress
 from layercut.engine.layerwise import layer_gradients
 from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
+from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
 
 Norm = Literal["l1", "l2", "l2sq"]
@@ -29,8 +30,13 @@ Norm = Literal["l1", "l2", "l2sq"]
 class Options(MethodOptions):
     """GradMAP's readings."""
 
-    norm: Norm = "l1"
-    reduction: Literal["sum", "mean"] = "sum"
+    norm: Norm = Field(default="l1", description="l1: Σ|g|, l2: √Σg², or l2sq: Σg²")
+    reduction: Literal["sum", "mean"] = Field(
+        default="sum", description="over a layer's weights: their sum, or the mean per parameter"
+    )
+
+
+METHOD = Method(rounds="each")
 
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:

@@ -19,7 +19,8 @@ from pydantic import Field
 
 from layercut.gradients.log import Reduction
 from layercut.models.view import DecoderView
-from layercut.training.early_steps import EarlyRunOptions, record
+from layercut.registry import Method
+from layercut.training.early_steps import EarlyRunOptions, check_early_run, record
 from layercut.types import CalibrationBatches, LayerScores
 
 
@@ -29,6 +30,12 @@ class Options(EarlyRunOptions):
     reduction: Reduction = Field(
         default="squared", description="squared: Σ‖G‖²_F / t, the paper's; norm: Σ‖G‖_F"
     )
+
+
+METHOD = Method(
+    needs_tasks=True,
+    check=lambda view, batches, options, n_drop: check_early_run(view, batches, options),
+)
 
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:

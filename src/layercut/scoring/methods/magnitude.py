@@ -12,13 +12,16 @@ Limits   blind to what the layer does; published as Mag+ with the first 4 and th
 from __future__ import annotations
 
 from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
+from layercut.registry import Method, MethodOptions
 from layercut.scoring.methods.gradmap import magnitude
 from layercut.types import CalibrationBatches, LayerScores
 
 
 class Options(MethodOptions):
     """No options."""
+
+
+METHOD = Method()
 
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:

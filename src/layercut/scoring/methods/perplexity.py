@@ -18,12 +18,15 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
+from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
 
 
 class Options(MethodOptions):
     """No options."""
+
+
+METHOD = Method()
 
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:

@@ -8,18 +8,20 @@ Cost     none
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 
 from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
+from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
-
-READS_MODEL = False
 
 
 class Options(MethodOptions):
     """The draw's seed."""
 
-    seed: int = 0
+    seed: int = Field(default=0, description="of the draw")
+
+
+METHOD = Method(reads_model=False)
 
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:

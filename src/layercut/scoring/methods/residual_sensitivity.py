@@ -1,6 +1,6 @@
 """Layer importance from what a layer adds to the residual stream, and what that is worth.
 
-Source   ours; METHODS §3
+Source   ours; docs/methods.md#residual-sensitivity
 Formula  s_l = Σ_t ‖∇h_{l+1,t}‖₂ · ‖h_{l+1,t} − h_{l,t}‖₂
          h_l (tokens, d): residual stream entering layer l; ∇ of the summed token loss
 Meaning  higher = keep; a first-order bound, in nats, on what removing the layer's contribution
@@ -15,12 +15,15 @@ import torch
 from layercut import progress
 from layercut.engine.layerwise import layer_gradients
 from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
+from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
 
 
 class Options(MethodOptions):
     """No options."""
+
+
+METHOD = Method()
 
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:

@@ -8,17 +8,20 @@ Cost     none
 
 from __future__ import annotations
 
-from layercut.models.view import DecoderView
-from layercut.registry import MethodOptions
-from layercut.types import CalibrationBatches, LayerScores
+from pydantic import Field
 
-READS_MODEL = False
+from layercut.models.view import DecoderView
+from layercut.registry import Method, MethodOptions
+from layercut.types import CalibrationBatches, LayerScores
 
 
 class Options(MethodOptions):
     """Whether the last layer, which feeds the final norm, stays."""
 
-    keep_last: bool = False
+    keep_last: bool = Field(default=False, description="whether the last layer scores highest")
+
+
+METHOD = Method(reads_model=False)
 
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:

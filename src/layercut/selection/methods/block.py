@@ -12,32 +12,36 @@ from __future__ import annotations
 
 import time
 
-from layercut import registry
 from layercut.errors import PlanError
+from layercut.models.check_method import check_model
 from layercut.models.view import DecoderView
-from layercut.scoring.methods.angular_distance import Options, angular_distances
-from layercut.scoring.score import finished
-from layercut.selection.pattern import keeps_kinds, no_such_plan
-from layercut.selection.select import Planner, Request
-from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
+from layercut.registry import Method, MethodOptions
+from layercut.scoring.methods.angular_distance import angular_distances
+from layercut.scoring.score import with_provenance
+from layercut.selection.pattern import keeps_pattern, no_such_plan
+from layercut.selection.select import PlanOfSize, Request
+from layercut.types import CalibrationBatches, Evidence, LayerScores, LayerSet, PruningPlan, Round
 
-NEEDS_SCORING = "angular-distance"
+
+class Options(MethodOptions):
+    """No options."""
 
 
-def planner(view: DecoderView, batches: CalibrationBatches, request: Request) -> Planner:
+METHOD = Method(needs_scoring="angular-distance")
+
+
+def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> PlanOfSize:
     """Measure every angle once; each size is then a look along one diagonal."""
-    registry.check_model("scoring", request.scoring, view)
-    options = registry.parse_options("scoring", request.scoring, dict(request.scoring_options))
-    assert isinstance(options, Options)
+    check_model(request.scoring, view)
     start = time.perf_counter()
-    distances = angular_distances(view, batches, options)
+    distances = angular_distances(view, batches, request.scoring.options)
     bare = LayerScores(tuple(distances.diagonal(1).tolist()))
     seconds = time.perf_counter() - start
-    scores = finished(view, batches, bare, request.scoring, options.model_dump(), seconds)
+    scores = with_provenance(view, batches, bare, request.scoring, seconds)
 
-    def plan(n_drop: int) -> tuple[PruningPlan, Evidence]:
+    def plan_size(n_drop: int) -> tuple[PruningPlan, Evidence]:
         dropped = closest_block(distances.diagonal(n_drop).tolist(), n_drop, request)
-        made = PruningPlan(
+        chosen = PruningPlan(
             model=view.name,
             n_layers=view.n_layers,
             dropped=dropped,
@@ -45,12 +49,12 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
             rounds=(Round(scores.values, dropped, None),),
             fingerprint=scores.fingerprint,
         )
-        return made, Evidence(scores=(scores,))
+        return chosen, Evidence(scores=(scores,))
 
-    return plan
+    return plan_size
 
 
-def closest_block(distances: list[float], n_drop: int, request: Request) -> tuple[int, ...]:
+def closest_block(distances: list[float], n_drop: int, request: Request) -> LayerSet:
     """The allowed block of ``n_drop`` layers with the smallest distance between its ends.
 
     Args:
@@ -69,7 +73,7 @@ def closest_block(distances: list[float], n_drop: int, request: Request) -> tupl
             f"no block of {n_drop} of {n_layers} layers lies between the protected ones. Lower "
             "drop_layers, protect fewer, or set selection.strategy: lowest."
         )
-    allowed = [start for start, block in free.items() if keeps_kinds(request.kinds, block)]
+    allowed = [start for start, block in free.items() if keeps_pattern(request.layer_types, block)]
     if not allowed:
         raise no_such_plan(n_drop, n_layers)
     return blocks[min(allowed, key=lambda start: (distances[start], -start))]

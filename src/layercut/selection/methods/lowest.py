@@ -9,26 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from layercut import progress
 from layercut.models.view import DecoderView
-from layercut.scoring.score import score
-from layercut.selection.pattern import lowest_that_fit
-from layercut.selection.select import Planner, Request
-from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
+from layercut.registry import Method, MethodOptions
+from layercut.selection.pattern import lowest_in_pattern
+from layercut.selection.select import PlanOfSize, Request
+from layercut.types import (
+    CalibrationBatches,
+    Evidence,
+    GradientRecord,
+    LayerScores,
+    PruningPlan,
+    Round,
+)
 
-if TYPE_CHECKING:
-    from layercut.gradients.log import GradientLog
+
+class Options(MethodOptions):
+    """No options."""
 
 
-def planner(view: DecoderView, batches: CalibrationBatches, request: Request) -> Planner:
+METHOD = Method(reads_model=False)
+
+
+def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> PlanOfSize:
     """Score ``view`` once, or after every drop; dropped layers are skipped, not cut."""
     memory: list[LayerScores] = []
-    gradient_log: GradientLog | None = None
-    scorer = request.scorer or score
+    gradient_log: GradientRecord | None = None
 
-    def plan(n_drop: int) -> tuple[PruningPlan, Evidence]:
+    def plan_size(n_drop: int) -> tuple[PruningPlan, Evidence]:
         nonlocal gradient_log
         n_each = 1 if request.rounds == "each" else n_drop
         dropped: list[int] = []
@@ -37,7 +46,7 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
             progress.figure(f"decision {len(rounds) + 1} of {n_drop // n_each}")
             if len(rounds) == len(memory):
                 with view.skipping(dropped):
-                    new = scorer(view, batches, method=request.scoring, **request.scoring_options)
+                    new = request.scorer(view, batches, request.scoring)
                 # Later rounds no longer see the dropped layers, and each record is large.
                 gradient_log = gradient_log or new.gradient_log
                 memory.append(replace(new, gradient_log=None))
@@ -46,27 +55,27 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
             dropped += chosen
             rounds.append(Round(scores.values, tuple(chosen), margin))
         evidence = Evidence(tuple(memory[: len(rounds)]), gradient_log=gradient_log)
-        made = PruningPlan(
+        chosen_plan = PruningPlan(
             model=view.name,
             n_layers=view.n_layers,
             dropped=tuple(sorted(dropped)),
-            method=request.scoring,
+            method=request.scoring.name,
             rounds=tuple(rounds),
             fingerprint=evidence.scores[-1].fingerprint,
         )
-        return made, evidence
+        return chosen_plan, evidence
 
-    return plan
+    return plan_size
 
 
 def _choose(
     values: Sequence[float | None], n: int, request: Request
 ) -> tuple[list[int], float | None]:
-    if request.kinds is None:
+    if request.layer_types is None:
         return lowest(values, n, protect=request.protect)
     # One-shot: every layer has a score.
     scored = [value for value in values if value is not None]
-    return list(lowest_that_fit(scored, request.kinds, n, request.protect)), None
+    return list(lowest_in_pattern(scored, request.layer_types, n, request.protect)), None
 
 
 def lowest(

@@ -1,6 +1,6 @@
 """Choose whole cuts: price each by what its refit leaves, then find the cheapest plan exactly.
 
-Source   ours; METHODS §5
+Source   ours; docs/methods.md#priced-cuts
 Formula  prices and the shortest path: ``layercut.selection.cut_prices``
 Rule     prices ignore how cuts interact, so a short search around the cheapest plan compares
          held-out losses after a refit at the cuts
@@ -14,61 +14,66 @@ import time
 from dataclasses import replace
 
 from layercut import progress
-from layercut.checkpoints.layer_types import Kinds
+from layercut.checkpoints.layer_types import LayerTypes
 from layercut.engine.loss import mean_loss
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
-from layercut.recovery.methods import refit
-from layercut.scoring.score import finished
+from layercut.recovery.layer_fit import check_refit, held_out_rows, refit_layers
+from layercut.registry import Method, MethodOptions
+from layercut.scoring.score import with_provenance
 from layercut.selection.cut_prices import (
     HELD_OUT_EVERY,
-    Plan,
     Prices,
     cheapest_plans,
     price_cuts,
     sensitivities,
 )
-from layercut.selection.pattern import keeps_kinds, no_such_plan
-from layercut.selection.select import Planner, Request
-from layercut.types import CalibrationBatches, Evidence, LayerScores, PruningPlan, Round
+from layercut.selection.pattern import keeps_pattern, no_such_plan
+from layercut.selection.select import PlanOfSize, Request
+from layercut.types import CalibrationBatches, Evidence, LayerScores, LayerSet, PruningPlan, Round
 
-NEEDS_SCORING = "residual-sensitivity"
 LONGEST_CUT = 10
 SAMPLE_SHARE = 0.25
 SAMPLE_TOKENS = (4096, 8192)
 LENGTH_LIMITS = (LONGEST_CUT, 6, 4, 3, 2, 1)
 PLANS_TRIED = 20
-REFIT = refit.Options(layers="cuts", modules="down", held_out_every=HELD_OUT_EVERY)
 
 
-def planner(view: DecoderView, batches: CalibrationBatches, request: Request) -> Planner:
+class Options(MethodOptions):
+    """No options."""
+
+
+METHOD = Method(needs_scoring="residual-sensitivity")
+
+
+def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> PlanOfSize:
     """Price every cut; each size then costs a shortest path and a search on held-out loss."""
-    refit.check_refit(view)
+    check_refit(view)
     start = time.perf_counter()
     protect = request.protect | {0}
-    sample = thin(batches)
+    sample = subsample(batches)
     dense = ResidualStream(view, sample, remember=True)
     slopes, values = sensitivities(view, sample, dense)
     prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT)
-    n_priced = int(refit.held_out_rows(sample, HELD_OUT_EVERY).sum())
-    cheapest = cheapest_plans(prices, view.n_layers, protect, request.kinds)
+    n_priced = int(held_out_rows(sample, HELD_OUT_EVERY).sum())
+    cheapest = cheapest_plans(prices, view.n_layers, protect, request.layer_types)
     curve = {n: cheapest[n][0] / n_priced for n in sorted(cheapest)}
     bare = LayerScores(tuple(values), n_targets=sample.n_targets)
     seconds = time.perf_counter() - start
-    scores = finished(view, sample, bare, request.scoring, {}, seconds)
+    scores = with_provenance(view, sample, bare, request.scoring, seconds)
 
-    def plan(n_drop: int) -> tuple[PruningPlan, Evidence]:
-        starts = starting_plans(prices, view.n_layers, protect, n_drop, request.kinds)
-        if not starts and request.kinds is not None:
+    def plan_size(n_drop: int) -> tuple[PruningPlan, Evidence]:
+        starts = starting_plans(prices, view.n_layers, protect, n_drop, request.layer_types)
+        if not starts and request.layer_types is not None:
             raise no_such_plan(n_drop, view.n_layers)
         if not starts:
             raise PlanError(
                 f"no plan drops {n_drop} of {view.n_layers} layers around the protected ones. "
                 "Lower drop_layers or protect fewer."
             )
-        dropped, _ = search(view, sample, dense, starts, prices, protect, request.kinds)
-        made = PruningPlan(
+        dropped, _ = search(view, sample, dense, starts, prices, protect, request.layer_types)
+        chosen = PruningPlan(
             model=view.name,
             n_layers=view.n_layers,
             dropped=dropped,
@@ -77,12 +82,12 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
             fingerprint=scores.fingerprint,
             curve=curve,
         )
-        return made, Evidence(scores=(scores,))
+        return chosen, Evidence(scores=(scores,))
 
-    return plan
+    return plan_size
 
 
-def thin(batches: CalibrationBatches) -> CalibrationBatches:
+def subsample(batches: CalibrationBatches) -> CalibrationBatches:
     """An evenly spaced share of the sequences, enough to price with."""
     least, most = SAMPLE_TOKENS
     share = SAMPLE_SHARE * batches.n_sequences * batches.seq_len
@@ -97,8 +102,8 @@ def starting_plans(
     n_layers: int,
     protect: frozenset[int],
     n_drop: int,
-    kinds: Kinds | None = None,
-) -> list[Plan]:
+    layer_types: LayerTypes | None = None,
+) -> list[LayerSet]:
     """The cheapest plan with cuts of any length, and those with no cut longer than 1, 2, 3, 4, 6.
 
     A price is a bound on one cut's damage, tighter for some lengths than for others: the cheapest
@@ -107,7 +112,7 @@ def starting_plans(
     plans = []
     for longest in LENGTH_LIMITS:
         allowed = {cut: price for cut, price in prices.items() if cut[1] <= longest}
-        curve = cheapest_plans(allowed, n_layers, protect, kinds)
+        curve = cheapest_plans(allowed, n_layers, protect, layer_types)
         if n_drop in curve:
             plans.append(curve[n_drop][1])
     return list(dict.fromkeys(plans))
@@ -117,11 +122,11 @@ def search(
     view: DecoderView,
     batches: CalibrationBatches,
     dense: ResidualStream,
-    starts: list[Plan],
+    starts: list[LayerSet],
     prices: Prices,
     protect: frozenset[int],
-    kinds: Kinds | None = None,
-) -> tuple[Plan, dict[Plan, float]]:
+    layer_types: LayerTypes | None = None,
+) -> tuple[LayerSet, dict[LayerSet, float]]:
     """Try the starts, then follow neighbours of the best by held-out loss, until the budget ends.
 
     Returns:
@@ -131,7 +136,7 @@ def search(
     best = min(starts, key=lambda plan: losses[plan])
     while len(losses) < PLANS_TRIED:
         near = neighbours(best, view.n_layers, protect)
-        candidates = [p for p in near if p not in losses and keeps_kinds(kinds, p)]
+        candidates = [p for p in near if p not in losses and keeps_pattern(layer_types, p)]
         if not candidates:
             break
         candidate = min(candidates, key=lambda plan: plan_price(plan, prices))
@@ -143,26 +148,27 @@ def search(
 
 
 def plan_loss(
-    view: DecoderView, batches: CalibrationBatches, dense: ResidualStream, dropped: Plan
+    view: DecoderView, batches: CalibrationBatches, dense: ResidualStream, dropped: LayerSet
 ) -> float:
     """Held-out cross-entropy of the plan after a refit at its cuts, in nats."""
     plan = PruningPlan(view.name, view.n_layers, dropped, "priced-cuts")
-    held_out = refit.held_out_rows(batches, HELD_OUT_EVERY)
-    dense.rewind(0)
-    tensors = refit.walk(view, plan, dense, held_out, REFIT)
+    held_out = held_out_rows(batches, HELD_OUT_EVERY)
+    tensors = refit_layers(
+        view, plan, batches, held_out, layers="cuts", modules="down", dense=dense
+    )
     sequences = batches.input_ids[held_out[:: batches.seq_len]]
     with view.skipping(dropped), view.patched(tensors):
         return mean_loss(view, sequences, batches.micro_batch)
 
 
-def neighbours(plan: Plan, n_layers: int, protect: frozenset[int]) -> list[Plan]:
+def neighbours(plan: LayerSet, n_layers: int, protect: frozenset[int]) -> list[LayerSet]:
     """Plans that drop one other layer instead of one of these."""
     gone = set(plan)
     free = [layer for layer in range(n_layers) if layer not in gone | protect]
     return [tuple(sorted(gone - {out} | {new})) for out in plan for new in free]
 
 
-def plan_price(plan: Plan, prices: Prices) -> float:
+def plan_price(plan: LayerSet, prices: Prices) -> float:
     """The sum of a plan's prices; a cut too long to be priced counts as its parts."""
     cuts = PruningPlan("", max(plan) + 1, plan, "").cuts
     parts = [

@@ -1,0 +1,62 @@
+"""Whether a method and its text suit a loaded model, asked before any long work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from layercut.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from layercut.models.view import DecoderView
+    from layercut.registry import MethodCall
+    from layercut.types import CalibrationBatches
+
+
+def check_model(call: MethodCall, view: DecoderView) -> None:
+    """Refuse a method that runs layers one by one on a family where that means nothing.
+
+    Raises:
+        ModelError: the family's layers cannot be run or compared alone.
+    """
+    if call.method.reads_model and (why := view.layout.unscorable):
+        raise ModelError(
+            f"{call.stage} '{call.name}' cannot work on '{view.layout.model_type}': {why}. Name "
+            "the layers with selection.drop, and set recovery.method: none."
+        )
+
+
+def check_method(
+    call: MethodCall, view: DecoderView, batches: CalibrationBatches, n_drop: int
+) -> None:
+    """Refuse all that a method declares it cannot do here.
+
+    Args:
+        call: the method with its options.
+        view: the model.
+        batches: calibration text.
+        n_drop: layers that are to go, or that may at most under a perplexity limit.
+
+    Raises:
+        LayercutError: what the method's own check raises; ModelError for an unsuitable family.
+    """
+    check_model(call, view)
+    if call.method.check is not None:
+        call.method.check(view, batches, call.options, n_drop)
+
+
+def check_lengths(view: DecoderView, **lengths: int) -> None:
+    """Refuse windows that are longer than the model's context.
+
+    Args:
+        view: the model.
+        **lengths: section of the recipe → its ``seq_len``, in tokens.
+
+    Raises:
+        RecipeError: names the key.
+    """
+    for section, length in lengths.items():
+        if length > view.context:
+            raise RecipeError(
+                f"{section}.seq_len is {length}, but the model's context is {view.context} tokens. "
+                "Lower it."
+            )
