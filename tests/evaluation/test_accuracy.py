@@ -12,7 +12,7 @@ from layercut.errors import DataError, NumericsError
 from layercut.evaluation.accuracy import accuracy, answer, paired_change
 from layercut.evaluation.evaluate import check_tasks, compared, evaluate
 from layercut.models.view import DecoderView
-from layercut.results import Evaluation, Figure
+from layercut.results import Estimate, Evaluation
 
 LETTERS = [TaskRow(f"{i} is", ("a", "b", "c"), i % 3, where=f"row {i}") for i in range(12)]
 WORDS = [
@@ -95,7 +95,7 @@ def test_a_paired_change_counts_the_rows_that_changed():
     figure = paired_change([True, True, True, False], [True, False, False, True])
     assert figure.value == -0.25
     assert figure.stderr == pytest.approx(math.sqrt(11 / 12) / 2)
-    assert paired_change([True, False], [True, False]) == Figure(0.0, 0.0, 2)
+    assert paired_change([True, False], [True, False]) == Estimate(0.0, 0.0, 2)
 
 
 def test_evaluations_are_compared_task_by_task():

@@ -182,7 +182,7 @@ class Chooser:
             # The search alone: what was scored on the way is in `score`, remembered or not.
             "select": max(0.0, whole - (self.scorings.fresh_seconds - scored)),
         }
-        progress.figure(f"{size} layers: {', '.join(map(str, plan.dropped))}")
+        progress.status(f"{size} layers: {', '.join(map(str, plan.dropped))}")
         return {"plan": plan.to_json(), "seconds": seconds}
 
     def _keep(self, choice: Choice, scores: LayerScores) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from layercut import progress
 from layercut.engine.loss import check_vocabulary
 from layercut.errors import DataError, ModelError, NumericsError
-from layercut.results import Fidelity, Figure
+from layercut.results import Fidelity, estimate_mean
 from layercut.spool import Spool
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def compare_to_dense(view: DecoderView, reference: DenseReference, windows: Tens
             f"KL to the dense model is not finite in window {window}: a model yields NaN or Inf "
             "there. Use dtype: float32, or check the weights."
         )
-    return Fidelity(_over_windows(torch.cat(same).view_as(kl)), _over_windows(kl))
+    per_window = [values.mean(dim=1) for values in (torch.cat(same).view_as(kl), kl)]
+    return Fidelity(*(estimate_mean(means, kl.numel()) for means in per_window))
 
 
 def check_same_outputs(n_outputs: int, n_dense: int) -> None:
@@ -149,10 +150,3 @@ def _head_tensors(view: DecoderView) -> dict[str, Tensor]:
     if head is None or place is None:
         return {}
     return {f"{place}.{name}": p.detach().clone() for name, p in head.named_parameters()}
-
-
-def _over_windows(values: Tensor) -> Figure:
-    """Mean of (n_windows, seq_len) and its standard error; 0 for a single window."""
-    means = values.mean(dim=1)
-    spread = float(means.std()) / len(means) ** 0.5 if len(means) > 1 else 0.0
-    return Figure(float(means.mean()), spread, values.numel())

@@ -82,7 +82,7 @@ def prune_within(
         patch = fit(view, plan, evidence, fitting, method=recovery, **(recovery_options or {}))
         with view.skipping(plan.dropped), view.patched(patch.tensors):
             trials[size] = math.exp(mean_loss(view, judging.input_ids, judging.micro_batch) - dense)
-        progress.figure(f"{size} layers: perplexity × {trials[size]:.3f}")
+        progress.status(f"{size} layers: perplexity × {trials[size]:.3f}")
         if trials[size] <= max_perplexity_ratio:
             fits, best = size, (plan, evidence, patch)
         else:

@@ -246,7 +246,7 @@ def _best_step(
         for step in STEP_GRID:
             with view.patched(partly(view, tensors, step)):
                 losses[step] = mean_loss(view, sequences, micro_batch)
-            progress.figure(f"{step:.0%} of the change: loss {losses[step]:.3f}")
+            progress.status(f"{step:.0%} of the change: loss {losses[step]:.3f}")
             if losses[step] > min(losses.values()):
                 break
     best = min(losses, key=lambda step: losses[step])

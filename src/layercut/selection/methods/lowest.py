@@ -34,7 +34,7 @@ def planner(view: DecoderView, batches: CalibrationBatches, request: Request) ->
         dropped: list[int] = []
         rounds: list[Round] = []
         while len(dropped) < n_drop:
-            progress.figure(f"decision {len(rounds) + 1} of {n_drop // n_each}")
+            progress.status(f"decision {len(rounds) + 1} of {n_drop // n_each}")
             if len(rounds) == len(memory):
                 with view.skipping(dropped):
                     new = scorer(view, batches, method=request.scoring, **request.scoring_options)
