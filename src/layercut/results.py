@@ -211,7 +211,8 @@ class RunResult:
         stages: ``dense`` and ``pruned``, later also ``healed``, ``dense_tuned`` and
             ``pruned_tuned``.
         seconds: stage → wall-clock seconds.
-        recovery: the notes of the weight patch.
+        recovery: the notes of the weight patch; ``steps`` are lengths of gradient steps,
+            ``recorded_steps`` counts those of an early run (schema 1: ``gradient_steps``, both).
         warnings: what the user should know, in full sentences.
         lineage: the plans that made the input model, if layercut pruned it before.
         checks: what the written checkpoint was compared by, where that is less than a reload.
@@ -248,7 +249,7 @@ class RunResult:
     def to_json(self) -> dict[str, Any]:
         """Content of ``result.json``."""
         return {
-            "schema": 1,
+            "schema": 2,
             "layercut": self.provenance.layercut,
             "model": self.model,
             "recipe": dict(self.recipe),

@@ -281,12 +281,12 @@ def _stepped(
         loss = mean_loss(view, sequences, micro_batch)
     before = patch.notes["held_out_loss_with" if patch.tensors else "held_out_loss_without"]
     if not loss < before:
-        return replace(patch, notes={**patch.notes, "gradient_steps": ()})
+        return replace(patch, notes={**patch.notes, "steps": ()})
     notes = {
         **patch.notes,
         "accepted": True,
         "tensors_changed": len(tensors),
-        "gradient_steps": lengths,
+        "steps": lengths,
         "loss_after_steps": loss,
     }
     return replace(patch, tensors=tensors, notes=notes)
