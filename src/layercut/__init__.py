@@ -51,7 +51,7 @@ _HOMES = {
     "load_recipe": "layercut.recipe.recipe",
     "read_rows": "layercut.data.tasks",
     "run": "layercut.pipeline.run",
-    "save": "layercut.checkpoints.writer",
+    "save": "layercut.output.save",
     "score": "layercut.scoring.score",
     "select": "layercut.selection.select",
     "tune": "layercut.training.finetune",

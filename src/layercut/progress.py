@@ -1,6 +1,6 @@
-"""Progress, told by the code that does the work to whoever listens.
+"""Progress, from the code that does the work to whoever listens.
 
-The pipeline names the stage, loops report their items, and a figure can be shown on the way. The
+The pipeline names the stage, loops report their items, and a status can be shown on the way. The
 command line listens with a live display; a Python caller that installs no listener pays nothing.
 """
 
@@ -23,8 +23,8 @@ class Listener(Protocol):
     def step(self, done: int, total: int) -> None:
         """``done`` of ``total`` equal steps of the current loop are finished."""
 
-    def figure(self, text: str) -> None:
-        """The current figure, e.g. ``perplexity 17.8``."""
+    def status(self, text: str) -> None:
+        """What was measured last, e.g. ``perplexity 17.8``."""
 
 
 _listener: ContextVar[Listener | None] = ContextVar("layercut_progress", default=None)
@@ -46,10 +46,10 @@ def stage(name: str) -> None:
         listener.stage(name)
 
 
-def figure(text: str) -> None:
-    """Announce a figure."""
+def status(text: str) -> None:
+    """Announce what was measured last."""
     if listener := _listener.get():
-        listener.figure(text)
+        listener.status(text)
 
 
 def step(done: int, total: int) -> None:

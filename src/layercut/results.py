@@ -1,4 +1,4 @@
-"""What a run found out: figures, the stages they belong to, and where they came from."""
+"""What a run measured: estimates, the stages they belong to, and where they came from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def warnings_into(sentences: list[str]) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Estimate:
     """A measured mean with its standard error and the number of items behind it.
 
     For paired comparisons, ``outcomes`` says of each row of a task whether it is right, and
@@ -44,6 +44,17 @@ class Figure:
     def to_json(self, unit: str) -> dict[str, Any]:
         """``{"value", "stderr", unit: n}``; ``unit`` is ``n_tokens``, ``n_rows``, ``n_prompts``."""
         return {"value": self.value, "stderr": self.stderr, unit: self.n}
+
+
+def estimate_mean(values: Tensor, n: int | None = None) -> Estimate:
+    """The mean of independent values and its standard error s / √n; 0 for a single value.
+
+    Args:
+        values: float64, (n,), e.g. the mean of each window.
+        n: items behind the values where these are means, e.g. tokens.
+    """
+    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Estimate(float(values.mean()), error, len(values) if n is None else n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +83,8 @@ class Fidelity:
         kl: KL(dense ‖ this model), in nats per token.
     """
 
-    agreement: Figure
-    kl: Figure
+    agreement: Estimate
+    kl: Estimate
 
     def to_json(self) -> dict[str, Any]:
         """``{"agreement": …, "kl": …}``, each with ``value``, ``stderr`` and ``n_tokens``."""
@@ -99,25 +110,25 @@ class Generation:
 
     tokens: Tensor
     prompt_tokens: int
-    distinct: tuple[Figure, Figure, Figure]
-    loop: Figure
-    common_prefix: Figure | None = None
-    agreement: Figure | None = None
+    distinct: tuple[Estimate, Estimate, Estimate]
+    loop: Estimate
+    common_prefix: Estimate | None = None
+    agreement: Estimate | None = None
     reference: Generation | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Figures by name, each with ``n_prompts``; those without a reference are absent."""
-        figures = {f"distinct_{n}": figure for n, figure in enumerate(self.distinct, start=1)}
-        figures["loop"] = self.loop
+        """Estimates by name, each with ``n_prompts``; those without a reference are absent."""
+        estimates = {f"distinct_{n}": share for n, share in enumerate(self.distinct, start=1)}
+        estimates["loop"] = self.loop
         if self.common_prefix is not None and self.agreement is not None:
-            figures |= {"common_prefix": self.common_prefix, "agreement": self.agreement}
-        content: dict[str, Any] = {n: f.to_json("n_prompts") for n, f in figures.items()}
+            estimates |= {"common_prefix": self.common_prefix, "agreement": self.agreement}
+        content: dict[str, Any] = {k: e.to_json("n_prompts") for k, e in estimates.items()}
         content |= {"prompt_tokens": self.prompt_tokens, "new_tokens": self.tokens.shape[1]}
         return content | ({"reference": self.reference.to_json()} if self.reference else {})
 
 
 def harness_name(task: str, metric: str) -> str:
-    """What a metric of lm-evaluation-harness is called beside other figures."""
+    """What a metric of lm-evaluation-harness is called beside other measures."""
     return f"{task} ({metric})"
 
 
@@ -147,15 +158,15 @@ class Evaluation:
 
     n_layers: int
     n_parameters: int
-    perplexity: Mapping[str, Figure] = field(default_factory=dict)
-    accuracy: Mapping[str, Figure] = field(default_factory=dict)
+    perplexity: Mapping[str, Estimate] = field(default_factory=dict)
+    accuracy: Mapping[str, Estimate] = field(default_factory=dict)
     prefill_tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
     peak_rss_bytes: int | None = None
     train_seconds: float | None = None
-    accuracy_change: Mapping[str, Figure] = field(default_factory=dict)
+    accuracy_change: Mapping[str, Estimate] = field(default_factory=dict)
     windows: Mapping[str, TextWindows] = field(default_factory=dict)
-    harness: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+    harness: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     compared_to: str | None = None
     fidelity: Mapping[str, Fidelity] = field(default_factory=dict)
     generation: Mapping[str, Generation] = field(default_factory=dict)
@@ -163,7 +174,7 @@ class Evaluation:
     flops_context: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The object ``E`` of ``result.json``; figures not measured are absent."""
+        """The object ``E`` of ``result.json``; what was not measured is absent."""
         content = {item.name: getattr(self, item.name) for item in fields(self)}
         content["perplexity"] = {k: f.to_json("n_tokens") for k, f in self.perplexity.items()}
         content["accuracy"] = {k: f.to_json("n_rows") for k, f in self.accuracy.items()}
@@ -171,7 +182,7 @@ class Evaluation:
             "accuracy_change": {k: f.to_json("n_rows") for k, f in self.accuracy_change.items()},
             "windows": {k: asdict(cut) for k, cut in self.windows.items()},
             "harness": {
-                task: {name: figure.to_json("n_rows") for name, figure in metrics.items()}
+                task: {name: estimate.to_json("n_rows") for name, estimate in metrics.items()}
                 for task, metrics in self.harness.items()
             },
             "fidelity": {k: f.to_json() for k, f in self.fidelity.items()},
@@ -200,7 +211,8 @@ class RunResult:
         stages: ``dense`` and ``pruned``, later also ``healed``, ``dense_tuned`` and
             ``pruned_tuned``.
         seconds: stage → wall-clock seconds.
-        recovery: the notes of the weight patch.
+        recovery: the notes of the weight patch; ``steps`` are lengths of gradient steps,
+            ``recorded_steps`` counts those of an early run (schema 1: ``gradient_steps``, both).
         warnings: what the user should know, in full sentences.
         lineage: the plans that made the input model, if layercut pruned it before.
         checks: what the written checkpoint was compared by, where that is less than a reload.
@@ -237,7 +249,7 @@ class RunResult:
     def to_json(self) -> dict[str, Any]:
         """Content of ``result.json``."""
         return {
-            "schema": 1,
+            "schema": 2,
             "layercut": self.provenance.layercut,
             "model": self.model,
             "recipe": dict(self.recipe),

@@ -9,7 +9,7 @@ from rich.console import Console
 from layercut import progress
 from layercut.cli.progress_display import LiveDisplay, progress_display
 from layercut.cli.tables import print_result, result_table
-from layercut.results import Evaluation, Figure, Provenance, RunResult
+from layercut.results import Estimate, Evaluation, Provenance, RunResult
 from layercut.types import PruningPlan
 
 
@@ -21,8 +21,12 @@ def result() -> RunResult:
         provenance=Provenance("0.1.0", {}, {}, "layercut run"),
         plan=PruningPlan("m", 30, (12, 13, 14), "gradmap"),
         stages={
-            "dense": Evaluation(30, 134_515_008, {"speeches": Figure(17.5, 0.3, 8176)}, {}, 600.0),
-            "pruned": Evaluation(27, 123_894_720, {"speeches": Figure(35.0, 0.9, 8176)}, {}, 660.0),
+            "dense": Evaluation(
+                30, 134_515_008, {"speeches": Estimate(17.5, 0.3, 8176)}, {}, 600.0
+            ),
+            "pruned": Evaluation(
+                27, 123_894_720, {"speeches": Estimate(35.0, 0.9, 8176)}, {}, 660.0
+            ),
         },
         seconds={"load": 1.25, "total": 61.0},
         warnings=["the text holds 3 windows [of 256]"],
@@ -98,7 +102,7 @@ def test_narrow_terminals_get_lines_instead_of_a_table(
 def work() -> None:
     progress.stage("score")
     for i in progress.track(range(3), 3):
-        progress.figure(f"perplexity {i}")
+        progress.status(f"perplexity {i}")
     progress.stage("save")
 
 

@@ -12,7 +12,7 @@ from layercut.errors import DataError, NumericsError
 from layercut.evaluation.accuracy import accuracy, answer, paired_change
 from layercut.evaluation.evaluate import check_tasks, compared, evaluate
 from layercut.models.view import DecoderView
-from layercut.results import Evaluation, Figure
+from layercut.results import Estimate, Evaluation
 
 LETTERS = [TaskRow(f"{i} is", ("a", "b", "c"), i % 3, where=f"row {i}") for i in range(12)]
 WORDS = [
@@ -85,17 +85,17 @@ def test_batches_change_no_answer(view: DecoderView, monkeypatch: pytest.MonkeyP
 
 def test_standard_error_is_the_binomial_one():
     # p = 3/4, se = √(3/4 · 1/4 / 3) = 1/4
-    figure = accuracy([True, True, False, True])
-    assert (figure.value, figure.stderr, figure.n) == (0.75, 0.25, 4)
+    estimate = accuracy([True, True, False, True])
+    assert (estimate.value, estimate.stderr, estimate.n) == (0.75, 0.25, 4)
     assert accuracy([True]).stderr == 0
 
 
 def test_a_paired_change_counts_the_rows_that_changed():
     # d = 0, −1, −1, 1: mean −1/4, variance (1 + 9 + 9 + 25)/16/3 = 11/12, se √(11/12)/2
-    figure = paired_change([True, True, True, False], [True, False, False, True])
-    assert figure.value == -0.25
-    assert figure.stderr == pytest.approx(math.sqrt(11 / 12) / 2)
-    assert paired_change([True, False], [True, False]) == Figure(0.0, 0.0, 2)
+    estimate = paired_change([True, True, True, False], [True, False, False, True])
+    assert estimate.value == -0.25
+    assert estimate.stderr == pytest.approx(math.sqrt(11 / 12) / 2)
+    assert paired_change([True, False], [True, False]) == Estimate(0.0, 0.0, 2)
 
 
 def test_evaluations_are_compared_task_by_task():

@@ -15,16 +15,16 @@ from layercut.models.view import DecoderView
 
 def test_perplexity_equals_transformers_loss(view: DecoderView, ids: torch.Tensor):
     loss = view.model(input_ids=ids, labels=ids, use_cache=False).loss
-    figure = perplexity(view, ids)
-    assert figure.value == pytest.approx(math.exp(float(loss)), rel=1e-5)
-    assert figure.n == 4 * 31
+    estimate = perplexity(view, ids)
+    assert estimate.value == pytest.approx(math.exp(float(loss)), rel=1e-5)
+    assert estimate.n == 4 * 31
 
 
 def test_standard_error_is_that_of_the_windows(view: DecoderView, ids: torch.Tensor):
     means = view.token_losses(ids).mean(dim=1)
-    figure = perplexity(view, ids)
+    estimate = perplexity(view, ids)
     # se(exp(m)) ≈ exp(m)·se(m), se(m) = s/√4
-    assert figure.stderr == pytest.approx(figure.value * float(means.std()) / 2, rel=1e-4)
+    assert estimate.stderr == pytest.approx(estimate.value * float(means.std()) / 2, rel=1e-4)
 
 
 def test_one_window_shows_no_spread(view: DecoderView, ids: torch.Tensor):

@@ -224,7 +224,14 @@ def test_files_that_are_no_plans_are_refused(tiny_llama: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        ({"recovery": {"method": "refit"}}, "recovery 'refit' changed"),
+        (
+            {"schema": 1, "recovery": {"method": "refit", "gradient_steps": [0.001]}},
+            "recovery 'refit' changed",
+        ),
+        (
+            {"schema": 2, "recovery": {"method": "refit", "steps": [0.001]}},
+            "recovery 'refit' changed",
+        ),
         ({"recovery": {"method": "none"}, "recipe": {"finetune": {"mode": "lora"}}}, "fine-tuning"),
     ],
 )
@@ -235,6 +242,17 @@ def test_plans_without_a_word_on_recovery_are_judged_by_their_result(
     (tmp_path / "result.json").write_text(json.dumps(beside))
     with pytest.raises(PlanError, match=message):
         prune(str(tiny_llama), tmp_path / "out", plan=plan)
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_result_of_either_schema_without_recovery_lets_its_plan_through(
+    tiny_llama: Path, tmp_path: Path, schema: int
+) -> None:
+    beside = {"schema": schema, "recipe": {"finetune": None}, "recovery": {"method": "none"}}
+    (tmp_path / "result.json").write_text(json.dumps(beside))
+    result = prune(str(tiny_llama), tmp_path / "out", plan=write_plan(tmp_path, 1))
+    assert result.plan is not None
+    assert result.plan.dropped == (1,)
 
 
 def test_either_a_plan_or_layers(tiny_llama: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_output_holds_the_files_of_the_interface(recipe: dict, tmp_path: Path):
     assert {path.name for path in (out / "layercut").iterdir()} == names
     assert (out / "README.md").read_text().startswith("---\n")
     result = json.loads((out / "layercut/result.json").read_text())
-    assert result["schema"] == 1
+    assert result["schema"] == 2
     assert set(result["stages"]) == {"dense", "pruned"}
     assert set(result["stages"]["dense"]["perplexity"]["fox"]) == {"value", "stderr", "n_tokens"}
     assert {"load", "score", "recover", "save", "evaluate", "total"} <= set(result["seconds"])

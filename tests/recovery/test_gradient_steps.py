@@ -170,8 +170,8 @@ def test_a_refit_ends_with_steps_that_lower_the_held_out_loss(
     assert plain.notes["held_out_loss_without"] == pytest.approx(losses[0], rel=1e-5)
     assert stepped.notes["accepted"]
     assert stepped.notes["loss_after_steps"] == pytest.approx(losses[1], rel=1e-5)
-    assert "gradient_steps" not in plain.notes
-    assert any(stepped.notes["gradient_steps"])
+    assert "steps" not in plain.notes
+    assert any(stepped.notes["steps"])
     assert losses[1] < losses[0]
 
 
@@ -181,7 +181,7 @@ def test_steps_help_in_a_checkpoint_of_bfloat16(tmp_path: Path, ids: torch.Tenso
     view = load(str(folder), dtype="float32")
     batches = CalibrationBatches(ids, gradient_batch=2, micro_batch=2, source="t", fingerprint="0")
     patch = fit(view, plan_of(2, 3), None, batches, method="refit", held_out_every=2)
-    assert any(patch.notes["gradient_steps"])
+    assert any(patch.notes["steps"])
     assert {tensor.dtype for tensor in patch.tensors.values()} == {torch.bfloat16}
     cut = reload(view)
     apply(cut, plan_of(2, 3), patch)

@@ -155,7 +155,7 @@ def test_without_a_record_the_merge_makes_its_own(
     before = {n: t.clone() for n, t in view.model.state_dict().items()}
     options = {"method": "sign-merge", "steps": 4}
     patch = fit(view, plan_of(2), None, batches, **options)
-    assert patch.notes["gradient_steps"] == 4
+    assert patch.notes["recorded_steps"] == 4
     assert set(patch.tensors) == set(view.linear_weights(1))
     assert all(torch.equal(t, before[n]) for n, t in view.model.state_dict().items())
     # A record that lacks a dropped layer does not serve either.

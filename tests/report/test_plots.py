@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 from matplotlib import rcParams
 
 from layercut.report import plots
-from layercut.results import Figure
+from layercut.results import Estimate
 from layercut.types import PruningPlan, Round
 
 
@@ -28,13 +28,13 @@ def words(svg: str) -> list[str]:
 
 
 def test_every_plot_is_well_formed_and_the_same_bytes_every_time() -> None:
-    stages = {"Dense": {"speeches": Figure(20.0, 0.5, 9)}}
-    plots: list[Callable[[], str]] = [
+    stages = {"Dense": {"speeches": Estimate(20.0, 0.5, 9)}}
+    drawings: list[Callable[[], str]] = [
         lambda: plots.layers(plan_in_rounds(), patched=3),
         lambda: plots.perplexities(stages),
         lambda: plots.seconds({"load": 1.0, "score": 9.0}),
     ]
-    for draw in plots:
+    for draw in drawings:
         svg = draw()
         assert elements(svg)
         assert svg == draw()
@@ -97,7 +97,7 @@ def test_negative_and_equal_scores_can_be_drawn() -> None:
 
 
 def test_a_name_with_markup_stays_text() -> None:
-    svg = plots.perplexities({"Dense": {'<b>"$x$"': Figure(2.0, 0.1, 5)}})
+    svg = plots.perplexities({"Dense": {'<b>"$x$"': Estimate(2.0, 0.1, 5)}})
     assert any('<b>"$x$"' in word for word in words(svg))
     assert '<b>"$x$"' in (elements(svg)[0].get("aria-label") or "")
 

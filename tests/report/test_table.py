@@ -9,7 +9,7 @@ from layercut.report.table import (
     rows,
     sizes,
 )
-from layercut.results import Evaluation, Fidelity, Figure, Provenance, RunResult, TextWindows
+from layercut.results import Estimate, Evaluation, Fidelity, Provenance, RunResult, TextWindows
 from layercut.types import PruningPlan
 
 
@@ -20,15 +20,15 @@ def result(**stages: Evaluation) -> RunResult:
 DENSE = Evaluation(
     30,
     1_000,
-    {"speeches": Figure(20.0, 0.5, 100)},
-    {"boolq": Figure(0.75, 0.01, 10)},
+    {"speeches": Estimate(20.0, 0.5, 100)},
+    {"boolq": Estimate(0.75, 0.01, 10)},
     prefill_tokens_per_second=100.0,
 )
 PRUNED = Evaluation(
     24,
     800,
-    {"speeches": Figure(30.0, 0.5, 100)},
-    {"boolq": Figure(0.70, 0.01, 10)},
+    {"speeches": Estimate(30.0, 0.5, 100)},
+    {"boolq": Estimate(0.70, 0.01, 10)},
     prefill_tokens_per_second=125.0,
 )
 
@@ -79,7 +79,7 @@ def test_tuned_stages_are_compared_with_each_other() -> None:
         PRUNED,
         train_seconds=80.0,
         peak_rss_bytes=2**29,
-        accuracy_change={"boolq": Figure(-0.021, 0.0094, 10)},
+        accuracy_change={"boolq": Estimate(-0.021, 0.0094, 10)},
     )
     whole = result(dense=DENSE, pruned=PRUNED, dense_tuned=tuned, pruned_tuned=small)
     found = {row.label: row for row in rows(whole)}
@@ -93,7 +93,7 @@ def test_tuned_stages_are_compared_with_each_other() -> None:
 
 
 def test_a_healed_model_is_compared_with_the_dense_one() -> None:
-    healed = replace(PRUNED, train_seconds=60.0, perplexity={"speeches": Figure(24.0, 0.5, 100)})
+    healed = replace(PRUNED, train_seconds=60.0, perplexity={"speeches": Estimate(24.0, 0.5, 100)})
     whole = result(dense=DENSE, pruned=PRUNED, healed=healed)
     found = {row.label: row for row in rows(whole)}
     assert columns(whole) == ("Dense", "Pruned", "Healed")
@@ -112,11 +112,11 @@ def test_a_model_that_was_only_tuned_is_compared_with_itself() -> None:
 
 def test_zero_shot_metrics_are_shown_with_their_mean() -> None:
     def stage(boolq: float, piqa: float) -> Evaluation:
-        tasks = {"boolq": {"acc": Figure(boolq, 0.03, 50)}}
-        tasks["piqa"] = {"acc": Figure(piqa, 0.04, 50), "exact_match": Figure(0.0, 0.0, 50)}
+        tasks = {"boolq": {"acc": Estimate(boolq, 0.03, 50)}}
+        tasks["piqa"] = {"acc": Estimate(piqa, 0.04, 50), "exact_match": Estimate(0.0, 0.0, 50)}
         return Evaluation(30, 1_000, harness=tasks)
 
-    paired = {"boolq (acc)": Figure(-0.1, 0.02, 50)}
+    paired = {"boolq (acc)": Estimate(-0.1, 0.02, 50)}
     pruned = replace(stage(0.6, 0.5), accuracy_change=paired)
     found = {row.label: row for row in rows(result(dense=stage(0.7, 0.7), pruned=pruned))}
     assert found["Zero-shot, boolq (acc)"].change == "−10.0 ± 2.0 points"
@@ -128,7 +128,7 @@ def test_zero_shot_metrics_are_shown_with_their_mean() -> None:
 
 
 def test_likeness_and_windows_are_shown_where_they_were_measured() -> None:
-    fidelity = Fidelity(Figure(0.9, 0.01, 64), Figure(0.25, 0.02, 64))
+    fidelity = Fidelity(Estimate(0.9, 0.01, 64), Estimate(0.25, 0.02, 64))
     stage = replace(
         DENSE,
         fidelity={"wiki": fidelity},

@@ -8,7 +8,7 @@ import yaml
 
 from layercut.errors import NumericsError, OutputError, ResourceError
 from layercut.report.write import headline, render_html, write_model_card, write_report
-from layercut.results import Evaluation, Figure, Provenance, RunResult
+from layercut.results import Estimate, Evaluation, Provenance, RunResult
 from layercut.types import LayerScores, PruningPlan, Round
 
 RECIPE = {"model": "embedded:smollm2-135m", "selection": {"drop_layers": 1}}
@@ -18,7 +18,7 @@ PROVENANCE = Provenance(
 
 
 def measured(n_layers: int, perplexity: float) -> Evaluation:
-    return Evaluation(n_layers, 100 * n_layers, {"speeches": Figure(perplexity, 0.5, 99)})
+    return Evaluation(n_layers, 100 * n_layers, {"speeches": Estimate(perplexity, 0.5, 99)})
 
 
 def finished(model: str = "embedded:smollm2-135m", perplexity: float = 30.0) -> RunResult:
@@ -151,7 +151,7 @@ def test_page_escapes_what_users_and_models_bring() -> None:
     result.model = evil
     result.warnings = [evil]
     result.recovery = {"layer": 2, evil: evil}
-    result.stages["dense"] = Evaluation(4, 400, {evil: Figure(2.0, 0.1, 9)})
+    result.stages["dense"] = Evaluation(4, 400, {evil: Estimate(2.0, 0.1, 9)})
     result.provenance = Provenance(evil, {evil: evil}, {evil: evil}, evil)
     page = Page(render_html(result, recipe_yaml=evil))
     assert "script" not in page.tags
@@ -225,7 +225,7 @@ def test_card_lists_what_was_dropped_measured_and_run(tmp_path: Path) -> None:
 
 def test_card_stays_markdown_whatever_the_names_are(tmp_path: Path) -> None:
     result = finished()
-    result.stages["dense"] = Evaluation(4, 400, {"a|b": Figure(2.0, 0.1, 9)})
+    result.stages["dense"] = Evaluation(4, 400, {"a|b": Estimate(2.0, 0.1, 9)})
     result.recipe = {"model": "```"}
     write_model_card(result, tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text(encoding="utf-8")

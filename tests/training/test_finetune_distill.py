@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from finetune_rows import ROWS, first_batch, settings
 from layercut.data.tasks import TaskRow
@@ -102,3 +103,14 @@ def test_distilling_over_choices_needs_shared_choices_of_one_token(
 ):
     with pytest.raises(error, match=message):
         check_rows(view, rows, settings(distill=DistillSettings(over="choices")))
+
+
+def test_the_divergence_has_the_gradient_of_its_formula():
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 4, 7, generator=generator)
+    student.requires_grad_()
+    divergence(student, teacher, 2).backward()
+    found, student.grad = student.grad, None
+    log_p, q = (student / 2).log_softmax(dim=-1), (teacher / 2).softmax(dim=-1)
+    (4 * functional.kl_div(log_p, q, reduction="sum")).backward()
+    torch.testing.assert_close(found, student.grad)

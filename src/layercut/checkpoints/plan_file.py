@@ -49,7 +49,8 @@ def read_plan(path: Path) -> PruningPlan:
     """The layers of a ``plan.json``, to be dropped from a checkpoint that nothing else changes in.
 
     Args:
-        path: the file; a ``result.json`` beside it is read for plans that say nothing of recovery.
+        path: the file; for plans that say nothing of recovery a ``result.json`` beside it is read,
+            of schema 1 or 2.
 
     Raises:
         PlanError: it is not a plan, or its run changed kept weights, which other checkpoints lack.

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from layercut.cli import options
 from layercut.cli.libraries import set_up_libraries
-from layercut.cli.options import (
-    HarnessBatchOption,
-    HarnessLimitOption,
-    HarnessOption,
-    TaskOption,
-    TextOption,
-    named_sources,
-)
 from layercut.errors import RecipeError
 
 
 def compare(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A folder, a Hub name, or embedded:smollm2-135m.")
-    ],
-    output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="The comparison's folder.")
-    ],
+    model: Annotated[str, typer.Option("--model", "-m", help=options.MODEL_HELP)],
+    output_dir: options.OutputDirOption,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", help="Calibration text; may be repeated.  [default: embedded:docs]"),
@@ -45,13 +32,13 @@ def compare(
             help="Presets, SCORE+RECOVERY pairs, published, or all, with commas in between.",
         ),
     ] = None,
-    text: TextOption = None,
-    task: TaskOption = None,
-    harness: HarnessOption = None,
-    harness_limit: HarnessLimitOption = None,
-    harness_batch_size: HarnessBatchOption = 8,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text, at most.")] = 8192,
-    window: Annotated[int, typer.Option(min=2, help="Tokens per window of a text.")] = 512,
+    text: options.TextOption = None,
+    task: options.TaskOption = None,
+    harness: options.HarnessOption = None,
+    harness_limit: options.HarnessLimitOption = None,
+    harness_batch_size: options.HarnessBatchOption = 8,
+    max_tokens: options.MaxTokensOption = 8192,
+    window: options.WindowOption = 512,
     layer_losses: Annotated[
         bool, typer.Option(help="Also measure the loss without each layer, a pass each.")
     ] = True,
@@ -70,21 +57,15 @@ def compare(
     heal_methods: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Heal these alone.")
     ] = None,
-    speed: Annotated[bool, typer.Option(help="Measure tokens per second, too.")] = False,
+    speed: options.SpeedOption = False,
     seed: Annotated[int, typer.Option(min=0, help="Of every random choice.")] = 0,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="How weights are computed.")
-    ] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    dtype: options.DtypeOption = "auto",
+    revision: options.RevisionOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Discard an earlier comparison in the folder.")
     ] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Never ask the Hub; use its cache only.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show no progress; print the table alone.")
-    ] = False,
+    offline: options.OfflineOption = False,
+    quiet: options.NoProgressOption = False,
 ) -> None:
     """Prune MODEL by many methods at many sizes and measure each; no checkpoint is written.
 
@@ -94,7 +75,7 @@ def compare(
     Example: layercut compare -m embedded:smollm2-135m --methods ours,gradmap,shortgpt
     --drop-layers 6,9 -o runs/compare
     """
-    texts = named_sources(text, "--text")
+    texts = options.named_sources(text, "--text")
     content: dict[str, Any] = {
         "model": model,
         "revision": revision,
@@ -103,7 +84,7 @@ def compare(
         "calibration": {"n_sequences": sequences, "seq_len": seq_len},
         "drop_layers": parse_sizes(drop_layers),
         "evaluation": {
-            "tasks": named_sources(task, "--task"),
+            "tasks": options.named_sources(task, "--task"),
             "harness": harness or (),
             "harness_limit": harness_limit,
             "harness_batch_size": harness_batch_size,
@@ -133,7 +114,7 @@ def compare(
     from layercut.cli.progress_display import progress_display
     from layercut.comparison.run import compare as run_all
 
-    command = shlex.join(["layercut", *context.obj])
+    command = options.join_command(context)
     with progress_display(quiet=quiet):
         result = run_all(settings, output_dir, overwrite=overwrite, command=command)
     print_comparison(result, output_dir)

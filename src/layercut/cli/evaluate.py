@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from layercut.cli import options
 from layercut.cli.libraries import set_up_libraries
-from layercut.cli.options import (
-    HarnessBatchOption,
-    HarnessLimitOption,
-    HarnessOption,
-    TaskOption,
-    TextOption,
-    named_sources,
-)
-from layercut.errors import OutputError
 
 if TYPE_CHECKING:
     from layercut.results import Evaluation
 
 
 def measure(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, a Hub name, or embedded:smollm2-135m.")
-    ],
-    text: TextOption = None,
-    task: TaskOption = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per window of a text.")] = 512,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text, at most.")] = 8192,
-    harness: HarnessOption = None,
-    harness_limit: HarnessLimitOption = None,
-    harness_batch_size: HarnessBatchOption = 8,
+    model: options.ModelArgument,
+    text: options.TextOption = None,
+    task: options.TaskOption = None,
+    seq_len: options.WindowOption = 512,
+    max_tokens: options.MaxTokensOption = 8192,
+    harness: options.HarnessOption = None,
+    harness_limit: options.HarnessLimitOption = None,
+    harness_batch_size: options.HarnessBatchOption = 8,
     compare_to: Annotated[
         str | None,
         typer.Option(
@@ -42,28 +30,18 @@ def measure(
             help="The model it was pruned from: agreement with it on every text.",
         ),
     ] = None,
-    speed: Annotated[bool, typer.Option(help="Measure tokens per second, too.")] = True,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="How weights are computed.")
-    ] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the figures to this file.")
-    ] = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Never ask the Hub; use its cache only.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show no progress; print the figures alone.")
-    ] = False,
+    speed: options.SpeedOption = True,
+    dtype: options.DtypeOption = "auto",
+    revision: options.RevisionOption = None,
+    json_file: options.JsonOption = None,
+    offline: options.OfflineOption = False,
+    quiet: options.NoProgressOption = False,
 ) -> None:
     """Measure MODEL: size and speed, perplexity on texts, accuracy on tasks, likeness to another.
 
     Example: layercut eval out/tuned --task reviews=embedded:reviews@test --text embedded:speeches
     """
-    texts, tasks = named_sources(text, "--text"), named_sources(task, "--task")
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
+    texts, tasks = options.named_sources(text, "--text"), options.named_sources(task, "--task")
     if compare_to is not None and not texts:
         raise typer.BadParameter("needs a --text to compare on", param_hint="--compare-to")
     set_up_libraries(offline=offline)
@@ -74,18 +52,16 @@ def measure(
         "harness_batch_size": harness_batch_size,
     }
     loading = {"revision": revision, "dtype": dtype}
-    figures = _figures(
+    measured = _measure(
         model, compare_to, loading, cut, {"tasks": tasks, "speed": speed, **zero_shot}, quiet=quiet
     )
     from layercut.cli.tables import print_evaluation
 
-    print_evaluation(model, figures)
-    if json_file is not None:
-        content = {"schema": 1, "model": model, **figures.to_json()}
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print_evaluation(model, measured)
+    options.write_json(json_file, {"schema": 1, "model": model, **measured.to_json()})
 
 
-def _figures(
+def _measure(
     model: str,
     other: str | None,
     loading: dict[str, Any],

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from layercut.cli import options
 from layercut.cli.libraries import set_up_libraries
-from layercut.errors import OutputError, VerificationError
+from layercut.errors import VerificationError
 
 
 def export_check(
     folder: Annotated[
         Path, typer.Argument(metavar="OUT", help="A checkpoint's folder; config.json is enough.")
     ],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the findings to this file.")
-    ] = None,
+    json_file: options.JsonOption = None,
 ) -> None:
     """Say which engines would mis-run the checkpoint OUT: vLLM, llama.cpp, Ollama, older readers.
 
@@ -28,16 +26,14 @@ def export_check(
 
     Example: layercut export-check out
     """
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
     set_up_libraries(offline=True)
     from layercut.checkpoints.export_check import export_check as check
     from layercut.cli.tables import print_fields
 
     findings = check(folder)
-    if json_file is not None:
-        content = {"schema": 1, "findings": [asdict(finding) for finding in findings]}
-        json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    options.write_json(
+        json_file, {"schema": 1, "findings": [asdict(finding) for finding in findings]}
+    )
     if not findings:
         print_fields(str(folder), [("Portable", "no engine is known to mis-run this checkpoint")])
         return

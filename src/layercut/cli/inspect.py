@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from layercut.cli import options
 from layercut.cli.libraries import set_up_libraries
-from layercut.errors import OutputError
 
 if TYPE_CHECKING:
     from layercut.pipeline.inspect import Inspection
 
 
 def inspect(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, a Hub name, or embedded:smollm2-135m.")
-    ],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write what is shown to this file.")
-    ] = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Never ask the Hub; use its cache only.")
-    ] = False,
+    model: options.ModelArgument,
+    revision: options.RevisionOption = None,
+    json_file: options.JsonOption = None,
+    offline: options.OfflineOption = False,
 ) -> None:
     """Describe MODEL: family, layers, sizes, what must stay, and what scoring would take.
 
@@ -35,16 +25,13 @@ def inspect(
 
     Example: layercut inspect embedded:smollm2-135m
     """
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
     set_up_libraries(offline=offline)
     from layercut.cli.tables import print_fields
     from layercut.pipeline.inspect import inspect as described
 
     found = described(model, revision=revision)
     print_fields(model, list(fields(found)))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
+    options.write_json(json_file, found.to_json())
 
 
 def fields(found: Inspection) -> Iterator[tuple[str, str]]:

@@ -1,14 +1,59 @@
-"""Options of the commands that measure: texts, tasks and the harness."""
+"""Arguments and options that several commands have, each once."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
 from layercut.data.named_texts import BENCHMARKS
+from layercut.errors import OutputError
 
+
+def _check_folder(json_file: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before any work."""
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
+    return json_file
+
+
+MODEL_HELP = "A folder, a Hub name, or embedded:smollm2-135m."
+OUTPUT_DIR = typer.Option("--output-dir", "-o", help="The folder to write to.")
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16"], typer.Option(help="How weights are computed.")
+]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a recipe key, as finetune.epochs=1; may be repeated.",
+    ),
+]
+OutputDirOption = Annotated[Path, OUTPUT_DIR]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_check_folder, help="Also write what is shown to this file."),
+]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Never ask the Hub; use its cache only.")
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")
+]
+NoProgressOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress; print the results alone.")
+]
+SpeedOption = Annotated[bool, typer.Option(help="Measure tokens per second, too.")]
+WindowOption = Annotated[int, typer.Option(min=2, help="Tokens per window of a text.")]
+MaxTokensOption = Annotated[int, typer.Option(min=2, help="Tokens of each text, at most.")]
 TextOption = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="NAME=SOURCE", help="A text for perplexity; may be repeated."),
@@ -52,3 +97,14 @@ def named_sources(options: Sequence[str] | None, flag: str) -> dict[str, str]:
             )
         found[name] = source
     return found
+
+
+def join_command(context: typer.Context) -> str:
+    """The command line as it was typed, for the report."""
+    return shlex.join(["layercut", *context.obj])
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write ``content`` where ``--json`` names a file."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

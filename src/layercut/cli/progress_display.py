@@ -34,26 +34,26 @@ def progress_display(*, quiet: bool = False) -> Iterator[None]:
 
 
 class LiveDisplay(Listener):
-    """One bar per stage, with the time left and the current figure."""
+    """One bar per stage, with the time left and the current status."""
 
     def __init__(self, console: Console) -> None:
         self.bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[figure]}", markup=False),
+            TextColumn("{task.fields[status]}", markup=False),
             console=console,
         )
         self._task: TaskID | None = None
         self._start = 0.0
-        self._figure = ""
+        self._status = ""
 
     def stage(self, name: str) -> None:
         """Start a bar; it pulses until the stage reports steps."""
         self.finish()
         self._start = time.perf_counter()
-        self._figure = ""
-        self._task = self.bars.add_task(name, total=None, figure="")
+        self._status = ""
+        self._task = self.bars.add_task(name, total=None, status="")
 
     def step(self, done: int, total: int) -> None:
         """Move the bar; a loop that starts again within a stage starts the bar again."""
@@ -63,50 +63,50 @@ class LiveDisplay(Listener):
             self.bars.reset(self._task, total=total)
         self.bars.update(self._task, completed=done, total=total)
 
-    def figure(self, text: str) -> None:
-        """Show a figure beside the bar."""
-        self._figure = text
+    def status(self, text: str) -> None:
+        """Show a status beside the bar."""
+        self._status = text
         if self._task is not None:
-            self.bars.update(self._task, figure=text)
+            self.bars.update(self._task, status=text)
 
     def finish(self) -> None:
         """Fill the current bar and show what the stage took."""
         if self._task is None:
             return
         seconds = time.perf_counter() - self._start
-        figure = ", ".join(filter(None, (f"{seconds:.1f} s", self._figure)))
-        self.bars.update(self._task, total=1, completed=1, figure=figure)
+        status = ", ".join(filter(None, (f"{seconds:.1f} s", self._status)))
+        self.bars.update(self._task, total=1, completed=1, status=status)
         self._task = None
 
 
 class PlainDisplay(Listener):
-    """One line per stage: its name when it starts, its seconds and last figure when it ends."""
+    """One line per stage: its name when it starts, its seconds and last status when it ends."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._start: float | None = None
-        self._figure = ""
+        self._status = ""
 
     def stage(self, name: str) -> None:
         """Start a line."""
         self.finish()
         self._start = time.perf_counter()
-        self._figure = ""
+        self._status = ""
         self._print(f"{name} ... ", end="")
 
     def step(self, done: int, total: int) -> None:
         """Steps are for bars."""
 
-    def figure(self, text: str) -> None:
-        """Remember a figure for the end of the line."""
-        self._figure = text
+    def status(self, text: str) -> None:
+        """Remember a status for the end of the line."""
+        self._status = text
 
     def finish(self) -> None:
         """End the current line."""
         if self._start is None:
             return
         seconds = time.perf_counter() - self._start
-        self._print(", ".join(filter(None, (f"{seconds:.1f} s", self._figure))))
+        self._print(", ".join(filter(None, (f"{seconds:.1f} s", self._status))))
         self._start = None
 
     def _print(self, text: str, end: str = "\n") -> None:

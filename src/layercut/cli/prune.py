@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from layercut.cli import options
 from layercut.cli.libraries import set_up_libraries
 from layercut.errors import PlanError
 
@@ -17,28 +17,18 @@ MAX_LAYERS = 10_000
 
 def prune(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, a Hub name, or embedded:smollm2-135m.")
-    ],
-    output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="The pruned checkpoint's folder.")
-    ],
+    model: options.ModelArgument,
+    output_dir: options.OutputDirOption,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="plan.json of a run without recovery.")
     ] = None,
     drop: Annotated[
         str | None, typer.Option("--drop", metavar="LAYERS", help="Or these layers: 13-17,28.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier output.")
-    ] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Never ask the Hub; use its cache only.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")
-    ] = False,
+    revision: options.RevisionOption = None,
+    overwrite: options.OverwriteOption = False,
+    offline: options.OfflineOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Drop layers of MODEL by copying its files: no scores, no recovery, nothing loaded.
 
@@ -55,7 +45,7 @@ def prune(
     from layercut.cli.tables import print_result
     from layercut.pipeline.prune_files import prune as by_files
 
-    command = shlex.join(["layercut", *context.obj])
+    command = options.join_command(context)
     with progress_display(quiet=quiet):
         result = by_files(
             model,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from layercut.cli import options
 from layercut.cli.libraries import set_up_libraries
 from layercut.recipe.recipe import load_recipe
 
@@ -18,22 +18,11 @@ def run(
         str,
         typer.Argument(metavar="RECIPE", help="A YAML file; `layercut recipe` prints a template."),
     ],
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="The pruned checkpoint's folder.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier output.")
-    ] = False,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Never ask the Hub; use its cache only.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")
-    ] = False,
+    output_dir: Annotated[Path | None, options.OUTPUT_DIR] = None,
+    settings: options.SettingsOption = None,
+    overwrite: options.OverwriteOption = False,
+    offline: options.OfflineOption = False,
+    quiet: options.QuietOption = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
     ] = False,
@@ -57,7 +46,7 @@ def run(
     from layercut.cli.tables import print_result
     from layercut.pipeline.run import run as run_recipe
 
-    command = shlex.join(["layercut", *context.obj])
+    command = options.join_command(context)
     with progress_display(quiet=quiet):
         result = run_recipe(resolved, output_dir, overwrite=overwrite, command=command)
     print_result(result, output_dir, quiet=quiet)

@@ -188,7 +188,7 @@ class PlanCache:
             # The search alone: what was scored on the way is in `score`, remembered or not.
             "select": max(0.0, whole - (self.scores.fresh_seconds - scored)),
         }
-        progress.figure(f"{size} layers: {', '.join(map(str, plan.dropped))}")
+        progress.status(f"{size} layers: {', '.join(map(str, plan.dropped))}")
         return {"plan": plan.to_json(), "seconds": seconds}
 
     def _keep(self, request: Request, scores: LayerScores) -> None:

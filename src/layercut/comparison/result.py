@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from layercut.comparison.rank_correlation import spearman
 from layercut.comparison.store import Store
 from layercut.evaluation.accuracy import paired_change
-from layercut.results import Provenance
+from layercut.results import Provenance, estimate_mean
 
 Row = dict[str, Any]
 DENSE = "dense"
@@ -154,8 +154,8 @@ def _paired_error(row: Row, dense: Row, text: str) -> float | None:
     after, before = (r.get("losses", {}).get(text, ()) for r in (row, dense))
     if len(after) != len(before) or len(after) < 2:
         return None
-    differences: list[float] = [x - y for x, y in zip(after, before, strict=True)]
-    return statistics.stdev(differences) / math.sqrt(len(differences))
+    after, before = (torch.tensor(losses, dtype=torch.float64) for losses in (after, before))
+    return estimate_mean(after - before).stderr
 
 
 def change(before: str, after: str) -> dict[str, float]:

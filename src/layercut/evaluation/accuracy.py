@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +21,7 @@ from layercut.data.encoding import Encoded, encode_choices
 from layercut.data.tasks import TaskRow
 from layercut.engine.loss import check_vocabulary
 from layercut.errors import DataError, NumericsError
-from layercut.results import Figure
+from layercut.results import Estimate, estimate_mean
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -114,25 +114,20 @@ def texts_of(view: DecoderView, rows: Sequence[TaskRow]) -> list[Text]:
     return [text for i, row in enumerate(rows) for text in _texts(view, i, row, context)]
 
 
-def accuracy(correct: Sequence[bool]) -> Figure:
+def accuracy(correct: Sequence[bool]) -> Estimate:
     """Fraction right with its standard error √(p(1 − p)/(n − 1)); 0 for a single row."""
-    n = len(correct)
-    value = sum(correct) / n
-    stderr = math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else 0.0
-    return Figure(value, stderr, n, tuple(correct))
+    mean = estimate_mean(torch.tensor(correct, dtype=torch.float64))
+    return replace(mean, outcomes=tuple(correct))
 
 
-def paired_change(before: Sequence[bool], after: Sequence[bool]) -> Figure:
+def paired_change(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
     """Change in accuracy from ``before`` to ``after``, both on the same rows.
 
     Source   the paired t interval; McNemar's table has the same differences
     Formula  d_i = after_i − before_i;  value = d̄,  stderr = s_d / √n
     """
     assert len(before) == len(after), "answers to different rows"
-    differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before).double()
-    n = len(differences)
-    spread = float(differences.std()) / math.sqrt(n) if n > 1 else 0.0
-    return Figure(float(differences.mean()), spread, n)
+    return estimate_mean(torch.tensor(after, dtype=torch.float64) - torch.tensor(before).double())
 
 
 def _is_right(row: TaskRow, scores: Sequence[float], greedy: Sequence[bool]) -> bool:

@@ -37,7 +37,7 @@ def check_comparable(view: DecoderView, dense: DecoderView) -> None:
 
 
 def beside(
-    figures: Evaluation,
+    evaluation: Evaluation,
     view: DecoderView,
     dense: DecoderView,
     *,
@@ -46,10 +46,10 @@ def beside(
     max_tokens: int = 8192,
     detokenize: bool | Literal["auto"] = "auto",
 ) -> Evaluation:
-    """``figures`` of ``view`` with its fidelity to ``dense`` and a generation check, on each text.
+    """``evaluation`` of ``view``, with fidelity to ``dense`` and a generation check on each text.
 
     Args:
-        figures: what `evaluate` has measured of ``view``.
+        evaluation: what `evaluate` has measured of ``view``.
         view: the model; unchanged afterwards.
         dense: the model that it is compared with; of the same tokenizer.
         text: name → data source; prompts are the starts of its windows.
@@ -69,12 +69,12 @@ def beside(
             source, view.tokenizer, seq_len=seq_len, max_tokens=max_tokens, detokenize=detokenize
         )
         fidelity[name] = compare_to_dense(view, DenseReference(dense, windows), windows)
-        progress.figure(f"{name} KL {fidelity[name].kl.value:.3f} nats")
+        progress.status(f"{name} KL {fidelity[name].kl.value:.3f} nats")
         prompts, new_tokens = _prompts(view, windows)
         theirs = generation_check(dense, prompts, new_tokens=new_tokens)
         ours = generation_check(view, prompts, theirs.tokens)
         generation[name] = replace(ours, reference=theirs)
-    return replace(figures, compared_to=dense.name, fidelity=fidelity, generation=generation)
+    return replace(evaluation, compared_to=dense.name, fidelity=fidelity, generation=generation)
 
 
 def _prompts(view: DecoderView, windows: Tensor) -> tuple[Tensor, int]:

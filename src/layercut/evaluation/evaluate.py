@@ -16,7 +16,7 @@ from layercut.evaluation.harness import run_harness
 from layercut.evaluation.perplexity import perplexity
 from layercut.evaluation.speed import decode_tokens_per_second, prefill_tokens_per_second
 from layercut.machine import peak_rss_bytes
-from layercut.results import Evaluation, Figure, TextWindows, harness_name
+from layercut.results import Estimate, Evaluation, TextWindows, harness_name
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -70,15 +70,15 @@ def evaluate(
         NetworkError: a text or task is on the Hub, which cannot be reached.
         NumericsError: a loss is not finite.
     """
-    figures, cuts = {}, {}
+    estimates, cuts = {}, {}
     for name, source in (text or {}).items():
         windows = evaluation_windows(
             source, view.tokenizer, seq_len=seq_len, max_tokens=max_tokens, detokenize=detokenize
         )
-        figures[name] = perplexity(view, windows)
+        estimates[name] = perplexity(view, windows)
         restored = is_detokenized(source, detokenize)
         cuts[name] = TextWindows(source, len(windows), windows.shape[1], restored)
-        progress.figure(f"{name} perplexity {figures[name].value:.2f}")
+        progress.status(f"{name} perplexity {estimates[name].value:.2f}")
     right = _accuracies(view, tasks or {})
     zero_shot = {}
     if harness:
@@ -87,7 +87,7 @@ def evaluate(
     return Evaluation(
         n_layers=view.n_layers,
         n_parameters=view.n_parameters,
-        perplexity=figures,
+        perplexity=estimates,
         accuracy=right,
         prefill_tokens_per_second=prefill_tokens_per_second(view) if speed else None,
         decode_tokens_per_second=decode_tokens_per_second(view) if speed else None,
@@ -99,7 +99,7 @@ def evaluate(
     )
 
 
-def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Figure]:
+def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Estimate]:
     """Of each task, and where choices have several tokens, also by likelihood per character."""
     right = {}
     for name, source in tasks.items():
@@ -107,7 +107,7 @@ def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Figure
         right[name] = accuracy(answers.correct)
         if answers.by_length is not None:
             right[f"{name}{BY_LENGTH}"] = accuracy(answers.by_length)
-        progress.figure(f"{name} accuracy {right[name].value:.3f}")
+        progress.status(f"{name} accuracy {right[name].value:.3f}")
     return right
 
 
@@ -120,9 +120,9 @@ def compared(after: Evaluation, before: Evaluation) -> Evaluation:
 
 def judged(stage: Evaluation) -> dict[str, tuple[bool, ...]]:
     """Which rows of each task are right, where that is known of every row."""
-    figures = {
-        harness_name(task, metric): figure
+    estimates = {
+        harness_name(task, metric): estimate
         for task, metrics in stage.harness.items()
-        for metric, figure in metrics.items()
+        for metric, estimate in metrics.items()
     }
-    return {name: f.outcomes for name, f in {**stage.accuracy, **figures}.items() if f.outcomes}
+    return {name: f.outcomes for name, f in {**stage.accuracy, **estimates}.items() if f.outcomes}

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from layercut import progress
-from layercut.engine.loss import check_vocabulary
+from layercut.engine.loss import check_vocabulary, kl_divergence
 from layercut.errors import DataError, ModelError, NumericsError
-from layercut.results import Fidelity, Figure
+from layercut.results import Fidelity, estimate_mean
 from layercut.spool import Spool
 
 if TYPE_CHECKING:
@@ -67,15 +67,15 @@ class DenseReference:
                 )
             self.states.write(start, hidden)
             start += len(hidden)
-        self.n_outputs = self.log_probabilities(0, 1).shape[1]
+        self.n_outputs = self.logits(0, 1).shape[1]
 
     @torch.no_grad()
-    def log_probabilities(self, start: int, stop: int) -> Tensor:
-        """Of every next token after tokens ``start`` to ``stop``, (n, vocabulary) float32."""
+    def logits(self, start: int, stop: int) -> Tensor:
+        """Of every next token after tokens ``start`` to ``stop``, (n, vocabulary)."""
         assert self.states is not None
         rows = self.states.rows[start:stop].to(self._view.device, self._dtype)
         with self._view.patched(self._head):
-            return self._view.head(rows).float().log_softmax(dim=-1)
+            return self._view.head(rows)
 
 
 @torch.no_grad()
@@ -101,13 +101,11 @@ def compare_to_dense(view: DecoderView, reference: DenseReference, windows: Tens
     same, divergences = [], []
     for first, hidden in progress.track(_final_states(view, windows), n_batches):
         for i in range(0, len(hidden), LOGITS_AT_ONCE):
-            chunk = view.head(hidden[i : i + LOGITS_AT_ONCE]).float()
+            chunk = view.head(hidden[i : i + LOGITS_AT_ONCE])
             check_same_outputs(chunk.shape[1], reference.n_outputs)
-            log_p = chunk.log_softmax(dim=-1)
-            log_q = reference.log_probabilities(first + i, first + i + len(chunk))
-            log_q = log_q.to(log_p.device)
-            same.append((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).double().cpu())
-            divergences.append((log_q.exp() * (log_q - log_p)).sum(dim=-1).double().cpu())
+            dense = reference.logits(first + i, first + i + len(chunk)).to(chunk.device)
+            same.append((chunk.argmax(dim=-1) == dense.argmax(dim=-1)).double().cpu())
+            divergences.append(kl_divergence(chunk, dense)[0].double().cpu())
     kl = torch.cat(divergences).view(n_windows, seq_len)
     if not bool(kl.isfinite().all()):
         window = int((~kl.isfinite()).any(dim=1).nonzero()[0])
@@ -115,7 +113,8 @@ def compare_to_dense(view: DecoderView, reference: DenseReference, windows: Tens
             f"KL to the dense model is not finite in window {window}: a model yields NaN or Inf "
             "there. Use dtype: float32, or check the weights."
         )
-    return Fidelity(_over_windows(torch.cat(same).view_as(kl)), _over_windows(kl))
+    per_window = [values.mean(dim=1) for values in (torch.cat(same).view_as(kl), kl)]
+    return Fidelity(*(estimate_mean(means, kl.numel()) for means in per_window))
 
 
 def check_same_outputs(n_outputs: int, n_dense: int) -> None:
@@ -149,10 +148,3 @@ def _head_tensors(view: DecoderView) -> dict[str, Tensor]:
     if head is None or place is None:
         return {}
     return {f"{place}.{name}": p.detach().clone() for name, p in head.named_parameters()}
-
-
-def _over_windows(values: Tensor) -> Figure:
-    """Mean of (n_windows, seq_len) and its standard error; 0 for a single window."""
-    means = values.mean(dim=1)
-    spread = float(means.std()) / len(means) ** 0.5 if len(means) > 1 else 0.0
-    return Figure(float(means.mean()), spread, values.numel())

@@ -5,7 +5,7 @@ Source   distinct-n: Li et al. 2016, arXiv:1510.03055; loops of greedy decoding:
 Formula  distinct_n = different n-grams / n-grams;  loop = the longest stretch in which every token
          equals the one a fixed distance before it, over the length (0 if it is not one full period)
 Meaning  perplexity sees the model on human text only; a pruned model can score well there and
-         still fall into loops on its own. The dense model's figures are the yardstick, not 1 and 0
+         still fall into loops on its own. The dense model's values are the yardstick, not 1 and 0
 Limits   greedy decoding, which loops more than sampling; the end-of-text token is a token like any
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from layercut import progress
 from layercut.engine.loss import check_vocabulary
 from layercut.errors import DataError, NumericsError
-from layercut.results import Figure, Generation
+from layercut.results import Generation, estimate_mean
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -73,18 +73,20 @@ def generation_check(
         )
     tokens = continuations(view, prompts, new_tokens)
     rows = tokens.tolist()
-    distinct = [_over_prompts([distinct_share(row, n) for row in rows]) for n in (1, 2, 3)]
+    shares = [[distinct_share(row, n) for row in rows] for n in (1, 2, 3)]
+    shares.append([loop_share(row) for row in rows])
+    *distinct, loop = map(estimate_mean, torch.tensor(shares, dtype=torch.float64))
     common = same = None
     if reference_tokens is not None:
         equal = tokens == reference_tokens.to(tokens.device)
         # cumprod is 1 as long as every token so far was the same.
-        common = _over_prompts(equal.long().cumprod(dim=1).sum(dim=1).tolist())
-        same = _over_prompts(equal.double().mean(dim=1).tolist())
+        common = estimate_mean(equal.long().cumprod(dim=1).sum(dim=1).double())
+        same = estimate_mean(equal.double().mean(dim=1))
     return Generation(
         tokens=tokens,
         prompt_tokens=prompt_tokens,
         distinct=(distinct[0], distinct[1], distinct[2]),
-        loop=_over_prompts([loop_share(row) for row in rows]),
+        loop=loop,
         common_prefix=common,
         agreement=same,
     )
@@ -149,10 +151,3 @@ def can_cache(view: DecoderView) -> bool:
     text = view.model.config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ())
     return not view.skipped or (0 not in view.skipped and len(kinds) <= 1)
-
-
-def _over_prompts(values: list[float]) -> Figure:
-    """Mean and its standard error, s / √n; 0 for a single prompt."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    spread = float(numbers.std()) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
-    return Figure(float(numbers.mean()), spread, len(numbers))

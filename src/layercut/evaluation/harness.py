@@ -23,7 +23,7 @@ import torch
 from layercut import progress
 from layercut.checkpoints.hf_calls import quiet
 from layercut.errors import DataError, NetworkError, NumericsError, RecipeError, suggestion
-from layercut.results import Figure
+from layercut.results import Estimate
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -94,8 +94,8 @@ def run_harness(
     *,
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
-) -> dict[str, dict[str, Figure]]:
-    """Task → metric → figure, under the harness's own names.
+) -> dict[str, dict[str, Estimate]]:
+    """Task → metric → estimate, under the harness's own names.
 
     A metric of another filter than ``none`` is called ``metric,filter``. Figures whose rows are
     right or wrong carry the rows' outcomes.
@@ -113,15 +113,17 @@ def run_harness(
     with _random_state():
         tasks = _tasks(tuple(names))
         found = _evaluated(view, tasks, limit, batch_size)
-    figures = {
-        name: _figures(name, metrics, found["n-samples"][name]["effective"], found["samples"][name])
+    estimates = {
+        name: _estimates(
+            name, metrics, found["n-samples"][name]["effective"], found["samples"][name]
+        )
         for name, metrics in found["results"].items()
         if name in tasks
     }
-    for name, metrics in figures.items():
-        shown = ", ".join(f"{metric} {figure.value:.3f}" for metric, figure in metrics.items())
-        progress.figure(f"{name} {shown}")
-    return figures
+    for name, metrics in estimates.items():
+        shown = ", ".join(f"{metric} {estimate.value:.3f}" for metric, estimate in metrics.items())
+        progress.status(f"{name} {shown}")
+    return estimates
 
 
 def expanded(names: Sequence[str]) -> list[str]:
@@ -229,11 +231,11 @@ def _wrapped(view: DecoderView, batch_size: int) -> Any:
     )
 
 
-def _figures(
+def _estimates(
     task: str, metrics: Mapping[str, Any], n_rows: int, samples: Sequence[Mapping[str, Any]]
-) -> dict[str, Figure]:
+) -> dict[str, Estimate]:
     """One task's metrics; the harness's keys are ``metric,filter`` and ``metric_stderr,filter``."""
-    figures = {}
+    estimates = {}
     for key, value in metrics.items():
         metric, comma, kept = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -249,8 +251,8 @@ def _figures(
         judged = len(rows) == n_rows and all(row in (0, 1) for row in rows)
         outcomes = tuple(bool(row) for row in rows) if judged else ()
         name = metric if kept == "none" else key
-        figures[name] = Figure(float(value), error, n_rows, outcomes)
-    return figures
+        estimates[name] = Estimate(float(value), error, n_rows, outcomes)
+    return estimates
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.engine.loss import _finite, check_vocabulary
-from layercut.results import Figure
+from layercut.results import Estimate, estimate_mean
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
 
-def perplexity(view: DecoderView, windows: Tensor) -> Figure:
+def perplexity(view: DecoderView, windows: Tensor) -> Estimate:
     """Exponential of the mean cross-entropy of every token of every window but its first.
 
     Args:
@@ -37,8 +37,7 @@ def perplexity(view: DecoderView, windows: Tensor) -> Figure:
         view.token_losses(ids) for ids in progress.track(windows.split(2), -(-len(windows) // 2))
     ]
     losses = torch.cat(rows).double().cpu()
-    mean = _finite(float(losses.mean()))
     per_window = losses.mean(dim=1)
-    spread = float(per_window.std()) / len(per_window) ** 0.5 if len(per_window) > 1 else 0.0
-    ppl = math.exp(mean)
-    return Figure(ppl, ppl * spread, n=losses.numel(), losses=tuple(per_window.tolist()))
+    ppl = math.exp(_finite(float(losses.mean())))
+    error = ppl * estimate_mean(per_window).stderr
+    return Estimate(ppl, error, n=losses.numel(), losses=tuple(per_window.tolist()))

@@ -46,8 +46,7 @@ def decode_tokens_per_second(view: DecoderView) -> float:
 
 
 def _prompt(view: DecoderView, n_tokens: int) -> torch.Tensor:
-    rows = int(view.model.get_input_embeddings().weight.shape[0])
-    return (torch.arange(n_tokens, device=view.device) % rows)[None]
+    return (torch.arange(n_tokens, device=view.device) % view.vocabulary_size)[None]
 
 
 def _best_seconds(view: DecoderView, run: Callable[[], None]) -> float:

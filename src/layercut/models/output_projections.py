@@ -132,7 +132,7 @@ def check_exact(view: DecoderView, layers: Iterable[int]) -> None:
         ModelError: something stands between the MLP's output and the residual stream.
     """
     wanted = set(layers)
-    rows = int(view.model.get_input_embeddings().weight.shape[0])
+    rows = view.vocabulary_size
     generator = torch.Generator().manual_seed(0)
     inputs = view.embed(torch.randint(rows, (1, PROBE_TOKENS), generator=generator))
     hidden = inputs.hidden

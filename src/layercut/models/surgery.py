@@ -71,9 +71,8 @@ def _identity_logits(view: DecoderView, plan: PruningPlan, patch: WeightPatch) -
 
 
 def _check_ids(view: DecoderView) -> Tensor:
-    rows = int(view.model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(rows, CHECK_SHAPE, generator=generator).to(view.device)
+    return torch.randint(view.vocabulary_size, CHECK_SHAPE, generator=generator).to(view.device)
 
 
 @torch.no_grad()

@@ -95,6 +95,11 @@ class DecoderView:
         return int(self.model.config.get_text_config(decoder=True).hidden_size)
 
     @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def context(self) -> int:
         """Longest sequence that the configuration allows; recurrent and ALiBi models set none."""
         text = self.model.config.get_text_config(decoder=True)

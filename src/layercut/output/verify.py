@@ -131,8 +131,7 @@ def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPla
 def check_ids(view: DecoderView) -> Tensor:
     """Random token ids to compare models on, (batch, seq)."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = view.model.get_input_embeddings().weight.shape[0]
-    return torch.randint(vocabulary, CHECK_SHAPE, generator=generator)
+    return torch.randint(view.vocabulary_size, CHECK_SHAPE, generator=generator)
 
 
 def sha256(tensor: Content) -> str:

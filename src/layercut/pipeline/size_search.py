@@ -79,7 +79,7 @@ def prune_within(
         with view.skipping(plan.dropped), view.patched(patch.tensors):
             loss = mean_loss(view, held_out.input_ids, held_out.micro_batch)
         trials[size] = math.exp(loss - dense)
-        progress.figure(f"{size} layers: perplexity × {trials[size]:.3f}")
+        progress.status(f"{size} layers: perplexity × {trials[size]:.3f}")
         if trials[size] <= max_perplexity_ratio:
             fits, best = size, (plan, evidence, patch)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from layercut.recipe.base import Count, Name, Positive, Section, SequenceLength
 
@@ -12,42 +12,16 @@ LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-class LoraSettings(Section):
-    """Adapters on every linear sub-layer of every layer."""
+class AdapterFields(BaseModel):
+    """Keys that LoRA has in a recipe's section and in a method's options."""
 
     rank: Count = Field(default=8, description="rank of the adapters")
     alpha: Positive = Field(default=32, description="their scale is alpha / rank")
-    dropout: Share = Field(default=0.0, description="dropout before the adapters")
 
 
-class DistillSettings(Section):
-    """A further loss term: the dense model's distribution where the labels are."""
+class RunFields(BaseModel):
+    """Keys that a fine-tuning has in the recipe and in the options of methods that begin one."""
 
-    weight: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.5, description="share of the loss; the labels keep the rest"
-    )
-    temperature: Positive = Field(
-        default=2.0, description="softens both distributions; the term is scaled by its square"
-    )
-    over: Literal["vocabulary", "choices"] = Field(
-        default="vocabulary",
-        description="what the distributions are over: all tokens, or the choices that all rows "
-        "share, of one token each",
-    )
-
-
-class FinetuneSettings(Section):
-    """LoRA or full fine-tuning on a task's rows, with the loss on the completion only.
-
-    The defaults are GradPruner's (arXiv:2601.19503, released code).
-    """
-
-    mode: Literal["lora", "full"] = Field(default="lora", description="lora or full")
-    data: Name = Field(
-        default="embedded:reviews@train",
-        description="rows of prompt and completion, chat messages, or choices: a .jsonl, .csv or "
-        ".parquet file, hub:owner/name[:config][@split], or embedded:reviews@train",
-    )
     epochs: Positive = Field(default=3.0, description="passes over the rows")
     max_steps: Count | None = Field(
         default=None, description="optimiser steps; instead of epochs where it is given"
@@ -69,6 +43,47 @@ class FinetuneSettings(Section):
     max_length: SequenceLength = Field(
         default=512, description="tokens of a row; a longer prompt loses its start"
     )
+
+
+class LoraSettings(AdapterFields, Section):
+    """Adapters on every linear sub-layer of every layer."""
+
+    dropout: Share = Field(default=0.0, description="dropout before the adapters")
+
+
+class DistillSettings(Section):
+    """A further loss term: the dense model's distribution where the labels are."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="share of the loss; the labels keep the rest"
+    )
+    temperature: Positive = Field(
+        default=2.0, description="softens both distributions; the term is scaled by its square"
+    )
+    over: Literal["vocabulary", "choices"] = Field(
+        default="vocabulary",
+        description="what the distributions are over: all tokens, or the choices that all rows "
+        "share, of one token each",
+    )
+
+
+class _Task(Section):
+    """What is trained, and on what: the first keys of ``finetune``."""
+
+    mode: Literal["lora", "full"] = Field(default="lora", description="lora or full")
+    data: Name = Field(
+        default="embedded:reviews@train",
+        description="rows of prompt and completion, chat messages, or choices: a .jsonl, .csv or "
+        ".parquet file, hub:owner/name[:config][@split], or embedded:reviews@train",
+    )
+
+
+class FinetuneSettings(RunFields, _Task):
+    """LoRA or full fine-tuning on a task's rows, with the loss on the completion only.
+
+    The defaults are GradPruner's (arXiv:2601.19503, released code).
+    """
+
     lora: LoraSettings = Field(
         default_factory=LoraSettings, description="adapters on every linear sub-layer"
     )

@@ -230,5 +230,5 @@ def _longest(
             eta /= 2
             losses[eta] = loss_at(eta)
     best = min(losses, key=lambda tried: losses[tried])
-    progress.figure(f"a step of {best:.2%}: loss {losses[0.0]:.3f} → {losses[best]:.3f}")
+    progress.status(f"a step of {best:.2%}: loss {losses[0.0]:.3f} → {losses[best]:.3f}")
     return best, moved(view, tensors, directions, best) if best else dict(tensors)

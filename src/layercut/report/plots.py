@@ -25,7 +25,7 @@ from layercut.report.svg import (
     inline_svg,
     style,
 )
-from layercut.results import Figure
+from layercut.results import Estimate
 from layercut.types import PruningPlan
 
 WIDTH = 9.6
@@ -68,28 +68,28 @@ def layers(plan: PruningPlan, patched: int | None = None) -> str:
         return inline_svg(plot, "layers", _told(plan, patched))
 
 
-def perplexities(stages: Mapping[str, Mapping[str, Figure]]) -> str:
+def perplexities(stages: Mapping[str, Mapping[str, Estimate]]) -> str:
     """Horizontal bars: texts in order, one bar per stage.
 
     Args:
         stages: stage title → text name → perplexity.
     """
-    texts = dict.fromkeys(name for figures in stages.values() for name in figures)
+    texts = dict.fromkeys(name for estimates in stages.values() for name in estimates)
     bars = [
-        (f"{text}: {title.lower()}", figures[text], title.startswith("Dense"))
+        (f"{text}: {title.lower()}", estimates[text], title.startswith("Dense"))
         for text in texts
-        for title, figures in stages.items()
-        if text in figures
+        for title, estimates in stages.items()
+        if text in estimates
     ]
     with style():
         plot = Plot(figsize=(WIDTH, 0.36 * len(bars) + 0.65), layout="constrained")
         axis = plot.subplots()
-        for row, (_, figure, dense) in enumerate(bars):
+        for row, (_, estimate, dense) in enumerate(bars):
             mark = KEPT_MARK if dense else DROPPED_MARK
-            axis.barh(row, figure.value, xerr=figure.stderr, height=0.7, ecolor=INK, **mark)
-            end = figure.value + figure.stderr
+            axis.barh(row, estimate.value, xerr=estimate.stderr, height=0.7, ecolor=INK, **mark)
+            end = estimate.value + estimate.stderr
             axis.annotate(
-                f"{figure.value:,.2f}",
+                f"{estimate.value:,.2f}",
                 (end, row),
                 xytext=(6, 0),
                 textcoords="offset points",
@@ -101,7 +101,7 @@ def perplexities(stages: Mapping[str, Mapping[str, Figure]]) -> str:
         axis.set_xlim(left=0)
         axis.set_xlabel("perplexity: lower is better; whiskers show one standard error")
         axis.tick_params(axis="y", length=0)
-        told = "; ".join(f"{label} {figure.value:.2f}" for label, figure, _ in bars)
+        told = "; ".join(f"{label} {estimate.value:.2f}" for label, estimate, _ in bars)
         return inline_svg(plot, "perplexities", f"Bars of perplexity. {told}.")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from layercut.results import Evaluation, Figure, RunResult, harness_name
+from layercut.results import Estimate, Evaluation, RunResult, harness_name
 
 if TYPE_CHECKING:
     from layercut.results import Generation
@@ -103,13 +103,13 @@ def compared_stages(result: RunResult) -> tuple[str, str]:
 
 
 def measured(stage: Evaluation) -> list[tuple[str, str]]:
-    """Every figure of one model as (what was measured, its value)."""
-    figures = [(label, measure.text) for label, measure in _measures(stage).items()]
+    """What one model was measured to be, as (what was measured, its value)."""
+    rows = [(label, measure.text) for label, measure in _measures(stage).items()]
     for name, cut in stage.windows.items():
         restored = ", detokenized" if cut.detokenized else ""
         text = f"{cut.n_windows} of {cut.seq_len:,} tokens{restored}"
-        figures.append((f"Windows, {name}", text))
-    return figures
+        rows.append((f"Windows, {name}", text))
+    return rows
 
 
 def _measures(stage: Evaluation, training: str = "Fine-tuning") -> dict[str, _Measure]:
@@ -122,10 +122,10 @@ def _measures(stage: Evaluation, training: str = "Fine-tuning") -> dict[str, _Me
         "Layers": _Measure(stage.n_layers, str(stage.n_layers), _difference),
         "Parameters": _Measure(stage.n_parameters, f"{stage.n_parameters:,}", _percent),
     }
-    for name, figure in stage.perplexity.items():
-        found[f"Perplexity, {name}"] = _Measure(figure.value, _with_error(figure, 2), _factor)
-    for name, figure in stage.accuracy.items():
-        found[f"{ACCURACY}{name}"] = _Measure(figure.value, _with_error(figure, 3), _points)
+    for name, estimate in stage.perplexity.items():
+        found[f"Perplexity, {name}"] = _Measure(estimate.value, _with_error(estimate, 2), _factor)
+    for name, estimate in stage.accuracy.items():
+        found[f"{ACCURACY}{name}"] = _Measure(estimate.value, _with_error(estimate, 3), _points)
     found |= _zero_shot(stage) | _likeness(stage)
     if stage.flops_per_token is not None:
         label = f"GFLOPs per token, context {stage.flops_context:,}"
@@ -148,10 +148,10 @@ def _zero_shot(stage: Evaluation) -> dict[str, _Measure]:
     """The metrics of lm-evaluation-harness, and the mean accuracy over its tasks."""
     found = {}
     for task, metrics in stage.harness.items():
-        for metric, figure in metrics.items():
+        for metric, estimate in metrics.items():
             how = _points if metric.startswith("acc") else _gap
             label = ZERO_SHOT + harness_name(task, metric)
-            found[label] = _Measure(figure.value, _with_error(figure, 3), how)
+            found[label] = _Measure(estimate.value, _with_error(estimate, 3), how)
     accuracies = [metrics["acc"] for metrics in stage.harness.values() if "acc" in metrics]
     if len(accuracies) > 1:
         mean = _mean(accuracies)
@@ -164,25 +164,25 @@ def _likeness(stage: Evaluation) -> dict[str, _Measure]:
     """Agreement with the model that this one was compared with, and how both go on alone."""
     found = {}
     for name, fidelity in stage.fidelity.items():
-        for label, figure in (
+        for label, estimate in (
             ("Next-token agreement", fidelity.agreement),
             ("KL, nats per token", fidelity.kl),
         ):
-            found[f"{label}, {name}"] = _Measure(figure.value, _with_error(figure, 3), _gap)
+            found[f"{label}, {name}"] = _Measure(estimate.value, _with_error(estimate, 3), _gap)
     for name, generation in stage.generation.items():
-        for label, figure, theirs in _generated(generation):
+        for label, estimate, theirs in _generated(generation):
             other = "" if theirs is None else f" (the other: {_with_error(theirs, 3)})"
-            text = _with_error(figure, 3) + other
-            found[f"{label}, {name}"] = _Measure(figure.value, text, _gap)
+            text = _with_error(estimate, 3) + other
+            found[f"{label}, {name}"] = _Measure(estimate.value, text, _gap)
     return found
 
 
-def _generated(generation: Generation) -> list[tuple[str, Figure, Figure | None]]:
-    """Label, figure, and the other model's."""
+def _generated(generation: Generation) -> list[tuple[str, Estimate, Estimate | None]]:
+    """Label, estimate, and the other model's."""
     other = generation.reference
     found = [
-        (f"Generated, distinct {n}-grams", figure, other.distinct[n - 1] if other else None)
-        for n, figure in enumerate(generation.distinct, start=1)
+        (f"Generated, distinct {n}-grams", estimate, other.distinct[n - 1] if other else None)
+        for n, estimate in enumerate(generation.distinct, start=1)
     ]
     found.append(("Generated, share in a loop", generation.loop, other.loop if other else None))
     if generation.common_prefix is not None and generation.agreement is not None:
@@ -193,15 +193,15 @@ def _generated(generation: Generation) -> list[tuple[str, Figure, Figure | None]
     return found
 
 
-def _with_error(figure: Figure, digits: int) -> str:
-    return f"{figure.value:,.{digits}f} ± {figure.stderr:.{digits}f}"
+def _with_error(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.value:,.{digits}f} ± {estimate.stderr:.{digits}f}"
 
 
-def _mean(figures: Sequence[Figure]) -> Figure:
+def _mean(estimates: Sequence[Estimate]) -> Estimate:
     """Their mean, with the standard error that independent tasks give it: √(Σ se²) / n."""
-    n = len(figures)
-    spread = sum(figure.stderr**2 for figure in figures) ** 0.5 / n
-    return Figure(sum(figure.value for figure in figures) / n, spread, n)
+    n = len(estimates)
+    spread = sum(estimate.stderr**2 for estimate in estimates) ** 0.5 / n
+    return Estimate(sum(estimate.value for estimate in estimates) / n, spread, n)
 
 
 def _difference(dense: float, pruned: float) -> str:
@@ -220,7 +220,7 @@ def _points(dense: float, pruned: float) -> str:
     return f"{100 * (pruned - dense):+.1f} points".replace("-", "−")
 
 
-def _paired_points(change: Figure) -> str:
+def _paired_points(change: Estimate) -> str:
     text = f"{100 * change.value:+.1f} ± {100 * change.stderr:.1f} points"
     return text.replace("-", "−")
 

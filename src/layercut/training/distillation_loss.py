@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layercut.engine.loss import kl_divergence, log_normaliser
 from layercut.models.view import DecoderView
 
 CHUNK = 128
@@ -72,8 +73,7 @@ class Divergence:
         if not normed.requires_grad:
             return total
         whole = torch.cat(gradients).view_as(normed)
-        joined: Tensor = _WithGradient.apply(normed, total, whole)  # type: ignore[no-untyped-call]
-        return joined
+        return attach_gradient(normed, total, whole)
 
     def _chunk(
         self, states: Tensor, guide: Tensor, labels: Tensor, weights: tuple[float, float]
@@ -108,29 +108,20 @@ def chunk_loss(
     Returns:
         The weighted sum, a float32 scalar, and its gradient, (n, vocabulary), float32.
     """
-    z, target = logits.float() / temperature, dense.float() / temperature
-    p, q = z.softmax(dim=-1), target.softmax(dim=-1)
-    # Σ q log(q/p) = Σ q (target − z) − log Σ e^target + log Σ e^z
-    divergence = _log_normaliser(z, p) - _log_normaliser(target, q)
-    divergence += torch.linalg.vecdot(q, target.sub_(z))
+    divergence, p, q = kl_divergence(logits, dense, temperature)
     loss = weights[0] * temperature**2 * divergence.sum()
     gradient = (p - q).mul_(weights[0] * temperature)
     if weights[1]:
+        z = logits.float()
         if temperature != 1:
-            z = logits.float()
             p = z.softmax(dim=-1)
         has_label = labels >= 0
         rows, columns = has_label.nonzero().squeeze(1), labels[has_label]
-        loss += weights[1] * (_log_normaliser(z, p)[rows] - z[rows, columns]).sum()
+        loss += weights[1] * (log_normaliser(z, p)[rows] - z[rows, columns]).sum()
         p[~has_label] = 0.0
         p[rows, columns] -= 1.0
         gradient.add_(p, alpha=weights[1])
     return loss, gradient
-
-
-def _log_normaliser(z: Tensor, p: Tensor) -> Tensor:
-    """Of every row, log Σ e^z, from its softmax p: on a CPU, logsumexp takes 15 times as long."""
-    return z.amax(dim=-1) - p.amax(dim=-1).log()
 
 
 def _normed(view: DecoderView, input_ids: Tensor) -> Tensor:
@@ -138,6 +129,12 @@ def _normed(view: DecoderView, input_ids: Tensor) -> Tensor:
         output = view.decoder(input_ids=input_ids.to(view.device), use_cache=False)
     states: Tensor = output.last_hidden_state
     return states
+
+
+def attach_gradient(states: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """``value`` as a function of ``states`` whose gradient is known already, of their shape."""
+    joined: Tensor = _WithGradient.apply(states, value, gradient)  # type: ignore[no-untyped-call]
+    return joined
 
 
 class _WithGradient(torch.autograd.Function):

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -24,7 +24,8 @@ from layercut.gradients.log import GradientLog
 from layercut.gradients.lora_weights import lora_weights
 from layercut.models.attention import eager
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import FinetuneSettings, LoraSettings
+from layercut.recipe.base import Count, Positive
+from layercut.recipe.finetune import AdapterFields, FinetuneSettings, LoraSettings, RunFields
 from layercut.registry import MethodOptions
 from layercut.training.finetune import build_trainer, check_rows, detach, n_steps
 from layercut.training.finetune_trainer import CompletionTrainer
@@ -33,13 +34,10 @@ from layercut.types import CalibrationBatches
 EARLY_SHARE = 0.01
 """The paper's share of a run that is recorded; it sets the run's length where no data does."""
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 Example = dict[str, Any]
 
 
-class EarlyRunOptions(MethodOptions):
+class EarlyRunOptions(RunFields, AdapterFields, MethodOptions):
     """The run that is begun, GradPruner's by default, and how much of it is recorded.
 
     Without ``data`` the model learns the calibration text, one gradient group of it a step, as if
@@ -49,21 +47,7 @@ class EarlyRunOptions(MethodOptions):
 
     data: str | None = Field(default=None, description="rows of the task, as for finetune.data")
     steps: Count = Field(default=40, description="optimiser steps that are made and recorded")
-    epochs: Positive = Field(default=3.0, description="passes over the rows in the whole run")
-    max_steps: Count | None = Field(
-        default=None, description="optimiser steps of the whole run; instead of epochs"
-    )
-    rank: Count = Field(default=8, description="rank of the adapters")
-    alpha: Positive = Field(default=32, description="their scale is alpha / rank")
     learning_rate: Positive = Field(default=1e-4, description="peak of the whole run")
-    batch_size: Count = Field(default=8, description="rows in memory at once")
-    accumulation: Count = Field(default=8, description="batches behind one optimiser step")
-    warmup_ratio: Share = Field(default=0.03, description="share of the whole run's steps")
-    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        default="linear", description="of the learning rate over the whole run"
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.1, description="of AdamW")
-    max_length: Annotated[int, Field(ge=2)] = Field(default=512, description="tokens of a row")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of data order and adapters")
 
 
@@ -190,18 +174,6 @@ def _text_settings(batches: CalibrationBatches, options: EarlyRunOptions) -> Fin
 
 
 def _task_settings(options: EarlyRunOptions) -> FinetuneSettings:
-    return FinetuneSettings(
-        mode="lora",
-        epochs=options.epochs,
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        accumulation=options.accumulation,
-        warmup_ratio=options.warmup_ratio,
-        scheduler=options.scheduler,
-        weight_decay=options.weight_decay,
-        max_length=options.max_length,
-        lora=LoraSettings(rank=options.rank, alpha=options.alpha),
-        save_steps=None,
-        seed=options.seed,
-    )
+    shared = options.model_dump(include=set(RunFields.model_fields))
+    lora = LoraSettings(rank=options.rank, alpha=options.alpha)
+    return FinetuneSettings(mode="lora", lora=lora, save_steps=None, seed=options.seed, **shared)

@@ -16,7 +16,6 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -36,6 +35,7 @@ from layercut.training.resume import (
     settings_hash,
     trainer_folder,
 )
+from layercut.training.trainers import build_arguments, build_quietly
 
 __all__ = [
     "FinetuneSettings",
@@ -173,10 +173,8 @@ def build_trainer(
     collator = DataCollatorForLanguageModeling(pad_token_id=pad_token(view))
     if settings.mode == "full":
         view.model.requires_grad_(True)
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.23 for a property by its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        trainer = CompletionTrainer(
+    trainer = build_quietly(
+        lambda: CompletionTrainer(
             model=view.model,
             args=_arguments(view, settings, output_dir),
             train_dataset=dataset,
@@ -185,7 +183,7 @@ def build_trainer(
             peft_config=adapters_on(view, settings.lora) if settings.mode == "lora" else None,
             callbacks=list(callbacks),
         )
-    trainer.remove_callback(PrinterCallback)
+    )
     trainer.distill, trainer.teacher = settings.distill, teacher
     if settings.distill is not None and settings.distill.over == "choices":
         trainer.choices = torch.tensor(choice_tokens(rows, view.tokenizer), device=view.device)
@@ -199,32 +197,22 @@ def n_steps(settings: FinetuneSettings, n_rows: int) -> int:
     return math.ceil(settings.epochs * math.ceil(n_rows / settings.rows_per_step))
 
 
-def _arguments(view: DecoderView, settings: FinetuneSettings, output_dir: Path) -> SFTConfig:
-    on_cpu = view.device.type == "cpu"
-    return SFTConfig(
-        output_dir=str(output_dir),
+def _arguments(view: DecoderView, settings: FinetuneSettings, output_dir: Path) -> Any:
+    return build_arguments(
+        SFTConfig,
+        view,
+        settings,
+        output_dir,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.rate,
-        per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
         warmup_steps=settings.warmup_ratio,
         lr_scheduler_type=settings.scheduler,
-        weight_decay=settings.weight_decay,
         max_length=None,  # `training_example` has cut the rows
         bf16=view.mixed_precision or view.model.dtype == torch.bfloat16,
         activation_checkpointing=False,
-        use_cache=view.model.config.use_cache,  # else the trainer edits the model's configuration
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        seed=settings.seed or 0,
         report_to=settings.report_to,
-        save_strategy="no" if settings.save_steps is None else "steps",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=1,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
     )
 
 

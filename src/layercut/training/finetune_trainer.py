@@ -14,6 +14,7 @@ from trl import SFTTrainer
 from layercut.data.encoding import IGNORED
 from layercut.models.view import DecoderView
 from layercut.recipe.finetune import DistillSettings
+from layercut.training.distillation_loss import attach_gradient, chunk_loss
 
 
 class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
@@ -103,10 +104,9 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         teacher: the teacher's, (n, vocabulary).
         temperature: T.
     """
-    student = (logits / temperature).log_softmax(dim=-1)
-    target = (teacher / temperature).log_softmax(dim=-1)
-    summed = functional.kl_div(student, target, reduction="sum", log_target=True)
-    return temperature**2 * summed
+    no_labels = torch.full((len(logits),), -1, device=logits.device)
+    loss, gradient = chunk_loss(logits, teacher, no_labels, temperature, (1.0, 0.0))
+    return attach_gradient(logits, loss, gradient)
 
 
 class SortedSteps(Sampler[int]):

@@ -14,7 +14,6 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
 from layercut.errors import RecipeError
 from layercut.models.attention import eager
@@ -25,6 +24,7 @@ from layercut.training.heal_trainer import Budget, HealTrainer, Judge
 from layercut.training.heal_windows import check_windows, hold_out
 from layercut.training.lora_adapters import adapters_on, detach
 from layercut.training.resume import last_checkpoint, model_hash, settings_hash, trainer_folder
+from layercut.training.trainers import build_arguments, build_quietly
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,39 +173,26 @@ def _trainer(
     folder: Path,
     callbacks: list[TrainerCallback],
 ) -> HealTrainer:
-    on_cpu = view.device.type == "cpu"
     torch.manual_seed(settings.seed or 0)  # of the adapters, which are drawn before the trainer is
-    with warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.23 for a property by its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        trainer = HealTrainer(
+    return build_quietly(
+        lambda: HealTrainer(
             model=get_peft_model(view.model, adapters_on(view, settings.lora)),
-            args=TrainingArguments(
-                output_dir=str(folder),
+            args=build_arguments(
+                TrainingArguments,
+                view,
+                settings,
+                folder,
                 max_steps=callbacks[0].max_steps,
                 learning_rate=settings.learning_rate,
-                per_device_train_batch_size=settings.batch_size,
-                weight_decay=settings.weight_decay,
-                use_cache=view.model.config.use_cache,  # else the trainer edits the configuration
-                use_cpu=on_cpu,
-                dataloader_pin_memory=not on_cpu,
                 dataloader_drop_last=True,
                 remove_unused_columns=False,
                 label_names=[],
-                seed=settings.seed or 0,
                 report_to="none",
-                save_strategy="no" if settings.save_steps is None else "steps",
-                save_steps=settings.save_steps or 500,
-                save_total_limit=1,
-                logging_steps=1,
-                logging_nan_inf_filter=False,
-                disable_tqdm=True,
             ),
             train_dataset=[{"input_ids": ids, "window": i} for i, ids in enumerate(windows)],
             callbacks=callbacks,
         )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    )
 
 
 def _check_teacher(view: DecoderView, teacher: DecoderView) -> None:

@@ -172,7 +172,7 @@ class Judge(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "dtype: float32."
             )
         self.losses.append((step, loss))
-        progress.figure(f"held-out loss {self.losses[0][1]:.3f} → {loss:.3f}")
+        progress.status(f"held-out loss {self.losses[0][1]:.3f} → {loss:.3f}")
         if step and self.best_step == step:
             self._best = {name: p.detach().clone() for name, p in _trained(model).items()}
             if self._settings.save_steps is not None:

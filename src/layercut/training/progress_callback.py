@@ -72,4 +72,4 @@ class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
                 f"the training loss is {loss} at step {state.global_step}. Lower "
                 f"{self.section}.learning_rate, or use dtype: float32."
             )
-        progress.figure(f"loss {loss:.3f}")
+        progress.status(f"loss {loss:.3f}")

@@ -134,7 +134,7 @@ def check_scale_free(view: DecoderView, layers: Iterable[int]) -> None:
         ModelError: a layer or the final norm depends on the scale of the stream.
     """
     wanted = set(layers)
-    rows = int(view.model.get_input_embeddings().weight.shape[0])
+    rows = view.vocabulary_size
     ids = torch.randint(rows, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     inputs = view.embed(ids)
     hidden = inputs.hidden

@@ -106,7 +106,7 @@ def _best_step(
         for step in STEP_GRID:
             with view.patched(partly(view, tensors, step)):
                 losses[step] = mean_loss(view, sequences, micro_batch)
-            progress.figure(f"{step:.0%} of the change: loss {losses[step]:.3f}")
+            progress.status(f"{step:.0%} of the change: loss {losses[step]:.3f}")
             if losses[step] > min(losses.values()):
                 break
     best = min(losses, key=lambda step: losses[step])
@@ -141,12 +141,12 @@ def _stepped(
         loss = mean_loss(view, sequences, micro_batch)
     before = patch.notes["held_out_loss_with" if patch.tensors else "held_out_loss_without"]
     if not loss < before:
-        return replace(patch, notes={**patch.notes, "gradient_steps": ()})
+        return replace(patch, notes={**patch.notes, "steps": ()})
     notes = {
         **patch.notes,
         "accepted": True,
         "tensors_changed": len(tensors),
-        "gradient_steps": lengths,
+        "steps": lengths,
         "loss_after_steps": loss,
     }
     return replace(patch, tensors=tensors, notes=notes)

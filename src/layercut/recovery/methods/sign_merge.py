@@ -93,7 +93,7 @@ def fit(
     notes = {
         "merged_into": {str(layer): kept for layer, kept in into.items()},
         "discarded": sorted(discarded),
-        "gradient_steps": log.n_steps,
+        "recorded_steps": log.n_steps,
     }
     return replace(patch, notes={**notes, **patch.notes})
 

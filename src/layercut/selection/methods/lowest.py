@@ -43,7 +43,7 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
         dropped: list[int] = []
         rounds: list[Round] = []
         while len(dropped) < n_drop:
-            progress.figure(f"decision {len(rounds) + 1} of {n_drop // n_each}")
+            progress.status(f"decision {len(rounds) + 1} of {n_drop // n_each}")
             if len(rounds) == len(memory):
                 with view.skipping(dropped):
                     new = request.scorer(view, batches, request.scoring)

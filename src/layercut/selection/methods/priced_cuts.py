@@ -141,7 +141,7 @@ def search(
             break
         candidate = min(candidates, key=lambda plan: plan_price(plan, prices))
         losses[candidate] = plan_loss(view, batches, dense, candidate)
-        progress.figure(f"plan {len(losses)} of {PLANS_TRIED}: loss {min(losses.values()):.3f}")
+        progress.status(f"plan {len(losses)} of {PLANS_TRIED}: loss {min(losses.values()):.3f}")
         if losses[candidate] < losses[best]:
             best = candidate
     return best, losses
