@@ -133,7 +133,7 @@ def unmeasured(rows: Sequence[Row]) -> str:
 
 def peers(result: Comparison, size: int) -> list[str]:
     """The published methods that ran at this size, the lowest perplexity first."""
-    names = {contestant.name for contestant in PUBLISHED}
+    names = {preset.name for preset in PUBLISHED}
     return [
         row["method"] for row in ran(result) if row["layers"] == size and row["method"] in names
     ]

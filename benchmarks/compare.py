@@ -81,7 +81,7 @@ def main() -> None:
     if arguments.task_rows:
         sources = drawn(arguments.data, arguments.output, arguments.task_rows)
         judged = {**settings, "evaluation": {**settings["evaluation"], "tasks": sources}}
-    names = [contestant.name for contestant in parse_methods(arguments.methods)]
+    names = [entry.name for entry in parse_methods(arguments.methods)]
     result = None
     if OURS.name in names:  # all at once, because every further call would recover it again
         names.remove(OURS.name)

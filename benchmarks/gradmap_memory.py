@@ -138,7 +138,7 @@ def projection(data: Path) -> dict[str, Any]:
     """Closed form against converged gradient descent on the same rows, real activations."""
     import layercut
     from layercut.recovery.methods.projection import (
-        largest_mean_shift,
+        find_largest_mean_shift,
         solve_closed_form,
         solve_gradient_descent,
     )
@@ -148,7 +148,7 @@ def projection(data: Path) -> dict[str, Any]:
     source = {"data": str(data / "wikitext2/wiki.valid.raw"), **CALIBRATION, "n_sequences": 16}
     batches = layercut.calibration_batches(source, view.tokenizer)
     plan = PruningPlan(MODEL, view.n_layers, (12, 17, 25), "given")
-    shift = largest_mean_shift(view, plan, batches)
+    shift = find_largest_mean_shift(view, plan, batches)
     seconds: dict[str, float] = {}
     solutions = {}
     for solve in (solve_closed_form, solve_gradient_descent):

@@ -31,7 +31,8 @@ from layercut.machine import peak_rss_bytes, reset_peak_rss
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
 from layercut.recipe.finetune import DistillSettings, FinetuneSettings
-from layercut.selection.select import Planner, Request, planner
+from layercut.registry import describe, resolve
+from layercut.selection.select import PlanOfSize, Request, plan_sizes
 from layercut.training.finetune import n_steps, trained_names, tune
 from layercut.types import CalibrationBatches, PruningPlan
 from row_store import RESULTS, print_table, save, stored
@@ -40,7 +41,7 @@ from task_files import write_rows
 MODEL = "embedded:smollm2-135m"
 DENSE = "dense"
 MAIN = (DENSE, "ours", "igia+merge", "reverse-order", "random", "block-influence")
-PLANNERS: dict[tuple[Any, ...], Planner] = {}
+PLANS: dict[tuple[Any, ...], PlanOfSize] = {}
 """One early run of a seed serves every size and share of the same process; its seconds are booked
 with the first row that needs it."""
 
@@ -212,7 +213,7 @@ def prune(
 ) -> PruningPlan:
     how = METHODS[method]
     scoring_options: dict[str, Any] = {"seed": settings.seed} if how["scoring"] == "random" else {}
-    protect = {0} if how["recovery"] in ("refit", "sign-merge") else set()
+    protect = {0} if describe("recovery", how["recovery"]).needs_previous_layer else set()
     strategy = how.get("strategy", "lowest")
     shared = (strategy, how["scoring"], settings.seed, bool(protect))
     with tempfile.TemporaryDirectory(prefix="layercut-rows-") as folder:
@@ -220,13 +221,12 @@ def prune(
             data = write_rows(train, Path(folder) / "train.jsonl")
             n_run = n_steps(settings, len(train))
             scoring_options = early_run(settings, data, n_run, steps)
-        if shared not in PLANNERS:
-            request = Request(
-                protect=frozenset(protect), scoring=how["scoring"], scoring_options=scoring_options
-            )
-            own = reload(view)  # the planner goes on using it; `view` is about to be pruned
-            PLANNERS[shared] = planner(own, batches, strategy=strategy, request=request)
-        plan, evidence = PLANNERS[shared](size)
+        if shared not in PLANS:
+            scoring = resolve("scoring", how["scoring"], scoring_options)
+            request = Request(scoring=scoring, strategy=strategy, protect=frozenset(protect))
+            own = reload(view)  # plans go on using it; `view` is about to be pruned
+            PLANS[shared] = plan_sizes(own, batches, request)
+        plan, evidence = PLANS[shared](size)
     options = how.get("recovery_options", {})
     if "n_merged" in how:
         options = options | {"merge": "beyond-safe", "n_safe": size - how["n_merged"]}

@@ -26,7 +26,8 @@ from layercut.data.calibration import pack_tokens
 from layercut.data.sources import read_texts
 from layercut.machine import provenance
 from layercut.models.view import DecoderView
-from layercut.selection.select import Planner, Request, planner
+from layercut.registry import resolve
+from layercut.selection.select import PlanOfSize, Request, plan_sizes
 from layercut.types import CalibrationBatches, PruningPlan
 
 MODEL = "embedded:smollm2-135m"
@@ -71,12 +72,14 @@ def judge(results: dict[str, Any], view: DecoderView, arguments: argparse.Namesp
         batches = mixed_batches(arguments.data, view, arguments.tokens, seed)
         forward = forward_seconds(view, batches)
         start = time.perf_counter()
-        choose = planner(view, batches, strategy="priced-cuts", request=Request())
+        scoring = resolve("scoring", "residual-sensitivity")
+        request = Request(scoring=scoring, strategy="priced-cuts")
+        plan_of_size = plan_sizes(view, batches, request)
         price = time.perf_counter() - start
         print(f"seed {seed}: one forward pass of {arguments.tokens} tokens {forward:.0f} s")
         print(f"{'layers':6} {'ratio to dense':56} {'passes: price + search + refit':32} dropped")
         for size in arguments.sizes:
-            row = prune(view, batches, choose, size, {"price": price})
+            row = prune(view, batches, plan_of_size, size, {"price": price})
             with view.skipping(row["dropped"]), view.patched(row.pop("tensors")):
                 pruned = measure(view, texts, arguments.test_tokens)
             row |= {"seed": seed, "forward_seconds": forward, "perplexity": pruned}
@@ -133,12 +136,12 @@ def forward_seconds(view: DecoderView, batches: CalibrationBatches) -> float:
 def prune(
     view: DecoderView,
     batches: CalibrationBatches,
-    choose: Planner,
+    plan_of_size: PlanOfSize,
     size: int,
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    plan, evidence = choose(size)
+    plan, evidence = plan_of_size(size)
     searched = time.perf_counter()
     patch = layercut.fit(view, plan, evidence, batches)
     fitted = time.perf_counter()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from layercut.version import __version__
 
 if TYPE_CHECKING:
     from layercut.comparison.run import compare
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from layercut.selection.select import select
     from layercut.training.finetune import tune
 
-# Public name → its module; imported on first use, so that `layercut --help` needs no torch.
+# Public name → its module, and its name there where that differs (module:name); imported on first
+# use, so that `layercut --help` needs no torch.
 _HOMES = {
     "DecoderView": "layercut.models.view",
     "FinetuneSettings": "layercut.recipe.finetune",
@@ -55,7 +56,7 @@ _HOMES = {
     "score": "layercut.scoring.score",
     "select": "layercut.selection.select",
     "tune": "layercut.training.finetune",
-    "tune_checkpoint": "layercut.pipeline.finetune_run",
+    "tune_checkpoint": "layercut.pipeline.finetune_run:finetune_checkpoint",
 }
 
 __all__ = [
@@ -85,7 +86,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'layercut' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, _, own_name = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), own_name or name)
 
 
 def __dir__() -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import torch
 
-from layercut import __version__
 from layercut.results import Provenance
+from layercut.version import __version__
 
 PACKAGES = ("torch", "transformers", "safetensors", "peft", "trl")
 

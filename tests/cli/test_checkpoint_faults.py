@@ -1,4 +1,4 @@
-"""Damaged, hostile and unsuitable checkpoints and outputs through the real program (FAULTS.md)."""
+"""Damaged, hostile and unsuitable checkpoints and outputs through the real program."""
 
 from __future__ import annotations
 

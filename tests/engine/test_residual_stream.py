@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layercut.engine import residual_stream
 from layercut.engine.residual_stream import ResidualStream
 from layercut.models.view import DecoderView
 from layercut.spool import Spool
@@ -36,7 +35,7 @@ def test_spool_past_the_limit_holds_the_same_numbers(
     view: DecoderView, batches: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
 ):
     in_memory = ResidualStream(view, batches)
-    monkeypatch.setattr(residual_stream, "MEMORY_LIMIT_BYTES", 0)
+    monkeypatch.setattr("layercut.spool.MEMORY_LIMIT_BYTES", 0)
     on_disk = ResidualStream(view, batches)
     for stream in (in_memory, on_disk):
         stream.advance(0)

@@ -26,7 +26,11 @@ def test_one_product_by_hand():
 def test_squared_norms_equal_those_of_the_products(shape: tuple[int, int, int]):
     a, b = factors(*shape)
     expected = (b.double() @ a.double()).square().sum((1, 2))
-    torch.testing.assert_close(squared_norms(a, b), expected, rtol=2e-7, atol=0)
+    error = (squared_norms(a, b) / expected - 1).abs()
+    assert float(error.median()) < 2e-7
+    # The bound of its docstring: how a processor orders its sums decides within it.
+    ratio = a.double().square().sum((1, 2)) * b.double().square().sum((1, 2)) / expected
+    assert bool((error <= 1e-7 * ratio).all())
 
 
 @pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336)])

@@ -102,7 +102,7 @@ DISK_FULL = """
 import resource, sys
 from pathlib import Path
 from layercut.errors import ResourceError
-from layercut.checkpoints.writer import save
+from layercut.output.save import save
 from layercut.models.load import load
 from layercut.output.verify import verify_checkpoint
 from layercut.models.surgery import apply

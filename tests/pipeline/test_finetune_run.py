@@ -17,7 +17,7 @@ from conftest import save_tiny
 from finetune_recipes import recipe_in
 from layercut.errors import DataError, ModelError, RecipeError
 from layercut.evaluation.accuracy import accuracy
-from layercut.pipeline.finetune_run import warn_if_worse
+from layercut.pipeline.finetune_stage import warn_if_worse
 from layercut.results import Evaluation, RunResult
 from layercut.training.finetune import tune
 

@@ -168,6 +168,7 @@ def test_warnings_become_sentences_of_the_result(recipe: dict, tmp_path: Path):
         ({"selection": {"strategy": "lowest", "drop": [6]}}, PlanError, "names layer 6"),
         ({"selection": {"strategy": "priced-cuts"}}, RecipeError, "priced-cuts needs scoring.meth"),
         ({"recovery": {"method": "projektion"}}, RecipeError, "did you mean 'projection'"),
+        ({"recovery": {"method": "ghost"}}, RecipeError, "'ghost' adds an operation at run time"),
         ({"scoring": {"options": {"norm": "l7"}}}, RecipeError, "scoring.options.norm"),
     ],
 )

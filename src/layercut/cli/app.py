@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError
 
-from layercut import __version__
 from layercut.cli import compare, evaluate, export_check, finetune, inspect, prune, recipe, run
 from layercut.errors import LayercutError, ResourceError
+from layercut.version import __version__
 
 TERMINATED = 143
 REMEDY = {

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from layercut import __version__
 from layercut.comparison.result import SPEEDS
 from layercut.data.calibration import evaluation_windows
 from layercut.data.sources import is_detokenized
@@ -36,6 +35,7 @@ from layercut.evaluation.speed import decode_tokens_per_second, prefill_tokens_p
 from layercut.recipe.evaluation import EvaluationSection
 from layercut.results import Generation
 from layercut.types import CalibrationBatches
+from layercut.version import __version__
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView

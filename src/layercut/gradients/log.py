@@ -5,7 +5,7 @@
     trainer.train()
     scores = log.layer_scores()
 
-Source   arXiv:2601.19503 §3.1; METHODS §1
+Source   arXiv:2601.19503 §3.1; docs/methods.md#early-lora-run
 Formula  G_i = ∇B_i · ∇A_i / s², s = alpha/rank (rsLoRA: alpha/√rank)
          F_W = (1/t) Σ_i G_i ⊙ G_i;  s_l = Σ_{W in l} Σ_jk (F_W)_jk
          ∇A (rank, in), ∇B (out, rank): raw gradients at optimiser step i, after clipping

@@ -1,6 +1,6 @@
 """Sums over products B·A of low rank, without ever forming them.
 
-Source   METHODS §1; ‖BA‖²_F = Σ_jk (BA)²_jk = tr((BᵀB)(AAᵀ))
+Source   docs/methods.md#low-rank-products; ‖BA‖²_F = Σ_jk (BA)²_jk = tr((BᵀB)(AAᵀ))
          A (rank, in), B (out, rank): the Gram matrices BᵀB and AAᵀ are rank × rank
 Cost     rank²·(in + out) operations per product instead of rank·in·out, and no out × in memory
 """

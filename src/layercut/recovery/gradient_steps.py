@@ -1,6 +1,6 @@
 """A few large gradient steps of a pruned model towards the dense one, each as long as pays.
 
-Source   ours; docs/LOG.md, 2026-11-25. Orthogonalised gradients: Muon, arXiv:2502.16982
+Source   ours; docs/methods.md#gradient-steps. Orthogonalised gradients: Muon, arXiv:2502.16982
 Formula  W ← W − η ‖W‖_F/√r · U Vᵀ,  with U S Vᵀ = ∂/∂W mean_t KL(q_t ‖ p_t), r = min(out, in)
          q, p: next-token distributions of the dense and of the pruned model; η is the length of
          the step as a part of ‖W‖_F, the same for all weights

@@ -1,4 +1,4 @@
-"""docs/recipes.md, generated from the recipe's models: ``python -m layercut.recipe_page``."""
+"""docs/recipes.md, generated from the recipe's models: ``python scripts/recipes_page.py``."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from layercut.recipe.base import section_type
 from layercut.recipe.recipe import DEFAULT_DROP_LAYERS, Recipe
 from layercut.registry import available
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 HEAD = """# Recipes
 
-<!-- Written by `python -m layercut.recipe_page`; do not edit. -->
+<!-- Written by `python scripts/recipes_page.py`; do not edit. -->
 
 A recipe is a YAML file that holds everything a run depends on.
 Every key has a default except `model`. `layercut recipe` prints a recipe with every key explained.
