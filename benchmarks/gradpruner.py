@@ -30,10 +30,10 @@ from layercut.evaluation.speed import prefill_tokens_per_second
 from layercut.machine import peak_rss_bytes, reset_peak_rss
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import DistillSettings, FinetuneSettings
+from layercut.recipe.finetune import DistillConfig, FinetuneConfig
 from layercut.registry import describe, resolve
 from layercut.selection.select import PlanOfSize, Request, plan_sizes
-from layercut.training.finetune import n_steps, trained_names, tune
+from layercut.training.finetune import finetune, n_steps, trained_names
 from layercut.types import CalibrationBatches, PruningPlan
 from row_store import RESULTS, print_table, save, stored
 from task_files import write_rows
@@ -96,7 +96,7 @@ def main() -> None:
             if key in stored()["rows"]:
                 continue
             how = METHODS.get(method, {}).get("distill")
-            distill = DistillSettings(**how) if how else None
+            distill = DistillConfig(**how) if how else None
             own = settings.model_copy(update={"seed": seed, "distill": distill})
             weights = RESULTS.with_name(f"gradpruner-{digest}-{seed}.safetensors")
             teacher = tuned_dense(view, train, own, weights) if distill else None
@@ -146,9 +146,9 @@ def task_rows(arguments: argparse.Namespace) -> tuple[list[TaskRow], list[TaskRo
     return train[: arguments.train_rows], test
 
 
-def tuning_settings(arguments: argparse.Namespace, n_train: int) -> FinetuneSettings:
+def tuning_settings(arguments: argparse.Namespace, n_train: int) -> FinetuneConfig:
     batch_size = min(arguments.batch_size, n_train)
-    return FinetuneSettings(
+    return FinetuneConfig(
         data=arguments.train,
         epochs=arguments.epochs,
         learning_rate=arguments.learning_rate,
@@ -178,14 +178,14 @@ def measure(
     plan: PruningPlan | None,
     train: Sequence[TaskRow],
     test: Sequence[TaskRow],
-    settings: FinetuneSettings,
+    settings: FinetuneConfig,
     teacher: DecoderView | None,
     zero_shot: bool,
 ) -> dict[str, Any]:
     """Tune and answer; ``view`` is changed."""
     before = accuracy(answer(view, test).correct).value if zero_shot else None
     reset_peak_rss()
-    tuning = tune(view, train, settings, teacher=teacher)
+    tuning = finetune(view, train, settings, teacher=teacher)
     after = accuracy(answer(view, test).correct)
     return {
         "dropped": plan.dropped if plan else (),
@@ -206,7 +206,7 @@ def prune(
     view: DecoderView,
     batches: CalibrationBatches,
     train: Sequence[TaskRow],
-    settings: FinetuneSettings,
+    settings: FinetuneConfig,
     method: str,
     size: int,
     steps: int,
@@ -235,7 +235,7 @@ def prune(
     return plan
 
 
-def early_run(settings: FinetuneSettings, data: str, n_run: int, steps: int) -> dict[str, Any]:
+def early_run(settings: FinetuneConfig, data: str, n_run: int, steps: int) -> dict[str, Any]:
     """Options of igia for the very run that the pruned model is tuned in."""
     same = {"batch_size", "accumulation", "max_length", "warmup_ratio", "scheduler", "weight_decay"}
     return settings.model_dump(include={*same, "seed"}) | {
@@ -247,7 +247,7 @@ def early_run(settings: FinetuneSettings, data: str, n_run: int, steps: int) -> 
 
 
 def tuned_dense(
-    view: DecoderView, train: Sequence[TaskRow], settings: FinetuneSettings, path: Path
+    view: DecoderView, train: Sequence[TaskRow], settings: FinetuneConfig, path: Path
 ) -> DecoderView:
     """The tuned dense model of this seed, the teacher; its weights are kept in ``path``."""
     teacher = reload(view)
@@ -257,12 +257,12 @@ def tuned_dense(
             state[name].copy_(tensor)
         return teacher
     own = settings.model_copy(update={"distill": None})
-    tune(teacher, train, own)
+    finetune(teacher, train, own)
     keep_tuned(teacher, own, path)
     return teacher
 
 
-def keep_tuned(view: DecoderView, settings: FinetuneSettings, path: Path) -> None:
+def keep_tuned(view: DecoderView, settings: FinetuneConfig, path: Path) -> None:
     state = view.model.state_dict()
     path.parent.mkdir(exist_ok=True)
     save_file({name: state[name] for name in trained_names(view, settings)}, path)

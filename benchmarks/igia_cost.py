@@ -27,7 +27,7 @@ from layercut.data.tasks import read_rows
 from layercut.gradients.log import GradientLog
 from layercut.gradients.low_rank import squared_norms
 from layercut.machine import provenance
-from layercut.recipe.finetune import FinetuneSettings
+from layercut.recipe.finetune import FinetuneConfig
 from layercut.training.finetune import build_trainer
 
 RESULTS = Path(__file__).parent / "results" / "igia_cost.json"
@@ -180,7 +180,7 @@ def recording(n_steps: int = 12) -> dict[str, Any]:
     """Seconds of recording against those of the rest of the training step, medians."""
     view = layercut.load("embedded:smollm2-135m")
     rows = read_rows("embedded:reviews@train")[:512]
-    settings = FinetuneSettings(batch_size=8, accumulation=1, save_steps=None, seed=0)
+    settings = FinetuneConfig(batch_size=8, accumulation=1, save_steps=None, seed=0)
     log = TimedLog(steps=n_steps)
     with tempfile.TemporaryDirectory() as folder:
         build_trainer(view, rows, settings, output_dir=Path(folder), callbacks=[log]).train()

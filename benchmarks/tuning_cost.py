@@ -26,8 +26,8 @@ from layercut.evaluation.speed import prefill_tokens_per_second
 from layercut.machine import provenance
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import FinetuneSettings
-from layercut.training.finetune import tune
+from layercut.recipe.finetune import FinetuneConfig
+from layercut.training.finetune import finetune
 
 RESULTS = Path(__file__).parent / "results" / "tuning_cost.json"
 ALLOWED = 1.05
@@ -104,8 +104,8 @@ def step_seconds(view: DecoderView, rows: list[TaskRow], n_steps: int) -> float:
     """Seconds of one optimiser step on 64 rows."""
     if not view.n_layers:
         return fixed_step_seconds(view, rows, n_steps)
-    settings = FinetuneSettings(batch_size=16, accumulation=4, max_length=128, max_steps=n_steps)
-    return tune(view, rows[: 64 * n_steps], settings).train_seconds / n_steps
+    settings = FinetuneConfig(batch_size=16, accumulation=4, max_length=128, max_steps=n_steps)
+    return finetune(view, rows[: 64 * n_steps], settings).train_seconds / n_steps
 
 
 def fixed_step_seconds(view: DecoderView, rows: list[TaskRow], n_steps: int) -> float:

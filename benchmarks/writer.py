@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from layercut.checkpoints.preflight import layout_of, stored_tensors
+from layercut.checkpoints.preflight import read_layout, read_stored_tensors
 from layercut.checkpoints.shard_writer import write_shard
 from layercut.types import PruningPlan, WeightPatch
 
@@ -95,7 +95,7 @@ def write_once(source: Path, out: Path) -> None:
     plan = PruningPlan("benchmark", N_LAYERS, DROPPED, "given")
     start = time.perf_counter()
     with staged_folder(out, overwrite=False) as folder:
-        write_checkpoint(source, layout_of(source), plan, WeightPatch({}, "none"), folder)
+        write_checkpoint(source, read_layout(source), plan, WeightPatch({}, "none"), folder)
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "memory": peak_memory() - before}))
 
@@ -142,7 +142,7 @@ def compare(folder: Path) -> None:
     source.mkdir()
     make_checkpoint(source)
     os.sync()  # or the first copies would wait for the source's own bytes
-    tensors = stored_tensors(source).values()
+    tensors = read_stored_tensors(source).values()
     total, largest = (f(t.nbytes for t in tensors) for f in (sum, max))
     print(f"source: {total / MB:,.0f} MB, largest tensor {largest / MB:,.0f} MB")
     write_in_fresh_process(source, out)

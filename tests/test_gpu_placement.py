@@ -12,7 +12,7 @@ from conftest import plan_of
 from layercut.engine.residual_stream import accumulation_device
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
-from layercut.recovery.layer_fit import held_out_rows, refit_layers
+from layercut.recovery.layer_fit import mask_held_out_rows, refit_layers
 from layercut.recovery.runtime_maps import applied_maps
 from layercut.registry import available, describe
 from layercut.scoring.score import score
@@ -49,7 +49,7 @@ def test_sums_are_made_where_there_is_memory():
 @pytest.mark.parametrize("free_bytes", [2**40, 0])
 def test_refit_on_a_gpu(view: DecoderView, batches: CalibrationBatches, free_bytes: int):
     def walked() -> dict[str, torch.Tensor]:
-        return refit_layers(view, plan_of(2, 3), batches, held_out_rows(batches, 2))
+        return refit_layers(view, plan_of(2, 3), batches, mask_held_out_rows(batches, 2))
 
     expected = walked()
     assert expected

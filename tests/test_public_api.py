@@ -12,10 +12,18 @@ import layercut
 
 def test_all_is_sorted_complete_and_importable():
     assert layercut.__all__ == sorted(layercut.__all__)
-    assert set(layercut.__all__) == set(layercut._HOMES) | {"__version__"}
+    assert set(layercut.__all__) == {*layercut._HOMES, *layercut._OLD_NAMES, "__version__"}
     for name in layercut.__all__:
         assert getattr(layercut, name) is not None
     assert dir(layercut) == layercut.__all__
+
+
+def test_the_names_of_the_last_release_are_the_new_ones():
+    assert layercut.HealSettings is layercut.HealConfig
+    assert layercut.FinetuneSettings is layercut.FinetuneConfig
+    assert layercut.tune is layercut.finetune
+    assert layercut.tune_checkpoint is layercut.finetune_checkpoint
+    assert callable(layercut.heal)
 
 
 def test_unknown_attribute_is_an_attribute_error():

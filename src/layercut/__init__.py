@@ -25,29 +25,35 @@ if TYPE_CHECKING:
     from layercut.models.surgery import apply
     from layercut.models.view import DecoderView
     from layercut.output.save import save
-    from layercut.pipeline.finetune_run import finetune_checkpoint as tune_checkpoint
+    from layercut.pipeline.finetune_run import finetune_checkpoint
     from layercut.pipeline.run import run
-    from layercut.recipe.finetune import FinetuneSettings
-    from layercut.recipe.heal import HealSettings
+    from layercut.recipe.finetune import FinetuneConfig
+    from layercut.recipe.heal import HealConfig
     from layercut.recipe.recipe import Recipe, load_recipe
     from layercut.recovery.fit import fit
     from layercut.scoring.score import score
     from layercut.selection.select import select
-    from layercut.training.finetune import tune
+    from layercut.training.finetune import finetune
+    from layercut.training.heal import heal
 
-# Public name → its module, and its name there where that differs (module:name); imported on first
-# use, so that `layercut --help` needs no torch.
+    FinetuneSettings, HealSettings = FinetuneConfig, HealConfig
+    tune, tune_checkpoint = finetune, finetune_checkpoint
+
+# Public name → its module; imported on first use, so that `layercut --help` needs no torch.
 _HOMES = {
     "DecoderView": "layercut.models.view",
-    "FinetuneSettings": "layercut.recipe.finetune",
+    "FinetuneConfig": "layercut.recipe.finetune",
     "GradientLog": "layercut.gradients.log",
-    "HealSettings": "layercut.recipe.heal",
+    "HealConfig": "layercut.recipe.heal",
     "Recipe": "layercut.recipe.recipe",
     "apply": "layercut.models.surgery",
     "calibration_batches": "layercut.data.calibration",
     "compare": "layercut.comparison.run",
     "evaluate": "layercut.evaluation.evaluate",
+    "finetune": "layercut.training.finetune",
+    "finetune_checkpoint": "layercut.pipeline.finetune_run",
     "fit": "layercut.recovery.fit",
+    "heal": "layercut.training.heal",
     "load": "layercut.models.load",
     "load_recipe": "layercut.recipe.recipe",
     "read_rows": "layercut.data.tasks",
@@ -55,14 +61,21 @@ _HOMES = {
     "save": "layercut.output.save",
     "score": "layercut.scoring.score",
     "select": "layercut.selection.select",
-    "tune": "layercut.training.finetune",
-    "tune_checkpoint": "layercut.pipeline.finetune_run:finetune_checkpoint",
+}
+# Names of version 0.1, kept for one release.
+_OLD_NAMES = {
+    "FinetuneSettings": "FinetuneConfig",
+    "HealSettings": "HealConfig",
+    "tune": "finetune",
+    "tune_checkpoint": "finetune_checkpoint",
 }
 
 __all__ = [
     "DecoderView",
+    "FinetuneConfig",
     "FinetuneSettings",
     "GradientLog",
+    "HealConfig",
     "HealSettings",
     "Recipe",
     "__version__",
@@ -70,7 +83,10 @@ __all__ = [
     "calibration_batches",
     "compare",
     "evaluate",
+    "finetune",
+    "finetune_checkpoint",
     "fit",
+    "heal",
     "load",
     "load_recipe",
     "read_rows",
@@ -84,10 +100,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    own_name = _OLD_NAMES.get(name, name)
+    if own_name not in _HOMES:
         raise AttributeError(f"module 'layercut' has no attribute '{name}'")
-    module, _, own_name = _HOMES[name].partition(":")
-    return getattr(importlib.import_module(module), own_name or name)
+    return getattr(importlib.import_module(_HOMES[own_name]), own_name)
 
 
 def __dir__() -> list[str]:

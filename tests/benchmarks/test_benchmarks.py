@@ -12,7 +12,7 @@ import pytest
 import layercut
 from layercut.data.tasks import TaskRow
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import FinetuneSettings
+from layercut.recipe.finetune import FinetuneConfig
 from layercut.training import early_steps
 from layercut.training.finetune import check_rows
 from layercut.types import CalibrationBatches
@@ -64,7 +64,7 @@ def test_the_early_run_learns_the_drawn_rows(
 
     monkeypatch.setattr(early_steps, "build_trainer", build)
     drawn = [TaskRow(f"{n} is", (" even", " odd"), n % 2) for n in (7, 2, 5, 4, 3, 8, 1, 6)]
-    settings = FinetuneSettings(batch_size=2, accumulation=2, epochs=2, max_length=64, seed=1)
+    settings = FinetuneConfig(batch_size=2, accumulation=2, epochs=2, max_length=64, seed=1)
     gradpruner.prune(view, batches, drawn, settings, "igia+none", 2, 3)
     (trainer,) = built
     expected = [example["input_ids"] for example in check_rows(view, drawn, settings)]

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from conftest import plan_of
 from family_configs import FAMILIES, MOE, ROTARY, Family
-from layercut.checkpoints.preflight import layout_of
+from layercut.checkpoints.preflight import read_layout
 from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import ModelError
 from layercut.models.load import load
@@ -38,7 +38,7 @@ def test_written_models_equal_the_dense_one_with_identity_layers(
 ) -> None:
     family, source = case
     for dropped in family.drops:
-        layout = layout_of(source)
+        layout = read_layout(source)
         out = tmp_path / "-".join(map(str, dropped))
         out.mkdir()
         plan = plan_of(*dropped, n_layers=layout.n_layers)
@@ -81,7 +81,7 @@ def test_drops_that_the_family_cannot_express_are_refused(
 ) -> None:
     family, source = case
     for dropped, why in (family.refused or {}).items():
-        layout = layout_of(source)
+        layout = read_layout(source)
         plan = plan_of(*dropped, n_layers=layout.n_layers)
         with pytest.raises(ModelError, match=why):
             write_checkpoint(source, layout, plan, NOTHING, tmp_path)
@@ -103,6 +103,6 @@ def test_families_without_a_rule_whose_layers_compute_with_their_number_are_refu
     tmp_path: Path, model_type: str, settings: dict[str, Any], what: str
 ) -> None:
     source = save_family(tmp_path / "source", Family(model_type, ROTARY | settings))
-    layout = layout_of(source)
+    layout = read_layout(source)
     with pytest.raises(ModelError, match=what):
         write_checkpoint(source, layout, plan_of(0, n_layers=8), NOTHING, tmp_path)

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from layercut.checkpoints.families import rules_for
+from layercut.checkpoints.families import find_rules
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.quantization import renumbered, split_name
+from layercut.checkpoints.quantization import renumber_layers, split_name
 from layercut.errors import ModelError
 
 LAYOUT = Layout(
     model_type="llama",
-    rules=rules_for("llama"),
+    rules=find_rules("llama"),
     n_layers=20,
     layers="model.layers",
     stored="model.layers",
@@ -58,17 +58,17 @@ def test_names_are_split_at_the_module(name: str, parts: tuple[str, str]) -> Non
     ],
 )
 def test_entries_follow_their_layers(entry: str, new: list[str]) -> None:
-    assert renumbered([entry], LAYOUT, NEW, NAMES) == new
-    assert renumbered({"dynamic": {entry: {"bits": 8}}}, LAYOUT, NEW, NAMES) == {
+    assert renumber_layers([entry], LAYOUT, NEW, NAMES) == new
+    assert renumber_layers({"dynamic": {entry: {"bits": 8}}}, LAYOUT, NEW, NAMES) == {
         "dynamic": {key: {"bits": 8} for key in new}
     }
 
 
 def test_other_values_stay() -> None:
     content = {"bits": 4, "desc_act": False, "meta": None, "sizes": [1, None], "version": ">=1 (x)"}
-    assert renumbered(content, LAYOUT, NEW, NAMES) == content
+    assert renumber_layers(content, LAYOUT, NEW, NAMES) == content
 
 
 def test_patterns_that_cannot_be_followed_are_refused() -> None:
     with pytest.raises(ModelError, match=r"picks layers by .*1\[0-5\].*one entry per layer"):
-        renumbered([r"re:.*layers\.1[0-5]\..*"], LAYOUT, NEW, NAMES)
+        renumber_layers([r"re:.*layers\.1[0-5]\..*"], LAYOUT, NEW, NAMES)

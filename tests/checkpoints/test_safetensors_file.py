@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from layercut.checkpoints import shard_writer
-from layercut.checkpoints.folder import check_plain_file, weight_files
+from layercut.checkpoints.folder import check_plain_file, list_weight_files
 from layercut.checkpoints.safetensors_file import read_shard, read_tensor
 from layercut.checkpoints.shard_writer import write_shard
 from layercut.errors import ModelError
@@ -154,23 +154,23 @@ def test_index_names_outside_the_folder_are_a_security_error(tmp_path: Path, nam
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"t": name}}))
     with pytest.raises(ModelError, match=r"security: .* not a plain name"):
-        weight_files(tmp_path)
+        list_weight_files(tmp_path)
 
 
 def test_layouts_without_usable_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds no weights"):
-        weight_files(tmp_path)
+        list_weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     with pytest.raises(ModelError, match=r"only pickle weights \(pytorch_model.bin\)"):
-        weight_files(tmp_path)
+        list_weight_files(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"t": "model-1.safetensors"}}))
     with pytest.raises(ModelError, match=r"names model-1.safetensors, which is missing"):
-        weight_files(tmp_path)
+        list_weight_files(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ModelError, match=r"both .* one of them is stale"):
-        weight_files(tmp_path)
+        list_weight_files(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     index.write_text("{}")
     with pytest.raises(ModelError, match="has no weight_map"):
-        weight_files(tmp_path)
+        list_weight_files(tmp_path)

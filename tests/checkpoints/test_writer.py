@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import plan_of, save_tiny
-from layercut.checkpoints.preflight import layout_of
+from layercut.checkpoints.preflight import read_layout
 from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import PlanError
 from layercut.types import WeightPatch
@@ -32,7 +32,7 @@ DROPS = [(0,), (5,), (1, 4), (2, 3, 4)]
 
 def write(source: Path, out: Path, *dropped: int, patch: WeightPatch = NOTHING) -> Path:
     out.mkdir()
-    write_checkpoint(source, layout_of(source), plan_of(*dropped), patch, out)
+    write_checkpoint(source, read_layout(source), plan_of(*dropped), patch, out)
     return out
 
 
@@ -140,7 +140,7 @@ def test_patterns_that_a_count_cannot_express_are_spelled(tmp_path: Path, ids: T
     strip_key(source, "max_window_layers")
     (tmp_path / "out").mkdir()
     plan = plan_of(0, n_layers=30)
-    write_checkpoint(source, layout_of(source), plan, NOTHING, tmp_path / "out")
+    write_checkpoint(source, read_layout(source), plan, NOTHING, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["layer_types"] == ["full_attention"] * 27 + ["sliding_attention"] * 2
     assert torch.equal(
@@ -187,7 +187,7 @@ def test_side_files_are_copied_and_code_pickles_and_cards_are_not(tmp_path: Path
 
 
 def test_plans_and_patches_that_do_not_fit_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    layout = layout_of(tiny_llama)
+    layout = read_layout(tiny_llama)
     with pytest.raises(PlanError, match=r"plan is for 7 layers, .* says 6"):
         write_checkpoint(tiny_llama, layout, plan_of(1, n_layers=7), NOTHING, tmp_path)
     with pytest.raises(PlanError, match=r"layers.2.mlp.down_proj.weight, whose layer is dropped"):

@@ -14,7 +14,7 @@ import layercut
 from comparisons import comparison_of
 from conftest import save_tiny
 from layercut.comparison.entries import PRESETS
-from layercut.comparison.result import cells, completed, titles
+from layercut.comparison.result import cells, complete_row, titles
 from layercut.data.calibration import evaluation_windows
 from layercut.errors import OutputError, RecipeError
 from layercut.evaluation import harness
@@ -69,7 +69,7 @@ def test_the_error_of_a_ratio_is_paired_by_window(
     assert row["ratio_stderr"]["fox"] == pytest.approx(row["ratio"]["fox"] * error, rel=0.01)
     # A row from before losses were kept has a ratio and no error.
     del row["losses"]
-    assert completed(row, result.dense)["ratio_stderr"] == {}
+    assert complete_row(row, result.dense)["ratio_stderr"] == {}
 
 
 def test_speeds_and_windows_are_told_where_they_were_measured(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from layercut.comparison.store import Records, Store, check_folder, differing, opened
+from layercut.comparison.store import Records, Store, check_folder, find_differences, open_store
 from layercut.errors import OutputError
 
 
@@ -36,26 +36,26 @@ def test_a_torn_last_line_is_forgotten_and_not_glued_to_the_next(tmp_path: Path,
 
 
 def test_other_settings_are_refused_with_the_keys_that_differ(tmp_path: Path):
-    with opened(tmp_path, overwrite=False) as store:
+    with open_store(tmp_path, overwrite=False) as store:
         store.claim({"seed": 0, "evaluation": {"text": {"a": "1"}, "seq_len": 8}})
         store.rows.add("x", {})
     message = r"evaluation\.text\.a 1 there, 2 now; seed 0 there, 1 now.*--overwrite"
-    with opened(tmp_path, overwrite=False) as store, pytest.raises(OutputError, match=message):
+    with open_store(tmp_path, overwrite=False) as store, pytest.raises(OutputError, match=message):
         store.claim({"seed": 1, "evaluation": {"text": {"a": "2"}, "seq_len": 8}})
-    with opened(tmp_path, overwrite=True) as store:
+    with open_store(tmp_path, overwrite=True) as store:
         store.claim({"seed": 1})
         assert not store.rows.known
 
 
 def test_texts_are_added_to_what_is_there(tmp_path: Path):
-    with opened(tmp_path, overwrite=False) as store:
+    with open_store(tmp_path, overwrite=False) as store:
         store.claim({"text": {"a": "1"}})
         store.claim({"text": {"b": "2"}})
     assert Store(tmp_path).identity == {"text": {"a": "1", "b": "2"}}
 
 
 def test_a_key_that_only_one_side_has_is_no_difference():
-    assert differing({"a": {"b": 1}}, {"a": {"c": 2}, "d": 3}) == []
+    assert find_differences({"a": {"b": 1}}, {"a": {"c": 2}, "d": 3}) == []
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path):
@@ -69,9 +69,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path):
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path: Path):
     with (
-        opened(tmp_path, overwrite=False),
+        open_store(tmp_path, overwrite=False),
         pytest.raises(OutputError, match="another comparison"),
-        opened(tmp_path, overwrite=False),
+        open_store(tmp_path, overwrite=False),
     ):
         pass
 
@@ -79,6 +79,6 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path):
 def test_what_a_kill_left_of_the_first_claim_is_no_foreign_file(tmp_path: Path):
     (tmp_path / "settings.json.partial").write_text('{"seed"')
     check_folder(tmp_path, overwrite=False)
-    with opened(tmp_path, overwrite=False) as store:
+    with open_store(tmp_path, overwrite=False) as store:
         store.claim({"seed": 0})
     assert Store(tmp_path).identity == {"seed": 0}

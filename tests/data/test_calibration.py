@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import byte_tokenizer
 from layercut.data.calibration import calibration_batches, evaluation_windows, pack_tokens
 from layercut.errors import DataError, RecipeError
-from layercut.recipe.recipe import CalibrationSection
+from layercut.recipe.recipe import CalibrationConfig
 
 EOS = 0
 
@@ -76,7 +76,7 @@ def test_windows_are_drawn_without_replacement_in_corpus_order(
     tokenizer: PreTrainedTokenizerFast, numbers: str
 ) -> None:
     # 16 × 3 × 8 = 384 tokens are packed into 48 windows; window i starts with the number 2 i.
-    section = CalibrationSection(data=numbers, n_sequences=3, seq_len=8)
+    section = CalibrationConfig(data=numbers, n_sequences=3, seq_len=8)
     batches = calibration_batches(section, tokenizer, seed=5)
     starts = [int(tokenizer.decode(row[:4])) // 2 for row in batches.input_ids]
     assert starts == sorted(set(starts))
@@ -209,7 +209,7 @@ def test_several_texts_give_equally_many_windows(
         path = tmp_path / f"{letter}.txt"
         path.write_text(letter * 400)
         sources.append(str(path))
-    section = CalibrationSection(data=tuple(sources), n_sequences=7, seq_len=10)
+    section = CalibrationConfig(data=tuple(sources), n_sequences=7, seq_len=10)
     batches = calibration_batches(section, tokenizer, seed=1)
     letters = [set(tokenizer.decode(window)) for window in batches.input_ids]
     assert sorted(map(sorted, letters)) == [["a"]] * 3 + [["b"]] * 2 + [["c"]] * 2

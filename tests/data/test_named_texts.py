@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from layercut.cli.options import named_sources
+from layercut.cli.options import parse_sources
 from layercut.data.calibration import calibration_batches
 from layercut.data.named_texts import find_benchmark
 from layercut.data.sources import is_detokenized, read_texts
@@ -95,7 +95,7 @@ def test_what_is_detokenized_is_known_beforehand():
 
 
 def test_a_name_alone_is_its_own_label():
-    assert named_sources(["wikitext2", "a.txt"], "--text") == {
+    assert parse_sources(["wikitext2", "a.txt"], "--text") == {
         "wikitext2": "wikitext2",
         "text": "a.txt",
     }

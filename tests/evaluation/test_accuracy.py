@@ -10,7 +10,7 @@ import torch
 from layercut.data.tasks import TaskRow
 from layercut.errors import DataError, NumericsError
 from layercut.evaluation.accuracy import accuracy, answer, paired_change
-from layercut.evaluation.evaluate import check_tasks, compared, evaluate
+from layercut.evaluation.evaluate import add_changes, check_tasks, evaluate
 from layercut.models.view import DecoderView
 from layercut.results import Estimate, Evaluation
 
@@ -102,7 +102,7 @@ def test_evaluations_are_compared_task_by_task():
     def measured(**tasks: list[bool]) -> Evaluation:
         return Evaluation(1, 1, accuracy={name: accuracy(rows) for name, rows in tasks.items()})
 
-    after = compared(measured(a=[True, False], b=[True]), measured(a=[True, True]))
+    after = add_changes(measured(a=[True, False], b=[True]), measured(a=[True, True]))
     assert after.accuracy_change == {"a": paired_change([True, True], [True, False])}
     content = after.to_json()
     assert content["accuracy_change"]["a"] == {"value": -0.5, "stderr": 0.5, "n_rows": 2}

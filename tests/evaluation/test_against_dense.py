@@ -10,7 +10,7 @@ import pytest
 from conftest import save_tiny
 from layercut.cli import main
 from layercut.errors import ModelError
-from layercut.evaluation.against_dense import beside, check_comparable
+from layercut.evaluation.against_dense import check_comparable, measure_beside
 from layercut.evaluation.evaluate import evaluate
 from layercut.models.load import load
 from layercut.models.view import DecoderView
@@ -26,7 +26,7 @@ def text(tmp_path: Path) -> str:
 
 def test_a_model_beside_itself_agrees(view: DecoderView, text: str):
     cut = {"text": {"fox": text}, "seq_len": 64, "max_tokens": 256}
-    figures = beside(evaluate(view, speed=False, **cut), view, view, **cut)
+    figures = measure_beside(evaluate(view, speed=False, **cut), view, view, **cut)
     assert figures.compared_to == view.name
     assert figures.fidelity["fox"].agreement.value == 1
     generation = figures.generation["fox"]

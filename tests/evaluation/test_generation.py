@@ -10,11 +10,11 @@ import torch
 from conftest import save_tiny
 from layercut.errors import DataError, NumericsError
 from layercut.evaluation.generation import (
-    continuations,
+    choose_prompts,
+    continue_prompts,
     distinct_share,
     generation_check,
     loop_share,
-    prompts_of,
 )
 from layercut.models.load import load
 from layercut.models.view import DecoderView
@@ -28,7 +28,7 @@ def test_continuations_are_those_of_generate(view: DecoderView, ids: torch.Tenso
         do_sample=False,
         eos_token_id=None,
     )
-    assert continuations(view, ids[:, :12], 9).equal(whole[:, 12:])
+    assert continue_prompts(view, ids[:, :12], 9).equal(whole[:, 12:])
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
@@ -40,7 +40,7 @@ def test_the_cache_changes_no_token(
     view = load(str(save_tiny(tmp_path / "m", model_type, **settings)), dtype="float32")
     text = ids[:2, :10]
     with view.skipping(skipped):
-        found = continuations(view, text, 6)
+        found = continue_prompts(view, text, 6)
         for _ in range(6):
             logits = view.model(input_ids=text, use_cache=False).logits[:, -1]
             text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
@@ -72,7 +72,7 @@ def test_agreement_counts_prefix_and_places(
     view: DecoderView, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ):
     ours = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    monkeypatch.setattr("layercut.evaluation.generation.continuations", lambda *_: ours)
+    monkeypatch.setattr("layercut.evaluation.generation.continue_prompts", lambda *_: ours)
     theirs = torch.tensor([[1, 2, 9, 4], [0, 6, 7, 8]])
     found = generation_check(view, ids[:2, :5], theirs)
     # prefixes 2 and 0: mean 1, s = √2, se = √2/√2 = 1; 3 of 4 places in both
@@ -95,12 +95,12 @@ def test_a_model_agrees_with_itself(view: DecoderView, ids: torch.Tensor):
 
 def test_prompts_are_the_starts_of_evenly_spaced_windows():
     windows = torch.arange(90).view(9, 10)
-    assert prompts_of(windows, n_prompts=3, prompt_tokens=2).tolist() == [
+    assert choose_prompts(windows, n_prompts=3, prompt_tokens=2).tolist() == [
         [0, 1],
         [40, 41],
         [80, 81],
     ]
-    assert prompts_of(windows[:1]).shape == (1, 10)
+    assert choose_prompts(windows[:1]).shape == (1, 10)
 
 
 def test_what_cannot_be_continued_is_refused(view: DecoderView, ids: torch.Tensor):

@@ -13,8 +13,8 @@ import torch
 from layercut.data.tasks import read_rows
 from layercut.errors import DataError, NetworkError, RecipeError
 from layercut.evaluation.accuracy import answer, paired_change
-from layercut.evaluation.evaluate import check_tasks, compared, evaluate
-from layercut.evaluation.harness import GROUPS, check_harness, expanded, run_harness
+from layercut.evaluation.evaluate import add_changes, check_tasks, evaluate
+from layercut.evaluation.harness import GROUPS, check_harness, expand_groups, run_harness
 from layercut.models.view import DecoderView
 
 TASK = """\
@@ -47,7 +47,7 @@ def task(tmp_path: Path) -> tuple[str, str]:
 
 def test_a_group_stands_for_its_tasks_once():
     assert len(GROUPS["gradmap7"]) == 7
-    names = expanded(["piqa", "gradmap7", "mmlu"])
+    names = expand_groups(["piqa", "gradmap7", "mmlu"])
     assert names == ["piqa", *(t for t in GROUPS["gradmap7"] if t != "piqa"), "mmlu"]
 
 
@@ -105,7 +105,7 @@ class TestWithTheHarness:
         assert set(content) == {"acc", "acc_norm"}
         assert set(content["acc"]) == {"value", "stderr", "n_rows"}
         with view.skipping([0, 1, 2, 3]):
-            pruned = compared(evaluate(view, harness=[path], speed=False), dense)
+            pruned = add_changes(evaluate(view, harness=[path], speed=False), dense)
         before, after = (stage.harness["mine"]["acc"].outcomes for stage in (dense, pruned))
         assert pruned.accuracy_change["mine (acc)"] == paired_change(before, after)
         assert view.tokenizer.pad_token == "<pad>"

@@ -13,7 +13,7 @@ from layercut.models.droppable import layers_to_keep
 from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.recovery.runtime_maps import applied_maps
-from layercut.scoring.methods.perplexity import losses_without
+from layercut.scoring.methods.perplexity import measure_losses_without
 from layercut.scoring.score import score
 from layercut.selection.select import select
 from layercut.types import CalibrationBatches, RuntimeMaps
@@ -55,7 +55,7 @@ def test_loss_without_a_layer_is_that_of_the_model_that_skips_it(
     _, view = case
     if view.layout.rules.unscorable:
         return
-    for layer, loss in losses_without(view, tokens()):
+    for layer, loss in measure_losses_without(view, tokens()):
         with view.skipping([layer]):
             expected = float(view.token_losses(tokens()).sum())
         assert loss == pytest.approx(expected, rel=1e-5)

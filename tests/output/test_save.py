@@ -15,7 +15,7 @@ from torch import Tensor
 from conftest import plan_of, save_tiny
 from layercut.checkpoints.output_dir import staged_folder
 from layercut.checkpoints.patch import round_patch
-from layercut.checkpoints.preflight import layout_of
+from layercut.checkpoints.preflight import read_layout
 from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import OutputError, PlanError, VerificationError
 from layercut.models.load import load
@@ -32,7 +32,9 @@ def test_rounding_a_patch_keeps_memory_and_file_equal(tmp_path: Path) -> None:
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     view = load(str(source), dtype="float32")
     name = "model.layers.3.mlp.down_proj.weight"
-    patch = round_patch(source, layout_of(source), WeightPatch({name: torch.randn(16, 32)}, "test"))
+    patch = round_patch(
+        source, read_layout(source), WeightPatch({name: torch.randn(16, 32)}, "test")
+    )
     assert patch.tensors[name].dtype == torch.bfloat16
     apply(view, plan_of(1), patch)
     save(view, plan_of(1), patch, tmp_path / "out")
@@ -135,6 +137,6 @@ def test_ctrl_c_while_shards_are_written_leaves_nothing(tiny_llama: Path, tmp_pa
         pytest.raises(KeyboardInterrupt),
         staged_folder(tmp_path / "out", overwrite=False) as folder,
     ):
-        write_checkpoint(tiny_llama, layout_of(tiny_llama), plan_of(1), NOTHING, folder)
+        write_checkpoint(tiny_llama, read_layout(tiny_llama), plan_of(1), NOTHING, folder)
         raise KeyboardInterrupt
     assert not any(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import layercut
 from finetune_recipes import recipe_in
 from layercut.errors import OutputError
 from layercut.training.early_steps import record
-from layercut.training.finetune import tune
+from layercut.training.finetune import finetune
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_trouble_in_training_is_not_blamed_on_the_output_folder(
     def broken(view: Any, *_: Any, **__: Any) -> Any:
         raise OSError("the tracker is down")
 
-    monkeypatch.setattr("layercut.training.finetune.tune", broken)
+    monkeypatch.setattr("layercut.training.finetune.finetune", broken)
     recipe["finetune"]["compare_dense"] = False
     with pytest.raises(OSError, match="the tracker is down"):
         layercut.run(recipe, tmp_path / "out")
@@ -75,10 +75,10 @@ def test_the_record_of_gradients_is_gone_when_the_pruned_model_is_tuned(
 
     def watched(view: Any, *arguments: Any, **how: Any) -> Any:
         alive.extend(log() for log in logs)
-        return tune(view, *arguments, **how)
+        return finetune(view, *arguments, **how)
 
     monkeypatch.setattr("layercut.scoring.methods.igia.record", recorded)
-    monkeypatch.setattr("layercut.training.finetune.tune", watched)
+    monkeypatch.setattr("layercut.training.finetune.finetune", watched)
     recipe["scoring"] = {"method": "igia", "options": {"steps": 4}}
     recipe["selection"] |= {"strategy": "lowest", "rounds": "one-shot"}
     recipe["recovery"] = {"method": "sign-merge"}

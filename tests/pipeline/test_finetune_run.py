@@ -19,7 +19,7 @@ from layercut.errors import DataError, ModelError, RecipeError
 from layercut.evaluation.accuracy import accuracy
 from layercut.pipeline.finetune_stage import warn_if_worse
 from layercut.results import Evaluation, RunResult
-from layercut.training.finetune import tune
+from layercut.training.finetune import finetune
 
 
 @pytest.fixture
@@ -126,9 +126,9 @@ def test_the_teacher_is_the_dense_model_tuned_if_it_was(
 
     def watched(view: Any, *arguments: Any, teacher: Any = None, **how: Any) -> Any:
         teachers.append(teacher)
-        return tune(view, *arguments, teacher=teacher, **how)
+        return finetune(view, *arguments, teacher=teacher, **how)
 
-    monkeypatch.setattr("layercut.training.finetune.tune", watched)
+    monkeypatch.setattr("layercut.training.finetune.finetune", watched)
     layercut.run(recipe, tmp_path / "out")
     assert teachers[:-1] == [None] * dense_is_tuned
     source = load_file(tiny_llama / "model.safetensors")
@@ -144,13 +144,13 @@ def test_an_interrupted_run_goes_on_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ):
     def interrupted(view: Any, *arguments: Any, **how: Any) -> Any:
-        tuning = tune(view, *arguments, **how)
+        tuning = finetune(view, *arguments, **how)
         if view.n_layers == 4:
             raise KeyboardInterrupt
         return tuning
 
     with monkeypatch.context() as patched:
-        patched.setattr("layercut.training.finetune.tune", interrupted)
+        patched.setattr("layercut.training.finetune.finetune", interrupted)
         with pytest.raises(KeyboardInterrupt):
             layercut.run(recipe, tmp_path / "out")
     assert {path.name for path in tmp_path.glob("out*")} == {"out.training"}

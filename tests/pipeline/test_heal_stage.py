@@ -14,8 +14,8 @@ import layercut
 from conftest import byte_tokenizer
 from layercut.data.calibration import calibration_batches
 from layercut.errors import DataError, RecipeError
-from layercut.recipe.heal import HealSettings
-from layercut.recipe.recipe import CalibrationSection
+from layercut.recipe.heal import HealConfig
+from layercut.recipe.recipe import CalibrationConfig
 from layercut.results import RunResult
 from layercut.training.heal import heal
 from layercut.training.heal_windows import heal_windows, hold_out
@@ -145,10 +145,10 @@ def test_bad_sections_are_refused_before_anything_is_computed(
 
 def windows_of(folder: Path, n_sequences: int, **settings: Any) -> tuple[torch.Tensor, ...]:
     (folder / "text.txt").write_text(TEXT)
-    section = CalibrationSection(data=str(folder / "text.txt"), n_sequences=n_sequences, seq_len=32)
+    section = CalibrationConfig(data=str(folder / "text.txt"), n_sequences=n_sequences, seq_len=32)
     tokenizer = byte_tokenizer()
     batches = calibration_batches(section, tokenizer)
-    chosen = HealSettings(**settings)
+    chosen = HealConfig(**settings)
     return batches.input_ids, heal_windows(chosen, section, batches, tokenizer)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from layercut.recipe.heal import HealSettings
+from layercut.recipe.heal import HealConfig
 
 
 @pytest.mark.parametrize(
@@ -21,4 +21,4 @@ from layercut.recipe.heal import HealSettings
 )
 def test_impossible_settings_are_refused(given: dict[str, Any], message: str):
     with pytest.raises(ValidationError, match=message):
-        HealSettings(**given)
+        HealConfig(**given)

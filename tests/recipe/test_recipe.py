@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from layercut.errors import RecipeError
-from layercut.recipe.recipe import Recipe, Section, SelectionSection, load_recipe
+from layercut.recipe.recipe import Config, Recipe, SelectionConfig, load_recipe
 
 
 def load(content: dict[str, Any], *overrides: str, **environ: str) -> Recipe:
@@ -87,7 +87,7 @@ def test_every_field_is_documented() -> None:
         names = [name for name, field in model.model_fields.items() if not field.description]
         for field in model.model_fields.values():
             annotation = field.annotation
-            if isinstance(annotation, type) and issubclass(annotation, Section):
+            if isinstance(annotation, type) and issubclass(annotation, Config):
                 names += undocumented(annotation)
         return names
 
@@ -153,7 +153,7 @@ def test_two_amounts_from_one_source_are_refused() -> None:
         f"recipe: {expected}"
     ]
     with pytest.raises(ValidationError, match="drop_layers and drop are set together"):
-        SelectionSection(drop_layers=3, drop=(1,))
+        SelectionConfig(drop_layers=3, drop=(1,))
 
 
 def test_every_problem_is_listed_at_once_by_its_key() -> None:

@@ -17,7 +17,12 @@ from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
 from layercut.recovery import gradient_steps
 from layercut.recovery.fit import fit
-from layercut.recovery.gradient_steps import descend, divergence_gradients, learned, polar
+from layercut.recovery.gradient_steps import (
+    compute_divergence_gradients,
+    find_trained_weights,
+    orthogonalize,
+    take_steps,
+)
 from layercut.types import CalibrationBatches, WeightPatch
 
 
@@ -25,16 +30,16 @@ from layercut.types import CalibrationBatches, WeightPatch
 def test_polar_is_that_of_the_singular_value_decomposition(shape: tuple[int, int]):
     matrix = torch.randn(shape, generator=torch.manual_seed(0))
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    torch.testing.assert_close(polar(1e-6 * matrix), u @ vh, rtol=0, atol=1e-4)
+    torch.testing.assert_close(orthogonalize(1e-6 * matrix), u @ vh, rtol=0, atol=1e-4)
 
 
 def test_polar_does_not_raise_noise():
     left, right = torch.randn(8, 2), torch.randn(2, 12)
     u, s, vh = torch.linalg.svd(left @ right, full_matrices=False)
-    found = polar(left @ right + 1e-7 * torch.randn(8, 12))
+    found = orthogonalize(left @ right + 1e-7 * torch.randn(8, 12))
     torch.testing.assert_close(found, u[:, :2] @ vh[:2], rtol=0, atol=0.01)
     assert s[1] > 1e-3
-    assert not polar(torch.zeros(3, 4)).any()
+    assert not orthogonalize(torch.zeros(3, 4)).any()
 
 
 def test_gradients_are_autograds_on_the_model_that_is_cut(
@@ -43,7 +48,7 @@ def test_gradients_are_autograds_on_the_model_that_is_cut(
     plan = plan_of(2, 3)
     name = "model.layers.1.mlp.down_proj.weight"
     changed = {name: 1.5 * view.model.get_parameter(name).data}
-    found = divergence_gradients(view, plan, changed, batches.input_ids, micro_batch=1)
+    found = compute_divergence_gradients(view, plan, changed, batches.input_ids, micro_batch=1)
     cut = reload(view)
     apply(cut, plan, WeightPatch(changed, "none"))
     cut.model.requires_grad_(True)
@@ -63,7 +68,7 @@ def test_gradients_are_autograds_on_the_model_that_is_cut(
 def test_the_model_is_as_it_was(view: DecoderView, batches: CalibrationBatches):
     before = {n: p.detach().clone() for n, p in view.model.named_parameters()}
     kernel = view.model.config._attn_implementation
-    descend(view, plan_of(2), {}, batches.input_ids, n_steps=2, micro_batch=2)
+    take_steps(view, plan_of(2), {}, batches.input_ids, n_steps=2, micro_batch=2)
     for name, parameter in view.model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert not parameter.requires_grad
@@ -77,7 +82,7 @@ def test_a_layer_that_did_nothing_leaves_nothing_to_learn(
 ):
     for part in ("self_attn.o_proj", "mlp.down_proj"):
         view.model.get_submodule(f"model.layers.2.{part}").weight.data.zero_()
-    gradients = divergence_gradients(view, plan_of(2), {}, batches.input_ids, micro_batch=2)
+    gradients = compute_divergence_gradients(view, plan_of(2), {}, batches.input_ids, micro_batch=2)
     assert max(float(g.abs().max()) for g in gradients.values()) < 1e-7
 
 
@@ -99,7 +104,7 @@ def test_a_step_is_as_long_as_the_other_half_allows(
 ):
     given = iter(losses)
     monkeypatch.setattr(gradient_steps, "mean_loss", lambda *_: next(given))
-    tensors, lengths = descend(view, plan_of(2), {}, batches.input_ids, n_steps=1, micro_batch=2)
+    tensors, lengths = take_steps(view, plan_of(2), {}, batches.input_ids, n_steps=1, micro_batch=2)
     assert lengths == (eta,)
     assert next(given, None) is None
     for name, tensor in tensors.items():
@@ -112,7 +117,7 @@ def test_halves_change_places_also_after_a_step_not_made(
     view: DecoderView, batches: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
 ):
     learnt: list[torch.Tensor] = []
-    original = gradient_steps.divergence_gradients
+    original = gradient_steps.compute_divergence_gradients
 
     def remember(*arguments, **options):
         learnt.append(arguments[3])
@@ -121,7 +126,7 @@ def test_halves_change_places_also_after_a_step_not_made(
     monkeypatch.setattr(gradient_steps, "divergence_gradients", remember)
     given = iter([5.0, 6.0, 6.0, 6.0, 6.0, 5.0, 4.0, 4.5])
     monkeypatch.setattr(gradient_steps, "mean_loss", lambda *_: next(given))
-    _, lengths = descend(view, plan_of(2), {}, batches.input_ids, n_steps=2, micro_batch=2)
+    _, lengths = take_steps(view, plan_of(2), {}, batches.input_ids, n_steps=2, micro_batch=2)
     assert lengths == (0.0, gradient_steps.ETA)
     assert [len(half) for half in learnt] == [2, 2]
     assert torch.equal(torch.stack(learnt, dim=1).flatten(0, 1), batches.input_ids)
@@ -130,7 +135,7 @@ def test_halves_change_places_also_after_a_step_not_made(
 def test_weights_that_layers_share_are_left_alone(view: DecoderView):
     layers = view.layers
     layers[3].mlp.up_proj.weight = layers[1].mlp.up_proj.weight
-    names = learned(view, plan_of(2))
+    names = find_trained_weights(view, plan_of(2))
     assert "model.layers.1.mlp.up_proj.weight" not in names
     assert "model.layers.3.mlp.up_proj.weight" not in names
     assert "model.layers.1.mlp.gate_proj.weight" in names
@@ -140,12 +145,12 @@ def test_weights_that_layers_share_are_left_alone(view: DecoderView):
 def test_what_is_not_finite_is_an_error(view: DecoderView, batches: CalibrationBatches):
     view.model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="gradient_steps: 0"):
-        divergence_gradients(view, plan_of(2), {}, batches.input_ids, micro_batch=2)
+        compute_divergence_gradients(view, plan_of(2), {}, batches.input_ids, micro_batch=2)
 
 
 def test_transposed_weights_step_alike(tmp_path: Path, batches: CalibrationBatches):
     view = load(str(save_tiny(tmp_path / "gpt2", "gpt2")), dtype="float32")
-    tensors, (eta,) = descend(view, plan_of(2), {}, batches.input_ids, n_steps=1, micro_batch=2)
+    tensors, (eta,) = take_steps(view, plan_of(2), {}, batches.input_ids, n_steps=1, micro_batch=2)
     assert eta > 0
     with view.skipping((2,)):
         before = mean_loss(view, batches.input_ids[1::2], 2)

@@ -8,7 +8,7 @@ import torch
 from layercut.engine.residual_stream import ResidualStream
 from layercut.models.view import DecoderView
 from layercut.recovery import layer_fit
-from layercut.recovery.layer_fit import fit_ridge_update, held_out_rows
+from layercut.recovery.layer_fit import fit_ridge_update, mask_held_out_rows
 from layercut.recovery.paired_walk import KeptLayer
 from layercut.types import CalibrationBatches
 from spools import spool
@@ -80,7 +80,7 @@ def test_walk_moves_the_stream_as_the_patched_model_does(
     view: DecoderView, batches: CalibrationBatches
 ):
     # The down-projection's change is added to the stream without a second pass: compare with one.
-    held = held_out_rows(batches, 4)
+    held = mask_held_out_rows(batches, 4)
     dense = ResidualStream(view, batches)
     dense.advance(0)
     pruned = dense.fork()

@@ -11,7 +11,7 @@ from layercut.errors import DataError, PlanError, RecipeError
 from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
-from layercut.recovery.layer_fit import held_out_rows
+from layercut.recovery.layer_fit import mask_held_out_rows
 from layercut.recovery.methods import refit
 from layercut.types import CalibrationBatches
 
@@ -44,7 +44,7 @@ def test_the_step_is_the_one_with_the_lowest_held_out_loss(
     options = {"held_out_every": 4, "gradient_steps": 0}
     patch = fit(view, plan_of(2, 3), None, batches, method="refit", **options)
     assert next(given, None) is None
-    assert patch.notes["step"] == step
+    assert patch.notes["shrinkage"] == step
     assert bool(patch.tensors) == (step > 0)
     assert walked
     for name, tensor in patch.tensors.items():
@@ -72,7 +72,7 @@ def test_reported_loss_is_that_of_the_pruned_and_patched_model(
     plan = plan_of(2, 3)
     patch = fit(view, plan, None, batches, method="refit", held_out_every=4)
     monkeypatch.undo()
-    held = held_out_rows(batches, 4)
+    held = mask_held_out_rows(batches, 4)
     with view.skipping(plan.dropped), view.patched(patch.tensors):
         expected = mean_loss(view, batches.input_ids[held[:: batches.seq_len]], 2)
         skipped = view.model(batches.input_ids, use_cache=False).logits

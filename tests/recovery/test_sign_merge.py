@@ -17,7 +17,7 @@ from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
 from layercut.recovery.methods import sign_merge
-from layercut.recovery.methods.sign_merge import by_score, top_entries
+from layercut.recovery.methods.sign_merge import sort_by_score, top_entries
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, Round
 from lora_runs import planted_log
 
@@ -142,11 +142,14 @@ def test_layers_are_ranked_as_they_were_dropped(view: DecoderView):
     log = random_log(view)
     first = Round((1.0, 1.0, 5.0, 1.0, 4.0, 9.0), (3,), None)
     second = Round((1.0, 1.0, 0.5, None, 0.1, 9.0), (4,), None)
-    assert by_score(scored_plan(first, second), log) == [3, 4]
+    assert sort_by_score(scored_plan(first, second), log) == [3, 4]
     # Of equal scores the higher index goes first, as in selection.
-    assert by_score(scored_plan(Round((9.0, 1.0, 1.0, 9.0, 9.0, 9.0), (1, 2), None)), log) == [2, 1]
+    assert sort_by_score(scored_plan(Round((9.0, 1.0, 1.0, 9.0, 9.0, 9.0), (1, 2), None)), log) == [
+        2,
+        1,
+    ]
     values = log.layer_scores().values
-    assert by_score(plan_of(1, 4, 5), log) == sorted((1, 4, 5), key=lambda i: values[i])
+    assert sort_by_score(plan_of(1, 4, 5), log) == sorted((1, 4, 5), key=lambda i: values[i])
 
 
 def test_without_a_record_the_merge_makes_its_own(

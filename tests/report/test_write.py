@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from layercut.errors import NumericsError, OutputError, ResourceError
-from layercut.report.write import headline, render_html, write_model_card, write_report
+from layercut.report.write import render_html, write_headline, write_model_card, write_report
 from layercut.results import Estimate, Evaluation, Provenance, RunResult
 from layercut.types import LayerScores, PruningPlan, Round
 
@@ -160,12 +160,12 @@ def test_page_escapes_what_users_and_models_bring() -> None:
 
 
 def test_headline_says_only_what_was_measured() -> None:
-    assert headline(finished()) == (
+    assert write_headline(finished()) == (
         ("1 of 4", "layers dropped"),
         ("−25.0 %", "parameters"),
         ("× 1.50", "perplexity on speeches"),
     )
-    assert headline(RunResult("m", {}, PROVENANCE)) == ()
+    assert write_headline(RunResult("m", {}, PROVENANCE)) == ()
 
 
 def test_card_of_the_embedded_model_has_its_licence_and_no_hub_base(tmp_path: Path) -> None:

@@ -64,17 +64,17 @@ def test_planted_block_is_found(
 def test_closest_block_by_hand():
     # blocks of two of five layers: 0–1, 1–2, 2–3, 3–4
     distances = [0.4, 0.1, 0.3, 0.3]
-    assert block.closest_block(distances, 2, request_of()) == (1, 2)
-    assert block.closest_block(distances, 2, request_of(protect=frozenset({1}))) == (3, 4)
+    assert block.find_closest_block(distances, 2, request_of()) == (1, 2)
+    assert block.find_closest_block(distances, 2, request_of(protect=frozenset({1}))) == (3, 4)
 
 
 def test_a_block_keeps_the_pattern():
     # Every second layer differs: only blocks of an even number of layers leave the others in place.
     request = request_of(layer_types=LAYER_TYPES)
-    assert block.closest_block([0.1, 0.2, 0.3, 0.4, 0.5], 2, request) == (0, 1)
+    assert block.find_closest_block([0.1, 0.2, 0.3, 0.4, 0.5], 2, request) == (0, 1)
     request = request_of(layer_types=LAYER_TYPES, protect=frozenset({5}))
     with pytest.raises(PlanError, match="preserves the pattern"):
-        block.closest_block([0.1, 0.2, 0.3, 0.4], 3, request)
+        block.find_closest_block([0.1, 0.2, 0.3, 0.4], 3, request)
 
 
 def test_one_pass_serves_plans_of_every_size(

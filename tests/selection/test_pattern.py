@@ -12,9 +12,9 @@ from layercut.checkpoints.layer_types import derive_layer_types, read_layer_type
 from layercut.errors import PlanError, RecipeError
 from layercut.models.load import load
 from layercut.models.view import DecoderView
-from layercut.selection.cut_prices import cheapest_plans
-from layercut.selection.methods.lowest import lowest
-from layercut.selection.pattern import keeps_pattern, lowest_in_pattern, pattern_to_keep
+from layercut.selection.cut_prices import find_cheapest_plans
+from layercut.selection.methods.lowest import choose_lowest
+from layercut.selection.pattern import choose_lowest_in_pattern, keeps_pattern, pattern_to_keep
 from layercut.selection.select import select
 from layercut.types import CalibrationBatches
 
@@ -44,24 +44,24 @@ def test_the_cheapest_choice_is_found(n_drop: int, protect: frozenset[int]) -> N
     possible = all_that_fit(n_drop, protect)
     if not possible:
         with pytest.raises(PlanError, match="preserves the pattern of unlike layers"):
-            lowest_in_pattern(values, LAYER_TYPES, n_drop, protect)
+            choose_lowest_in_pattern(values, LAYER_TYPES, n_drop, protect)
         return
     best = min(possible, key=lambda dropped: sum(values[i] for i in dropped))
-    assert lowest_in_pattern(values, LAYER_TYPES, n_drop, protect) == best
+    assert choose_lowest_in_pattern(values, LAYER_TYPES, n_drop, protect) == best
 
 
 def test_without_a_pattern_the_lowest_scores_go() -> None:
     values = [3.0, 1.0, 2.0, 0.5, 4.0]
     alike = (("same",),) * 5
-    assert list(lowest_in_pattern(values, alike, 2, frozenset({3}))) == [1, 2]
-    assert lowest(values, 2, protect=frozenset({3}))[0] == [1, 2]
+    assert list(choose_lowest_in_pattern(values, alike, 2, frozenset({3}))) == [1, 2]
+    assert choose_lowest(values, 2, protect=frozenset({3}))[0] == [1, 2]
 
 
 def test_priced_plans_keep_the_pattern() -> None:
     generator = random.Random(3)
     prices = {(i, n): generator.random() for i in range(1, 9) for n in range(1, 9 - i + 1)}
-    curve = cheapest_plans(prices, 9, frozenset({0}), LAYER_TYPES)
-    free = cheapest_plans(prices, 9, frozenset({0}))
+    curve = find_cheapest_plans(prices, 9, frozenset({0}), LAYER_TYPES)
+    free = find_cheapest_plans(prices, 9, frozenset({0}))
     for n_drop in free:
         possible = all_that_fit(n_drop, frozenset({0}))
         assert (n_drop in curve) == bool(possible)

@@ -32,7 +32,7 @@ def random_prices(longest: int) -> cut_prices.Prices:
 @pytest.mark.parametrize("protect", [frozenset({0}), frozenset({0, 3})])
 def test_cheapest_plans_equal_brute_force(longest: int, protect: frozenset[int]):
     prices = random_prices(longest)
-    curve = cut_prices.cheapest_plans(prices, N, protect)
+    curve = cut_prices.find_cheapest_plans(prices, N, protect)
     for n_dropped in range(1, N):
         free = [layer for layer in range(N) if layer not in protect]
         costs = {
@@ -48,7 +48,7 @@ def test_cheapest_plans_equal_brute_force(longest: int, protect: frozenset[int])
 
 
 def test_neighbours_differ_in_one_layer():
-    plans = priced_cuts.neighbours((2, 3), 6, frozenset({0}))
+    plans = priced_cuts.list_neighbours((2, 3), 6, frozenset({0}))
     assert set(plans) == {(1, 3), (3, 4), (3, 5), (1, 2), (2, 4), (2, 5)}
 
 
@@ -67,7 +67,7 @@ def test_planted_redundancy_is_priced_lowest(
     slopes, _ = cut_prices.sensitivities(view, batches, dense)
     prices = cut_prices.price_cuts(view, batches, dense, slopes, 3)
     assert prices[planted, 1] == 0.0
-    assert cut_prices.cheapest_plans(prices, 6, frozenset({0}))[1] == (0.0, (planted,))
+    assert cut_prices.find_cheapest_plans(prices, 6, frozenset({0}))[1] == (0.0, (planted,))
 
 
 def test_price_by_hand(view: DecoderView, batches: CalibrationBatches):

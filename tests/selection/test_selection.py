@@ -10,7 +10,7 @@ import torch
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
 from layercut.scoring.score import score
-from layercut.selection.methods.lowest import lowest
+from layercut.selection.methods.lowest import choose_lowest
 from layercut.selection.select import check_request
 from layercut.selection.select import select as select_by
 from layercut.types import CalibrationBatches
@@ -20,18 +20,18 @@ select = functools.partial(select_by, strategy="lowest", scoring="gradmap")
 
 def test_lowest_by_hand():
     # ranked: 2 (0.1), 0 (0.3), 4 (0.5), 1 (0.9); the cut is between 0.3 and 0.5 of a range of 0.8
-    chosen, margin = lowest([0.3, 0.9, 0.1, None, 0.5], 2)
+    chosen, margin = choose_lowest([0.3, 0.9, 0.1, None, 0.5], 2)
     assert chosen == [0, 2]
     assert margin == pytest.approx(0.2 / 0.8)
 
 
 def test_ties_keep_the_lower_index():
-    assert lowest([1.0, 0.5, 0.5, 0.5], 1)[0] == [3]
-    assert lowest([1.0, 1.0], 1) == ([1], None)
+    assert choose_lowest([1.0, 0.5, 0.5, 0.5], 1)[0] == [3]
+    assert choose_lowest([1.0, 1.0], 1) == ([1], None)
 
 
 def test_protected_layers_are_passed_over():
-    assert lowest([0.1, 0.2, 0.3], 1, protect=frozenset({0}))[0] == [1]
+    assert choose_lowest([0.1, 0.2, 0.3], 1, protect=frozenset({0}))[0] == [1]
 
 
 def test_one_shot_drops_the_lowest_scores(view: DecoderView, batches: CalibrationBatches):

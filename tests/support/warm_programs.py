@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +27,10 @@ from layercut.cli import main
 PROGRAM = """\
 #!{python} -IS
 import json, os, socket, sys
+request = json.dumps([sys.argv, os.getcwd(), dict(os.environ)])
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    socket.send_fds(server, [json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode()], [0, 1, 2])
+    socket.send_fds(server, [request.encode()], [0, 1, 2])
     sys.exit(int(server.recv(16) or 1))
 """
 IMPORTED = ("LlamaForCausalLM", "AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast")
@@ -50,9 +50,7 @@ def serve(environment: dict[str, str]) -> Iterator[Path]:
         number = listener.fileno()
         command = [sys.executable, __file__, str(number)]
         # Leaving closes the process's standard input, which ends it; so does this one's end.
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, pass_fds=[number], env=environment
-        ):
+        with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number], env=environment):
             yield Path(name)
 
 
@@ -99,9 +97,6 @@ def _run(argv: list[str], folder: str, environment: dict[str, str]) -> int:
         return 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        return 1
 
 
 def _serve_until_end_of_input(listener: socket.socket) -> None:

@@ -39,7 +39,7 @@ def test_loss_and_gradient_are_those_of_the_full_logits(
     apply(student, plan_of(2, 3))
     weight = student.model.get_parameter("model.layers.1.mlp.up_proj.weight").requires_grad_()
     divergence = Divergence(student, view, temperature, label_weight)
-    loss = divergence(ids, divergence.guide(ids))
+    loss = divergence(ids, divergence.compute_teacher_states(ids))
     loss.backward()
     found, weight.grad = weight.grad, None
     logits = student.model(ids, use_cache=False).logits
@@ -57,7 +57,7 @@ def test_models_that_scale_or_cap_their_logits_are_followed(tmp_path, ids: torch
         weight.mul_(1.5)
     weight.requires_grad_()
     divergence = Divergence(student, view)
-    divergence(ids, divergence.guide(ids)).backward()
+    divergence(ids, divergence.compute_teacher_states(ids)).backward()
     found, weight.grad = weight.grad, None
     naive(student.model(ids).logits, view.model(ids).logits, ids, 1.0, 0.0).backward()
     torch.testing.assert_close(found, weight.grad)
@@ -79,7 +79,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(
     student = reload(view)
     weight = student.model.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_()
     divergence = Divergence(student, view)
-    loss = divergence(ids, divergence.guide(ids))
+    loss = divergence(ids, divergence.compute_teacher_states(ids))
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert weight.grad is not None

@@ -15,14 +15,14 @@ from layercut.data.tasks import TaskRow
 from layercut.errors import DataError, LayercutError, ModelError, NumericsError, RecipeError
 from layercut.models.load import load, reload
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import DistillSettings
+from layercut.recipe.finetune import DistillConfig
 from layercut.training.finetune import (
     build_trainer,
     check_rows,
     detach,
+    finetune,
     n_steps,
     trained_names,
-    tune,
 )
 from layercut.training.finetune_trainer import SortedSteps
 
@@ -40,7 +40,7 @@ def changed(view: DecoderView, before: dict[str, torch.Tensor]) -> set[str]:
 def test_training_changes_its_tensors_and_leaves_a_plain_model(view: DecoderView, mode: str):
     before = state(view)
     attributes, config = set(vars(view.model)), view.model.config.to_dict()
-    tuning = tune(view, ROWS, settings(mode=mode, learning_rate=1e-3))
+    tuning = finetune(view, ROWS, settings(mode=mode, learning_rate=1e-3))
     assert (tuning.n_rows, tuning.n_steps, tuning.resumed_at) == (32, 4, 0)
     assert changed(view, before) == set(trained_names(view, settings(mode=mode)))
     assert len(changed(view, before)) == (7 * 6 if mode == "lora" else len(before))
@@ -52,13 +52,13 @@ def test_training_changes_its_tensors_and_leaves_a_plain_model(view: DecoderView
 
 def test_training_learns(view: DecoderView):
     rows = [TaskRow("x", ("a", "b"), 0), TaskRow("y", ("a", "b"), 1)] * 16
-    assert tune(view, rows, settings(mode="full", epochs=15)).loss < 0.1
+    assert finetune(view, rows, settings(mode="full", epochs=15)).loss < 0.1
 
 
 def test_two_runs_with_one_seed_are_equal_and_with_another_differ(view: DecoderView):
     twins = [reload(view) for _ in range(3)]
     for twin, seed in zip(twins, (1, 1, 2), strict=True):
-        tune(twin, ROWS, settings(seed=seed))
+        finetune(twin, ROWS, settings(seed=seed))
     assert not changed(twins[0], state(twins[1]))
     assert changed(twins[0], state(twins[2]))
 
@@ -112,7 +112,7 @@ def test_mixed_precision_trains_close_to_float32(tiny_llama: Path):
     exact, mixed = load(str(tiny_llama), dtype="float32"), load(str(tiny_llama))
     mixed.mixed_precision = True
     rows = ROWS * 4
-    losses = [tune(view, rows, settings(learning_rate=1e-3)).loss for view in (exact, mixed)]
+    losses = [finetune(view, rows, settings(learning_rate=1e-3)).loss for view in (exact, mixed)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     assert losses[0] != losses[1]
 
@@ -141,7 +141,7 @@ def test_steps_are_counted_as_the_trainer_counts_them(
 ):
     rows = (ROWS * 2)[:n_rows]
     assert n_steps(settings(**chosen), n_rows) == expected
-    assert tune(view, rows, settings(**chosen)).n_steps == expected
+    assert finetune(view, rows, settings(**chosen)).n_steps == expected
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_steps_are_counted_as_the_trainer_counts_them(
         (ROWS, {"report_to": "trackio"}, RecipeError, r'pip install "layercut\[trackio\]"'),
         (
             ROWS,
-            {"distill": DistillSettings()},
+            {"distill": DistillConfig()},
             RecipeError,
             "distill and a teacher model go together",
         ),
@@ -184,7 +184,7 @@ def test_impossible_runs_are_refused_before_they_begin(
 ):
     attributes = set(vars(view.model))
     with pytest.raises(error, match=message):
-        tune(view, rows, settings(**chosen))
+        finetune(view, rows, settings(**chosen))
     assert set(vars(view.model)) == attributes
 
 
@@ -198,24 +198,24 @@ def test_full_tuning_of_narrow_weights_is_refused(tiny_llama: Path):
 def test_the_end_of_text_pads_where_nothing_else_does(view: DecoderView):
     view.tokenizer.pad_token = None
     with pytest.warns(UserWarning, match="has no padding token; the end-of-text token pads"):
-        tune(view, ROWS, settings(max_steps=1))
+        finetune(view, ROWS, settings(max_steps=1))
     check_rows(view, ROWS, settings())  # without the warning, which the run gives
     view.tokenizer.eos_token = None
     with pytest.raises(ModelError, match="neither a padding nor an end-of-text token"):
         check_rows(view, ROWS, settings())
     with pytest.raises(ModelError, match="neither a padding nor an end-of-text token"):
-        tune(view, ROWS, settings(max_steps=1))
+        finetune(view, ROWS, settings(max_steps=1))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(view: DecoderView):
     view.model.lm_head.weight.data.fill_(float("inf"))
     with pytest.raises(NumericsError, match=r"the training loss is (nan|inf) at step 1\. Lower"):
-        tune(view, ROWS, settings())
+        finetune(view, ROWS, settings())
     assert not hasattr(view.model, "peft_config")
 
 
 def test_tied_embeddings_stay_tied_through_full_tuning(tmp_path: Path):
     view = load(str(save_tiny(tmp_path / "tied", tie_word_embeddings=True)), dtype="float32")
-    tune(view, ROWS, settings(mode="full", max_steps=1))
+    finetune(view, ROWS, settings(mode="full", max_steps=1))
     head, embedding = view.model.get_output_embeddings(), view.model.get_input_embeddings()
     assert head.weight is embedding.weight

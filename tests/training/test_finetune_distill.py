@@ -14,7 +14,7 @@ from layercut.data.tasks import TaskRow
 from layercut.errors import DataError, LayercutError, RecipeError
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import DistillSettings
+from layercut.recipe.finetune import DistillConfig
 from layercut.training.finetune import build_trainer, check_rows, detach
 from layercut.training.finetune_trainer import divergence
 
@@ -37,7 +37,7 @@ def test_distilling_mixes_the_labels_loss_with_the_divergence(view: DecoderView,
         teacher.model.lm_head.weight.mul_(1.5)
     losses = []
     for weight in (None, 0.25, 1.0):
-        distill = None if weight is None else DistillSettings(weight=weight, temperature=3)
+        distill = None if weight is None else DistillConfig(weight=weight, temperature=3)
         guide = None if weight is None else teacher
         chosen = settings(distill=distill)
         trainer = build_trainer(view, ROWS, chosen, output_dir=tmp_path, teacher=guide)
@@ -50,7 +50,7 @@ def test_distilling_mixes_the_labels_loss_with_the_divergence(view: DecoderView,
 
 
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(view: DecoderView, tmp_path: Path):
-    chosen = settings(distill=DistillSettings(weight=1))
+    chosen = settings(distill=DistillConfig(weight=1))
     trainer = build_trainer(view, ROWS, chosen, output_dir=tmp_path, teacher=reload(view))
     with torch.no_grad():
         loss = float(trainer.compute_loss(trainer.model, first_batch(trainer)))
@@ -62,7 +62,7 @@ def test_distilling_over_choices_sees_their_tokens_alone(view: DecoderView, tmp_
     teacher = reload(view)
     with torch.no_grad():
         teacher.model.lm_head.weight.mul_(1.5)
-    distill = DistillSettings(weight=1, temperature=1, over="choices")
+    distill = DistillConfig(weight=1, temperature=1, over="choices")
     chosen = settings(distill=distill)
     rows = [replace(row, prompt=f"{i}?", choices=("a", "b")) for i, row in enumerate(ROWS)]
     trainer = build_trainer(view, rows, chosen, output_dir=tmp_path, teacher=teacher)
@@ -102,7 +102,7 @@ def test_distilling_over_choices_needs_shared_choices_of_one_token(
     view: DecoderView, rows: list[TaskRow], error: type[LayercutError], message: str
 ):
     with pytest.raises(error, match=message):
-        check_rows(view, rows, settings(distill=DistillSettings(over="choices")))
+        check_rows(view, rows, settings(distill=DistillConfig(over="choices")))
 
 
 def test_the_divergence_has_the_gradient_of_its_formula():

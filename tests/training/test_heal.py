@@ -16,13 +16,13 @@ from layercut.errors import DataError, NumericsError, OutputError, RecipeError
 from layercut.models.load import load, reload
 from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
-from layercut.recipe.heal import HealSettings
+from layercut.recipe.heal import HealConfig
 from layercut.training.distillation_loss import Divergence
-from layercut.training.heal import heal, narrowed
+from layercut.training.heal import bfloat16_weights, heal
 from layercut.training.heal_trainer import rate
 from layercut.training.lora_adapters import adapted_names
 
-SETTINGS = HealSettings(
+SETTINGS = HealConfig(
     steps=12, batch_size=2, held_out=2, evaluations=4, learning_rate=3e-3, save_steps=2
 )
 
@@ -40,8 +40,8 @@ def windows() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (26, 16), generator=generator)
 
 
-def with_settings(**changes: Any) -> HealSettings:
-    return HealSettings(**(SETTINGS.model_dump(exclude_unset=True) | changes))
+def with_settings(**changes: Any) -> HealConfig:
+    return HealConfig(**(SETTINGS.model_dump(exclude_unset=True) | changes))
 
 
 def state_of(view: DecoderView) -> dict[str, torch.Tensor]:
@@ -76,7 +76,7 @@ def test_a_heal_brings_the_student_nearer_and_changes_linear_weights_alone(
     assert not any(p.requires_grad for p in pruned.model.parameters())
     # The held-out loss is of the weights that were kept, on windows 0 and 13.
     divergence, held_out = Divergence(pruned, view), windows[[0, 13]]
-    loss = float(divergence(held_out, divergence.guide(held_out)))
+    loss = float(divergence(held_out, divergence.compute_teacher_states(held_out)))
     assert loss == pytest.approx(healing.loss_after, rel=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_the_best_weights_are_kept_where_later_ones_are_worse(
     assert 0 < healing.best_step < healing.n_steps
     assert healing.loss_after == min(losses.values()) < losses[max(losses)]
     divergence, held_out = Divergence(pruned, view), windows[[0, 13]]
-    loss = float(divergence(held_out, divergence.guide(held_out)))
+    loss = float(divergence(held_out, divergence.compute_teacher_states(held_out)))
     assert loss == pytest.approx(healing.loss_after, rel=1e-4)
 
 
@@ -217,7 +217,7 @@ def test_narrow_matrices_give_the_numbers_of_autocast_and_come_back(
     view = load(str(save_tiny(tmp_path, tie_word_embeddings=True)), dtype="float32")
     view.mixed_precision = True
     before, expected = state_of(view), view.token_losses(ids)
-    with narrowed(view):
+    with bfloat16_weights(view):
         assert view.linear_modules(0)["model.layers.0.mlp.up_proj.weight"].weight.itemsize == 2
         found = view.token_losses(ids)
     assert torch.equal(found, expected)
@@ -242,8 +242,8 @@ def test_a_loss_that_is_no_number_names_its_step(
 ):
     true_loss = Divergence.__call__
 
-    def broken(self: Divergence, ids: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
-        loss = true_loss(self, ids, guide)
+    def broken(self: Divergence, ids: torch.Tensor, teacher_states: torch.Tensor) -> torch.Tensor:
+        loss = true_loss(self, ids, teacher_states)
         return loss * float("nan") if torch.is_grad_enabled() else loss
 
     monkeypatch.setattr(Divergence, "__call__", broken)
@@ -282,16 +282,18 @@ def test_windows_that_come_again_meet_the_same_teacher(
 ):
     chosen = with_settings(steps=30, patience=99)  # 24 windows, two a step: in the third pass
     n_calls = []
-    true_guide = Divergence.guide
+    true_states = Divergence.compute_teacher_states
     monkeypatch.setattr(
-        Divergence, "guide", lambda self, ids: (n_calls.append(1), true_guide(self, ids))[1]
+        Divergence,
+        "compute_teacher_states",
+        lambda self, ids: (n_calls.append(1), true_states(self, ids))[1],
     )
     losses = []
     for limit in (2**30, 0):
-        monkeypatch.setattr("layercut.training.heal_trainer.GUIDES_BYTES", limit)
+        monkeypatch.setattr("layercut.training.heal_trainer.TEACHER_STATES_BYTES", limit)
         student = reload(view)
         apply(student, plan_of(2, 3))
         losses.append([loss for _, loss in heal(student, view, windows, chosen).losses])
         n_calls.append(0)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert n_calls == [1] * 13 + [0] + [1] * 31 + [0]  # one of them for the judge
+    assert n_calls == [1] * 13 + [0] + [1] * 31 + [0]  # one of them for the checkpoints

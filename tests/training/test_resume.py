@@ -14,12 +14,12 @@ from layercut.data.tasks import TaskRow
 from layercut.errors import OutputError
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import FinetuneSettings
-from layercut.training.finetune import tune
+from layercut.recipe.finetune import FinetuneConfig
+from layercut.training.finetune import finetune
 from layercut.training.resume import RUN_FILE, claim, last_checkpoint, model_hash
 
 ROWS = [TaskRow(f"{i} is", (" even", " odd"), i % 2, where=f"row {i}") for i in range(32)]
-SETTINGS = FinetuneSettings(
+SETTINGS = FinetuneConfig(
     batch_size=4, accumulation=2, epochs=2, max_length=64, learning_rate=1e-2, save_steps=2
 )
 
@@ -41,18 +41,20 @@ class Interrupt(TrainerCallback):
 
 def test_a_run_goes_on_from_its_checkpoint_to_the_same_weights(view: DecoderView, tmp_path: Path):
     whole, cut, other = (reload(view) for _ in range(3))
-    expected = tune(whole, ROWS, SETTINGS.model_copy(update={"save_steps": None}))
+    expected = finetune(whole, ROWS, SETTINGS.model_copy(update={"save_steps": None}))
     with pytest.raises(KeyboardInterrupt):
-        tune(cut, ROWS, SETTINGS, work_dir=tmp_path / "work", callbacks=[Interrupt()])
+        finetune(cut, ROWS, SETTINGS, work_dir=tmp_path / "work", callbacks=[Interrupt()])
     assert not changed(cut, view)
-    found = tune(cut, ROWS, SETTINGS, work_dir=tmp_path / "work")
+    found = finetune(cut, ROWS, SETTINGS, work_dir=tmp_path / "work")
     assert (found.n_steps, found.resumed_at) == (8, 2)
     assert not changed(cut, whole)
     assert found.loss == expected.loss
     # The two seconds that the second step slept are those of the run, too.
     assert found.train_seconds > 2
     # Another run in the same folder starts anew.
-    fresh = tune(other, ROWS, SETTINGS.model_copy(update={"seed": 5}), work_dir=tmp_path / "work")
+    fresh = finetune(
+        other, ROWS, SETTINGS.model_copy(update={"seed": 5}), work_dir=tmp_path / "work"
+    )
     assert fresh.resumed_at == 0
 
 
@@ -65,8 +67,8 @@ def test_a_run_that_has_ended_within_an_epoch_takes_no_further_step(
     update = {"mode": mode, "scheduler": "constant", "warmup_ratio": 0.0, **length}
     first, second = reload(view), reload(view)
     chosen = SETTINGS.model_copy(update=update)
-    once = tune(first, ROWS, chosen, work_dir=tmp_path)
-    again = tune(second, ROWS, chosen, work_dir=tmp_path)
+    once = finetune(first, ROWS, chosen, work_dir=tmp_path)
+    again = finetune(second, ROWS, chosen, work_dir=tmp_path)
     assert again.resumed_at == again.n_steps == once.n_steps
     assert again.loss == once.loss
     assert changed(first, view)
@@ -75,9 +77,9 @@ def test_a_run_that_has_ended_within_an_epoch_takes_no_further_step(
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(view: DecoderView, tmp_path: Path):
     chosen = SETTINGS.model_copy(update={"epochs": 1})
-    tune(reload(view), ROWS, chosen, work_dir=tmp_path)
+    finetune(reload(view), ROWS, chosen, work_dir=tmp_path)
     (tmp_path / "checkpoint-9").mkdir()
-    assert tune(reload(view), ROWS, chosen, work_dir=tmp_path).resumed_at == 4
+    assert finetune(reload(view), ROWS, chosen, work_dir=tmp_path).resumed_at == 4
 
 
 def test_a_folder_that_is_not_layercuts_is_refused_and_left_alone(
@@ -85,7 +87,7 @@ def test_a_folder_that_is_not_layercuts_is_refused_and_left_alone(
 ):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match=r"was not made by layercut\. Move it away"):
-        tune(view, ROWS, SETTINGS, work_dir=tmp_path)
+        finetune(view, ROWS, SETTINGS, work_dir=tmp_path)
     with pytest.raises(OutputError, match=r"thesis\.txt, the place for the checkpoints"):
         last_checkpoint(tmp_path / "thesis.txt", ["a"])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

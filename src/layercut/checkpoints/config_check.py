@@ -18,7 +18,7 @@ from layercut.checkpoints.layout import Layout
 from layercut.errors import ModelError
 
 
-def pruned_config(folder: Path, layout: Layout, kept: Sequence[int]) -> Json:
+def prune_config(folder: Path, layout: Layout, kept: Sequence[int]) -> Json:
     """The parsed config.json of the pruned model, once it is known to build the kept layers.
 
     Args:
@@ -30,16 +30,16 @@ def pruned_config(folder: Path, layout: Layout, kept: Sequence[int]) -> Json:
         ModelError: the family pins a dropped layer, or a kept layer would become another one.
     """
     raw = read_json_object(folder / "config.json")
-    old = meta_model(read_config(raw))
+    old = build_meta_model(read_config(raw))
     layout.check_dropped(set(range(layout.n_layers)) - set(kept))
     edited = edit_config(raw, layout.rules, kept, with_mtp=layout.carries_mtp)
-    new = meta_model(read_config(edited))
+    new = build_meta_model(read_config(edited))
     exempt = INDEX_SCALED_ATTRIBUTES if layout.index_scaled else frozenset()
     check_same_layers(layout.layer_list(old), layout.layer_list(new), kept, exempt)
     return edited
 
 
-def meta_model(config: Any) -> nn.Module:
+def build_meta_model(config: Any) -> nn.Module:
     """The model of a configuration, without any memory for its weights.
 
     Raises:

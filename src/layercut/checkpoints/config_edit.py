@@ -54,7 +54,7 @@ def edit_config(
     edited = copy.deepcopy(dict(raw))
     config = read_config(edited)
     path = section_path(config)
-    text = at(config, path)
+    text = get_section(config, path)
     section = _section(edited, path)
     wanted = _wanted(text, kept)
     _edit_section(section, text, rules, kept)
@@ -110,7 +110,7 @@ def section_path(config: Any) -> tuple[str, ...]:
     )
 
 
-def at(config: Any, path: Sequence[str]) -> Any:
+def get_section(config: Any, path: Sequence[str]) -> Any:
     """The sub-configuration at ``path``."""
     for key in path:
         config = getattr(config, key)
@@ -165,13 +165,13 @@ def _edit_section(section: Json, text: Any, rules: FamilyRules, kept: Sequence[i
             section[key] = sum(i >= n_layers - value for i in kept)
         elif key in RE_KEYED:
             section[key] = {str(new_index[int(i)]): v for i, v in value.items() if int(i) in kept}
-    section.update(_without_steps(text, kept))
+    section.update(_remove_steps(text, kept))
     for count in (*LAYER_COUNTS, _count_key(text)):
         if section.get(count) == n_layers:
             section[count] = len(kept)
 
 
-def _without_steps(text: Any, kept: Sequence[int]) -> Json:
+def _remove_steps(text: Any, kept: Sequence[int]) -> Json:
     """Sparse layers at every s-th place, as a step of 1 and a list of the dense kept ones."""
     values: Json = {}
     for step, dense in STEPS.items():
@@ -203,13 +203,13 @@ def _wanted(text: Any, kept: Sequence[int]) -> Json:
         else [value[i] for i in kept]
         for key, value in layer_values(text).items()
     }
-    return wanted | _without_steps(text, kept) | {_count_key(text): len(kept)}
+    return wanted | _remove_steps(text, kept) | {_count_key(text): len(kept)}
 
 
 def _differences(edited: Json, path: Sequence[str], wanted: Json) -> Json:
     """Wanted values that the edited configuration does not give."""
     try:
-        text = at(read_config(edited), path)
+        text = get_section(read_config(edited), path)
     except ModelError:
         return wanted
     return {key: value for key, value in wanted.items() if _value(text, key) != value}

@@ -18,7 +18,7 @@ Convert = Callable[[Path], None]
 """Writes a checkpoint into an empty folder."""
 
 
-def cached(name: str, stage: str, prepare: Callable[[], Convert]) -> Path:
+def cache_conversion(name: str, stage: str, prepare: Callable[[], Convert]) -> Path:
     """The checkpoint ``name`` in the cache, converted if it is not there yet.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaConfig
 
-from layercut.checkpoints.conversion_cache import Convert, cached
+from layercut.checkpoints.conversion_cache import Convert, cache_conversion
 from layercut.checkpoints.folder import SINGLE_FILE
 from layercut.checkpoints.gguf_tokenizer import bpe_tokenizer
 from layercut.checkpoints.safetensors_file import StoredTensor
@@ -53,7 +53,7 @@ def checkpoint_folder() -> Path:
         OutputError: the cache folder cannot be written to.
         ResourceError: the disk is full.
     """
-    return cached(CACHE_FOLDER, "convert the embedded model", _prepare)
+    return cache_conversion(CACHE_FOLDER, "convert the embedded model", _prepare)
 
 
 def _packaged_file() -> Path:

@@ -198,6 +198,6 @@ FAMILIES: dict[str, FamilyRules] = {
 }
 
 
-def rules_for(model_type: str) -> FamilyRules:
+def find_rules(model_type: str) -> FamilyRules:
     """The family's row; an empty one for a family that has nothing special."""
     return FAMILIES.get(model_type, FamilyRules())

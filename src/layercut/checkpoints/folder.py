@@ -38,7 +38,7 @@ def check_plain_file(path: Path) -> None:
             )
 
 
-def weight_files(folder: Path) -> tuple[Path, ...]:
+def list_weight_files(folder: Path) -> tuple[Path, ...]:
     """The safetensors files of a checkpoint, sorted by name.
 
     Raises:
@@ -47,14 +47,14 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if index.exists():
-        names = _indexed_files(index)
+        names = _list_indexed_files(index)
         # Some programs write an index for a single file, too.
         if single.exists() and names != [SINGLE_FILE]:
             raise ModelError(
                 f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}, and one of them is stale. "
                 "Delete the one that does not belong to this checkpoint."
             )
-        return tuple(_existing(index, name) for name in names)
+        return tuple(_find_existing(index, name) for name in names)
     if single.exists():
         return (single,)
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -87,7 +87,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _indexed_files(index: Path) -> list[str]:
+def _list_indexed_files(index: Path) -> list[str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map. Download the checkpoint again.")
@@ -101,7 +101,7 @@ def _indexed_files(index: Path) -> list[str]:
     return names
 
 
-def _existing(index: Path, name: str) -> Path:
+def _find_existing(index: Path, name: str) -> Path:
     path = index.parent / name
     if not path.exists():
         raise ModelError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from layercut.checkpoints.conversion_cache import Convert, cached
+from layercut.checkpoints.conversion_cache import Convert, cache_conversion
 from layercut.checkpoints.folder import check_plain_file
 from layercut.checkpoints.gguf_tokenizer import bpe_tokenizer
 from layercut.checkpoints.hf_calls import INVALID, quiet
@@ -39,7 +39,7 @@ def checkpoint_folder(path: Path) -> Path:
             raise ModelError(f"{path} is not a GGUF file. Name a checkpoint's folder, or a .gguf.")
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return cached(
+    return cache_conversion(
         f"gguf-{digest[:16]}-{VERSION}", f"convert {path.name}", functools.partial(_prepare, path)
     )
 

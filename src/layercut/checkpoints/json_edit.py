@@ -30,7 +30,7 @@ def replace_values(text: str, changes: Mapping[str, Any]) -> str:
     for key, value in changes.items():
         if key in spans:
             begin, end = spans[key]
-            edits.append((begin, end, _edited(text[begin:end], value, indent)))
+            edits.append((begin, end, _edit_value(text[begin:end], value, indent)))
         else:
             edits.append((start, start, f"{margin}{json.dumps(key)}: {_spell(value, indent)},"))
     for begin, end, new in sorted(edits, reverse=True):
@@ -38,7 +38,7 @@ def replace_values(text: str, changes: Mapping[str, Any]) -> str:
     return text
 
 
-def _edited(old: str, value: Any, indent: str) -> str:
+def _edit_value(old: str, value: Any, indent: str) -> str:
     before = json.loads(old)
     if isinstance(before, dict) and isinstance(value, dict) and before.keys() <= value.keys():
         return replace_values(old, {k: v for k, v in value.items() if before.get(k, ...) != v})

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from layercut.checkpoints.config_edit import at, section_path
+from layercut.checkpoints.config_edit import get_section, section_path
 from layercut.checkpoints.families import (
     LENDING,
     MTP_COUNTS,
@@ -19,7 +19,7 @@ from layercut.checkpoints.families import (
     SHARED_RESULTS,
     FamilyRules,
     Pin,
-    rules_for,
+    find_rules,
 )
 from layercut.errors import ModelError
 
@@ -71,11 +71,11 @@ class Layout:
 
     def new_name(self, name: str, new_index: Mapping[int, int]) -> str | None:
         """A tensor's name in the pruned state dict; ``None`` if its layer is dropped."""
-        return _renamed(name, self.layers, new_index)
+        return _rename(name, self.layers, new_index)
 
     def new_stored_name(self, name: str, new_index: Mapping[int, int]) -> str | None:
         """A tensor's name in the pruned checkpoint; ``None`` if its layer is dropped."""
-        return _renamed(name, self.stored, new_index)
+        return _rename(name, self.stored, new_index)
 
     def stored_number(self, name: str) -> int | None:
         """The number of the layer that a tensor on disk belongs to, if it belongs to one."""
@@ -99,8 +99,8 @@ def find_layout(config: Any, model: nn.Module, names: Collection[str]) -> Layout
     Raises:
         ModelError: the layers cannot be told from the model's other parts.
     """
-    text = at(config, section_path(config))
-    rules = rules_for(text.model_type)
+    text = get_section(config, section_path(config))
+    rules = find_rules(text.model_type)
     layers = _layer_path(model, text.num_hidden_layers)
     stored = _stored_prefix(layers, names)
     n_mtp = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
@@ -127,7 +127,7 @@ def stored_layers(layout: Layout, names: Iterable[str]) -> set[int]:
     return _numbers(names, layout.stored) - set(behind)
 
 
-def _renamed(name: str, prefix: str, new_index: Mapping[int, int]) -> str | None:
+def _rename(name: str, prefix: str, new_index: Mapping[int, int]) -> str | None:
     match = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
     if match is None:
         return name

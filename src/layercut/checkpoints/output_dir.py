@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from layercut.checkpoints.folder import weight_files
+from layercut.checkpoints.folder import list_weight_files
 from layercut.errors import OutputError, ResourceError
 
 SPARE_SPACE = 1.05
@@ -58,7 +58,7 @@ def check_disk_space(view_path: Path, output_dir: Path) -> None:
     Raises:
         ResourceError: fewer free bytes than 1.05 × the weights of the source.
     """
-    needed = SPARE_SPACE * sum(path.stat().st_size for path in weight_files(view_path))
+    needed = SPARE_SPACE * sum(path.stat().st_size for path in list_weight_files(view_path))
     free = shutil.disk_usage(output_dir.resolve().parent).free
     if free < needed:
         raise ResourceError(

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from layercut.checkpoints.config_check import meta_model
+from layercut.checkpoints.config_check import build_meta_model
 from layercut.checkpoints.config_edit import read_config
 from layercut.checkpoints.folder import read_json_object
 from layercut.checkpoints.hf_calls import INVALID, quiet
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.preflight import stored_tensors
+from layercut.checkpoints.preflight import read_stored_tensors
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor, read_tensor
 from layercut.errors import PlanError
 from layercut.types import PruningPlan, WeightPatch
@@ -34,9 +34,9 @@ class Names:
     """
 
     def __init__(self, source: Path, layout: Layout) -> None:
-        self.stored: Mapping[str, StoredTensor] = stored_tensors(source)
+        self.stored: Mapping[str, StoredTensor] = read_stored_tensors(source)
         self._layout = layout
-        self._model: Any = meta_model(read_config(read_json_object(source / "config.json")))
+        self._model: Any = build_meta_model(read_config(read_json_object(source / "config.json")))
 
     def on_disk(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
         """The pieces of a tensor by their names on disk; ``None`` if the checkpoint has none."""
@@ -48,14 +48,14 @@ class Names:
                     pieces = revert_weight_conversion(self._model, {name: tensor})
             except INVALID:
                 return None
-            pieces = {self._spelled(piece): value for piece, value in pieces.items()}
+            pieces = {self._spell(piece): value for piece, value in pieces.items()}
         fits = all(
             piece in self.stored and self.stored[piece].shape == tuple(value.shape)
             for piece, value in pieces.items()
         )
         return pieces if fits and pieces else None
 
-    def _spelled(self, name: str) -> str:
+    def _spell(self, name: str) -> str:
         """The checkpoint's own spelling: another prefix of the layers, or none of the model."""
         if name in self.stored:
             return name
@@ -88,7 +88,7 @@ def round_patch(source: Path, layout: Layout, patch: WeightPatch) -> WeightPatch
     )
 
 
-def stored_patch(
+def encode_patch(
     source: Path, layout: Layout, plan: PruningPlan, patch: WeightPatch
 ) -> dict[str, Tensor]:
     """What the writer puts in the place of stored tensors, by name on disk, in their dtype.
@@ -96,7 +96,7 @@ def stored_patch(
     Raises:
         PlanError: the patch does not fit the source, or changes a layer that is dropped.
     """
-    patch = rescaled(source, layout, plan, patch)
+    patch = rescale_queries(source, layout, plan, patch)
     if not patch.tensors:
         return {}
     gone = [n for n in patch.tensors if layout.new_name(n, plan.new_index) is None]
@@ -111,7 +111,7 @@ def stored_patch(
 
 
 @torch.no_grad()
-def tuned_patch(
+def patch_trained(
     source: Path,
     layout: Layout,
     plan: PruningPlan,
@@ -138,7 +138,7 @@ def tuned_patch(
         for name, old in olds.items()
         if old is not None and names.on_disk(old, state[name]) is not None
     }
-    patch = rescaled(source, layout, plan, patch)
+    patch = rescale_queries(source, layout, plan, patch)
     tensors = {old: state[name] for name, old in trained.items()}
     rounded = round_patch(source, layout, replace(patch, tensors={**patch.tensors, **tensors}))
     for name, old in trained.items():
@@ -146,7 +146,9 @@ def tuned_patch(
     return rounded
 
 
-def rescaled(source: Path, layout: Layout, plan: PruningPlan, patch: WeightPatch) -> WeightPatch:
+def rescale_queries(
+    source: Path, layout: Layout, plan: PruningPlan, patch: WeightPatch
+) -> WeightPatch:
     """The patch, with the queries of layers that divide by their number scaled for the new one.
 
     GPT-2's ``scale_attn_by_inverse_layer_idx``: layer i divides its attention scores by i + 1, so

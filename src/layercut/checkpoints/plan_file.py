@@ -29,7 +29,7 @@ def plan_content(
     return content | plan.to_json() | {"recovery": dict(recovery), "lineage": list(lineage)}
 
 
-def lineage_of(folder: Path) -> list[dict[str, Any]]:
+def read_lineage(folder: Path) -> list[dict[str, Any]]:
     """The plans by which a checkpoint was pruned before; none for one that layercut did not write.
 
     Args:

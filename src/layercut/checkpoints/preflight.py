@@ -15,10 +15,10 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from layercut.checkpoints.config_check import meta_model
-from layercut.checkpoints.config_edit import at, read_config, section_path
-from layercut.checkpoints.families import ALWAYS_CAUSAL, rules_for
-from layercut.checkpoints.folder import check_plain_file, read_json_object, weight_files
+from layercut.checkpoints.config_check import build_meta_model
+from layercut.checkpoints.config_edit import get_section, read_config, section_path
+from layercut.checkpoints.families import ALWAYS_CAUSAL, find_rules
+from layercut.checkpoints.folder import check_plain_file, list_weight_files, read_json_object
 from layercut.checkpoints.hf_calls import INVALID, quiet
 from layercut.checkpoints.layout import Layout, find_layout
 from layercut.checkpoints.quantization import check_names, is_packed, is_quantised
@@ -83,7 +83,7 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
     """
     raw = read_json_object(folder / "config.json")
     check_config(raw, folder / "config.json", quantised=as_files)
-    for path in (*folder.glob("*.json"), *matching_files(folder, COPIED)):
+    for path in (*folder.glob("*.json"), *list_matching_files(folder, COPIED)):
         check_plain_file(path)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
@@ -95,18 +95,18 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
             f"{folder} holds no tokenizer (tokenizer.json). "
             "Copy the tokenizer files of the model into it."
         )
-    stored = stored_tensors(folder)
+    stored = read_stored_tensors(folder)
     config = read_config(raw)
-    text = at(config, section_path(config))
+    text = get_section(config, section_path(config))
     if getattr(text, "is_decoder", None) is False and text.model_type not in ALWAYS_CAUSAL:
         raise ModelError(
             f"{folder / 'config.json'}: this '{text.model_type}' is an encoder (is_decoder is "
             "false), whose tokens see later ones. Choose a decoder-only model."
         )
-    model = meta_model(config)
+    model = build_meta_model(config)
     layout = find_layout(config, model, stored)
     if as_files and is_quantised(raw, stored):
-        check_names(expected_shapes(model), stored, layout)
+        check_names(compute_expected_shapes(model), stored, layout)
         return layout, stored
     for name, tensor in stored.items():
         if is_packed(name, tensor):
@@ -118,14 +118,14 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
     return layout, stored
 
 
-def layout_of(folder: Path) -> Layout:
+def read_layout(folder: Path) -> Layout:
     """Where a checkpoint keeps its layers, from its configuration and headers.
 
     Raises:
         ModelError: the configuration or a header is damaged.
     """
     config = read_config(read_json_object(folder / "config.json"))
-    return find_layout(config, meta_model(config), stored_tensors(folder))
+    return find_layout(config, build_meta_model(config), read_stored_tensors(folder))
 
 
 def check_tensors(folder: Path, layout: Layout) -> None:
@@ -135,10 +135,10 @@ def check_tensors(folder: Path, layout: Layout) -> None:
         ModelError: layers or tensors are missing or surplus, or have another shape.
     """
     config = read_config(read_json_object(folder / "config.json"))
-    check_weights(config, meta_model(config), stored_tensors(folder), layout)
+    check_weights(config, build_meta_model(config), read_stored_tensors(folder), layout)
 
 
-def expected_shapes(model: Any) -> dict[str, tuple[tuple[int, ...], bool]]:
+def compute_expected_shapes(model: Any) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Name in the state dict → (shape, may be absent from the files)."""
     tied = model.all_tied_weights_keys
     return {name: (tuple(t.shape), name in tied) for name, t in model.state_dict().items()}
@@ -176,21 +176,21 @@ def check_config(config: Mapping[str, Any], path: Path, *, quantised: bool = Fal
             f"{path}: '{model_type}' is not a causal language model in transformers; layercut "
             "prunes causal language models only. Choose a decoder-only model."
         )
-    if refused := rules_for(model_type).refused:
+    if refused := find_rules(model_type).refused:
         raise ModelError(
             f"{path}: no layer of '{model_type}' can be dropped exactly: {refused}. "
             "Choose another model."
         )
 
 
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+def read_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint by name, from the headers alone.
 
     Raises:
         ModelError: a file is damaged, or two files hold the same tensor.
     """
     stored: dict[str, StoredTensor] = {}
-    for path in weight_files(folder):
+    for path in list_weight_files(folder):
         tensors = read_shard(path).tensors
         twice = sorted(stored.keys() & tensors.keys())
         if twice:
@@ -202,12 +202,12 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
+def list_tokenizer_files(folder: Path) -> list[Path]:
     """Existing files that make up the tokenizer, sorted by name."""
-    return matching_files(folder, TOKENIZER_FILES)
+    return list_matching_files(folder, TOKENIZER_FILES)
 
 
-def matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+def list_matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     """Paths below ``folder`` that match one of ``patterns``, without code and pickles; sorted.
 
     A folder counts only if its name has a suffix, which makes it one where a file is meant.

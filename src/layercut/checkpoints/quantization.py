@@ -63,7 +63,7 @@ def check_names(
         ModelError: layers or tensors are missing or surplus.
     """
     names = [n for n in stored if n in expected or not LEFTOVER_TABLES.fullmatch(n)]
-    wanted, found = _by_layer(expected, layout.layers), _by_layer(names, layout.stored)
+    wanted, found = _split_by_layer(expected, layout.layers), _split_by_layer(names, layout.stored)
     if stored_layers(layout, names) != set(range(len(wanted))):
         raise ModelError(
             f"config.json says num_hidden_layers = {len(wanted)}, the weights hold "
@@ -76,7 +76,9 @@ def check_names(
         _check_peers({layer: found[layer] for layer in sorted(layers)})
         _check_modules(wanted[layers[0]], found[layers[0]], f"layer {layers[0]}")
     untied = [name for name, (_, tied) in expected.items() if not tied]
-    _check_modules(_outside(untied, layout.layers), _outside(names, layout.stored), "the model")
+    _check_modules(
+        _lies_outside(untied, layout.layers), _lies_outside(names, layout.stored), "the model"
+    )
     for name, tensor in stored.items():
         if tensor.dtype in DTYPES and name in expected and tensor.shape != expected[name][0]:
             raise ModelError(
@@ -85,7 +87,7 @@ def check_names(
             )
 
 
-def renumbered(
+def renumber_layers(
     value: Any, layout: Layout, new_index: Mapping[int, int], names: Iterable[str]
 ) -> Any:
     """A quantisation's configuration after the layer drop; entries of dropped layers are gone.
@@ -113,7 +115,7 @@ def split_name(name: str) -> tuple[str, str]:
     return module, part
 
 
-def _by_layer(names: Iterable[str], prefix: str) -> dict[int, Parts]:
+def _split_by_layer(names: Iterable[str], prefix: str) -> dict[int, Parts]:
     pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.+)")
     layers: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
@@ -123,7 +125,7 @@ def _by_layer(names: Iterable[str], prefix: str) -> dict[int, Parts]:
     return {i: {m: frozenset(p) for m, p in parts.items()} for i, parts in layers.items()}
 
 
-def _outside(names: Iterable[str], prefix: str) -> Parts:
+def _lies_outside(names: Iterable[str], prefix: str) -> Parts:
     parts: dict[str, set[str]] = defaultdict(set)
     for name in names:
         if not name.startswith(f"{prefix}."):
@@ -180,7 +182,7 @@ class _Renumbering:
         self.token = re.compile(rf"(?<![A-Za-z0-9_])({layer_list}\\?\.)(\d+)(?!\d)")
 
     def __call__(self, text: str) -> str | None:
-        substituted = self._substituted(text)
+        substituted = self._substitute(text)
         if not PATTERN_SIGNS & set(text):
             return substituted
         picks = _readings(text)
@@ -197,7 +199,7 @@ class _Renumbering:
             "renumbered. Write one entry per layer instead."
         )
 
-    def _substituted(self, text: str) -> str | None:
+    def _substitute(self, text: str) -> str | None:
         numbers = {int(found.group(2)) for found in self.token.finditer(text)}
         if not numbers <= self.new_index.keys():
             return None

@@ -26,7 +26,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", *COPIED]
 
 
-def local_folder(model: str, revision: str | None) -> Path:
+def find_folder(model: str, revision: str | None) -> Path:
     """The folder of a model that is packaged, local or on the Hub; downloads it if need be.
 
     Raises:

@@ -86,7 +86,7 @@ class Shard:
     metadata: dict[str, str] | None
 
 
-Content: TypeAlias = "StoredTensor | StoredBlocks | Tensor"
+Content: TypeAlias = "StoredTensor | StoredSlices | Tensor"
 """What `write_shard` can put into a file."""
 
 
@@ -101,23 +101,23 @@ def read_shard(path: Path) -> Shard:
     with open_file(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise _damaged(path, f"{size} bytes cannot hold a header of {length} bytes")
+            raise damaged_file_error(path, f"{size} bytes cannot hold a header of {length} bytes")
         text = file.read(length)
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None)
         tensors = {name: _entry(path, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(path, "its header does not follow the format") from error
+        raise damaged_file_error(path, "its header does not follow the format") from error
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)))
     expected = 8 + length
     for name, tensor in ordered.items():
         n_bytes = math.prod(tensor.shape) * BITS[tensor.dtype] // 8
         if tensor.begin != expected or tensor.nbytes != n_bytes:
-            raise _damaged(path, f"the bytes of {name} are not where they should be")
+            raise damaged_file_error(path, f"the bytes of {name} are not where they should be")
         expected = tensor.end
     if expected != size:
-        raise _damaged(path, f"it has {size} bytes, its header describes {expected}")
+        raise damaged_file_error(path, f"it has {size} bytes, its header describes {expected}")
     return Shard(path, ordered, metadata)
 
 
@@ -131,7 +131,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
     with stored.path.open("rb") as file:
         file.seek(stored.begin)
         if file.readinto(content) != stored.nbytes:
-            raise shrunk(stored.path)
+            raise shrunk_file_error(stored.path)
     dtype = (DTYPES | TABLES)[stored.dtype]
     if not content:
         return torch.empty(stored.shape, dtype=dtype)
@@ -151,7 +151,7 @@ def _entry(path: Path, entry: dict[str, Any], start: int) -> StoredTensor:
     return StoredTensor(path, entry["dtype"], shape, start + begin, start + end)
 
 
-def read_blocks(path: Path, begin: int, n_bytes: int) -> Iterator[memoryview]:
+def read_chunks(path: Path, begin: int, n_bytes: int) -> Iterator[memoryview]:
     """A part of a file, a block at a time.
 
     Raises:
@@ -162,22 +162,23 @@ def read_blocks(path: Path, begin: int, n_bytes: int) -> Iterator[memoryview]:
         while n_bytes:
             block = file.read(min(COPY_BYTES, n_bytes))
             if not block:
-                raise shrunk(path)
+                raise shrunk_file_error(path)
             yield memoryview(block)
             n_bytes -= len(block)
 
 
-def shrunk(path: Path) -> ModelError:
+def shrunk_file_error(path: Path) -> ModelError:
     """What to raise when a file ends before its header says."""
-    return _damaged(path, "it became shorter while it was read")
+    return damaged_file_error(path, "it became shorter while it was read")
 
 
-def _damaged(path: Path, why: str) -> ModelError:
+def damaged_file_error(path: Path, why: str) -> ModelError:
+    """What to raise when a file's content does not follow the format."""
     return ModelError(f"{path} is damaged or truncated: {why}. Download this file again.")
 
 
 @dataclass(frozen=True, slots=True)
-class StoredBlocks:
+class StoredSlices:
     """Some of the equal blocks that a stored tensor consists of along one dimension.
 
     Attributes:
@@ -220,7 +221,7 @@ class StoredBlocks:
         block = row // self.n_blocks
         if n_rows == 1:
             for index in self.kept:
-                yield from read_blocks(self.source.path, self.source.begin + index * block, block)
+                yield from read_chunks(self.source.path, self.source.begin + index * block, block)
             return
         n_at_once = max(1, COPY_BYTES // row)
         with self.source.path.open("rb") as file:
@@ -229,15 +230,15 @@ class StoredBlocks:
                 n_read = min(n_at_once, n_rows - start)
                 content = bytearray(n_read * row)
                 if file.readinto(content) != len(content):
-                    raise shrunk(self.source.path)
+                    raise shrunk_file_error(self.source.path)
                 rows = torch.frombuffer(content, dtype=torch.uint8)
                 kept = rows.view(n_read, self.n_blocks, block)[:, list(self.kept)]
                 yield kept.reshape(-1).numpy().data
 
 
-def kept_part(layout: Layout, plan: PruningPlan, name: str, stored: StoredTensor) -> Content:
+def keep_slices(layout: Layout, plan: PruningPlan, name: str, stored: StoredTensor) -> Content:
     """A stored tensor; of one that holds a block per layer, the kept layers' blocks."""
     dimension = layout.slice_dimension(name)
     if dimension is None:
         return stored
-    return StoredBlocks(stored, dimension, plan.n_layers, plan.kept)
+    return StoredSlices(stored, dimension, plan.n_layers, plan.kept)

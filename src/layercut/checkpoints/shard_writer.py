@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layercut.checkpoints.safetensors_file import COPY_BYTES, DTYPES, Content, StoredTensor, shrunk
+from layercut.checkpoints.safetensors_file import (
+    COPY_BYTES,
+    DTYPES,
+    Content,
+    StoredTensor,
+    shrunk_file_error,
+)
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
@@ -54,7 +60,7 @@ def write_shard(
         _write(file, memoryview(len(text).to_bytes(8, "little") + text))
         for _, content in entries:
             if isinstance(content, Tensor):
-                _write(file, raw_bytes(content))
+                _write(file, view_bytes(content))
             elif isinstance(content, StoredTensor):
                 _copy_bytes(content, file)
             else:
@@ -62,7 +68,7 @@ def write_shard(
                     _write(file, piece)
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
+def view_bytes(tensor: Tensor) -> memoryview:
     """The bytes by which a tensor is stored."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
@@ -74,7 +80,7 @@ def _copy_bytes(tensor: StoredTensor, target: FileIO) -> None:
         while position < end:
             n_bytes = _copy_some(source, position, end - position, target)
             if not n_bytes:
-                raise shrunk(tensor.path)
+                raise shrunk_file_error(tensor.path)
             position += n_bytes
 
 

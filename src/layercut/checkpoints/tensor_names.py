@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from layercut.checkpoints.config_edit import at, section_path
+from layercut.checkpoints.config_edit import get_section, section_path
 from layercut.checkpoints.families import LEFTOVER_TABLES, MTP_COUNTS
 from layercut.checkpoints.hf_calls import INVALID, quiet
 from layercut.checkpoints.layout import Layout, stored_layers
@@ -90,7 +90,7 @@ def is_ignored(name: str, config: Any) -> bool:
     """
     if LEFTOVER_TABLES.fullmatch(name):
         return True
-    text = at(config, section_path(config))
+    text = get_section(config, section_path(config))
     count = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
     found = re.search(r"\.(\d+)\.", name)
     return found is not None and 0 <= int(found.group(1)) - text.num_hidden_layers < count

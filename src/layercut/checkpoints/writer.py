@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from layercut.checkpoints import quantization
-from layercut.checkpoints.config_check import pruned_config
-from layercut.checkpoints.folder import INDEX_FILE, read_json_object, weight_files
+from layercut.checkpoints.config_check import prune_config
+from layercut.checkpoints.folder import INDEX_FILE, list_weight_files, read_json_object
 from layercut.checkpoints.json_edit import replace_values
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.patch import stored_patch
-from layercut.checkpoints.preflight import COPIED, matching_files, stored_tensors
-from layercut.checkpoints.safetensors_file import Content, kept_part, read_shard
+from layercut.checkpoints.patch import encode_patch
+from layercut.checkpoints.preflight import COPIED, list_matching_files, read_stored_tensors
+from layercut.checkpoints.safetensors_file import Content, keep_slices, read_shard
 from layercut.checkpoints.shard_writer import write_shard
 from layercut.errors import PlanError
 from layercut.types import PruningPlan, WeightPatch
@@ -44,13 +44,13 @@ def write_checkpoint(
         ModelError: the configuration cannot be edited so that every kept layer stays as it is.
         OSError: the disk is full.
     """
-    changed = stored_patch(source, layout, plan, patch)
+    changed = encode_patch(source, layout, plan, patch)
     _write_config(source, layout, plan, folder)
     written: dict[str, dict[str, Content]] = {}
-    for path in weight_files(source):
+    for path in list_weight_files(source):
         shard = read_shard(path)
         entries: dict[str, Content] = {
-            name: changed[old] if old in changed else kept_part(layout, plan, old, stored)
+            name: changed[old] if old in changed else keep_slices(layout, plan, old, stored)
             for old, stored in shard.tensors.items()
             if (name := layout.new_stored_name(old, plan.new_index)) is not None
         }
@@ -59,11 +59,13 @@ def write_checkpoint(
             written[path.name] = entries
     if (source / INDEX_FILE).exists():
         _write_index(source / INDEX_FILE, written, folder)
-    for path in matching_files(source, quantization.CONFIG_FILES):
+    for path in list_matching_files(source, quantization.CONFIG_FILES):
         content = read_json_object(path)
-        new = quantization.renumbered(content, layout, plan.new_index, stored_tensors(source))
+        new = quantization.renumber_layers(
+            content, layout, plan.new_index, read_stored_tensors(source)
+        )
         _write_edited(path, _changes(content, new), folder)
-    for path in matching_files(source, COPIED):
+    for path in list_matching_files(source, COPIED):
         copy = folder / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
@@ -77,11 +79,11 @@ def _write_config(source: Path, layout: Layout, plan: PruningPlan, folder: Path)
             "Load the model that the plan was made for."
         )
     config = read_json_object(path)
-    edited = pruned_config(source, layout, plan.kept)
+    edited = prune_config(source, layout, plan.kept)
     for section in (edited, *(part for part in edited.values() if isinstance(part, dict))):
         for key in quantization.CONFIG_KEYS & section.keys():
-            names = stored_tensors(source)
-            section[key] = quantization.renumbered(section[key], layout, plan.new_index, names)
+            names = read_stored_tensors(source)
+            section[key] = quantization.renumber_layers(section[key], layout, plan.new_index, names)
     _write_edited(path, _changes(config, edited), folder)
 
 

@@ -75,7 +75,7 @@ def compare(
     Example: layercut compare -m embedded:smollm2-135m --methods ours,gradmap,shortgpt
     --drop-layers 6,9 -o runs/compare
     """
-    texts = options.named_sources(text, "--text")
+    texts = options.parse_sources(text, "--text")
     content: dict[str, Any] = {
         "model": model,
         "revision": revision,
@@ -84,7 +84,7 @@ def compare(
         "calibration": {"n_sequences": sequences, "seq_len": seq_len},
         "drop_layers": parse_sizes(drop_layers),
         "evaluation": {
-            "tasks": options.named_sources(task, "--task"),
+            "tasks": options.parse_sources(task, "--task"),
             "harness": harness or (),
             "harness_limit": harness_limit,
             "harness_batch_size": harness_batch_size,
@@ -105,10 +105,10 @@ def compare(
         content["heal"] = {**budget, "label_weight": heal_label_weight}
     if heal_methods is not None:
         content["heal_methods"] = [name.strip() for name in heal_methods.split(",")]
-    from layercut.comparison.config import ComparisonSettings
-    from layercut.recipe.validation import validated
+    from layercut.comparison.config import ComparisonConfig
+    from layercut.recipe.validation import validate
 
-    settings = validated(ComparisonSettings, content, "compare")
+    settings = validate(ComparisonConfig, content, "compare")
     set_up_libraries(offline=offline)
     from layercut.cli.comparison_table import print_comparison
     from layercut.cli.progress_display import progress_display

@@ -41,7 +41,7 @@ def measure(
 
     Example: layercut eval out/tuned --task reviews=embedded:reviews@test --text embedded:speeches
     """
-    texts, tasks = options.named_sources(text, "--text"), options.named_sources(task, "--task")
+    texts, tasks = options.parse_sources(text, "--text"), options.parse_sources(task, "--task")
     if compare_to is not None and not texts:
         raise typer.BadParameter("needs a --text to compare on", param_hint="--compare-to")
     set_up_libraries(offline=offline)
@@ -82,7 +82,7 @@ def _measure(
     """
     from layercut import load
     from layercut.cli.progress_display import progress_display
-    from layercut.evaluation.against_dense import beside, check_comparable
+    from layercut.evaluation.against_dense import check_comparable, measure_beside
     from layercut.evaluation.evaluate import check_tasks, evaluate
     from layercut.evaluation.harness import check_harness
 
@@ -94,4 +94,4 @@ def _measure(
             return evaluate(view, **measured, **cut)
         dense = load(other, dtype=loading["dtype"])
         check_comparable(view, dense)
-        return beside(evaluate(view, **measured, **cut), view, dense, **cut)
+        return measure_beside(evaluate(view, **measured, **cut), view, dense, **cut)

@@ -40,8 +40,8 @@ def finetune(
         "model": model,
         "finetune": section,
         "evaluation": {
-            "text": options.named_sources(text, "--text"),
-            "tasks": options.named_sources(task, "--task"),
+            "text": options.parse_sources(text, "--text"),
+            "tasks": options.parse_sources(task, "--task"),
         },
     }
     recipe = load_recipe(content, settings or ())

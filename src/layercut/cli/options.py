@@ -79,7 +79,7 @@ HarnessBatchOption = Annotated[
 DEFAULT_NAMES = {"--text": "text", "--task": "task"}
 
 
-def named_sources(options: Sequence[str] | None, flag: str) -> dict[str, str]:
+def parse_sources(options: Sequence[str] | None, flag: str) -> dict[str, str]:
     """Name → source; one without a name is called after its kind, a benchmark after itself.
 
     Args:

@@ -10,7 +10,7 @@ import typer
 from pydantic import BaseModel
 
 from layercut.recipe import strict_yaml
-from layercut.recipe.base import Section, section_type
+from layercut.recipe.base import Config, section_type
 from layercut.recipe.recipe import Recipe
 
 EXAMPLE_MODEL = "embedded:smollm2-135m"
@@ -42,7 +42,7 @@ def fields_help() -> str:
 def _lines(section: BaseModel, indent: str) -> Iterator[str]:
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
-        if isinstance(value, Section):
+        if isinstance(value, Config):
             yield ""
         prefix = f"{indent}# "
         yield from textwrap.wrap(
@@ -52,7 +52,7 @@ def _lines(section: BaseModel, indent: str) -> Iterator[str]:
             subsequent_indent=prefix,
             break_on_hyphens=False,
         )
-        if isinstance(value, Section):
+        if isinstance(value, Config):
             yield f"{indent}{key}:"
             yield from _lines(value, indent + "  ")
         else:

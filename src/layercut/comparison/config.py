@@ -8,10 +8,10 @@ from pydantic import AfterValidator, Field, model_validator
 
 from layercut.comparison.entries import DEFAULT, parse_methods
 from layercut.errors import RecipeError
-from layercut.recipe.base import Count, Name, Section
-from layercut.recipe.evaluation import EvaluationSection
-from layercut.recipe.heal import HealSettings
-from layercut.recipe.recipe import CalibrationSection, Device
+from layercut.recipe.base import Config, Count, Name
+from layercut.recipe.evaluation import EvaluationConfig
+from layercut.recipe.heal import HealConfig
+from layercut.recipe.recipe import CalibrationConfig, Device
 
 
 def _methods(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -30,7 +30,7 @@ Sizes = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), AfterVal
 Methods = Annotated[tuple[Name, ...], Field(strict=False, min_length=1), AfterValidator(_methods)]
 
 
-class ComparisonSettings(Section):
+class ComparisonConfig(Config):
     """One model and text, sizes, and the methods that compete."""
 
     model: Name = Field(description="a local folder, a Hub name, or embedded:smollm2-135m")
@@ -38,16 +38,16 @@ class ComparisonSettings(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of every choice")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto")
     device: Device = Field(default="auto")
-    calibration: CalibrationSection = Field(default_factory=CalibrationSection)
+    calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     drop_layers: Sizes = Field(default=(3, 6, 9, 12), description="the sizes to compare at")
     methods: Methods = Field(
         default=DEFAULT, description="presets, SCORE+RECOVERY pairs, published, or all"
     )
-    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     layer_losses: bool = Field(
         default=True, description="also measure the loss without each layer, one pass each"
     )
-    heal: HealSettings | None = Field(
+    heal: HealConfig | None = Field(
         default=None, description="distil contestants from the dense model, for a short budget"
     )
     heal_methods: Methods | None = Field(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut.comparison.config import ComparisonSettings
+from layercut.comparison.config import ComparisonConfig
 from layercut.comparison.measure import EMPTY, Judge
 from layercut.comparison.plans import NOT_APPLICABLE
 from layercut.comparison.store import digest
@@ -45,7 +45,7 @@ class Healer:
         self,
         view: DecoderView,
         batches: CalibrationBatches,
-        settings: ComparisonSettings,
+        settings: ComparisonConfig,
         work_dir: Path,
     ) -> None:
         """Draw the windows, without those of the calibration.

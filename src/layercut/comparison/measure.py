@@ -21,18 +21,18 @@ from layercut.data.calibration import evaluation_windows
 from layercut.data.sources import is_detokenized
 from layercut.data.tasks import read_rows
 from layercut.evaluation.accuracy import texts_of
-from layercut.evaluation.evaluate import evaluate, judged
+from layercut.evaluation.evaluate import collect_outcomes, evaluate
 from layercut.evaluation.fidelity import DenseReference, compare_to_dense
 from layercut.evaluation.flops import flops_per_token
 from layercut.evaluation.generation import (
     NEW_TOKENS,
     PROMPT_TOKENS,
     can_cache,
+    choose_prompts,
     generation_check,
-    prompts_of,
 )
 from layercut.evaluation.speed import decode_tokens_per_second, prefill_tokens_per_second
-from layercut.recipe.evaluation import EvaluationSection
+from layercut.recipe.evaluation import EvaluationConfig
 from layercut.results import Generation
 from layercut.types import CalibrationBatches
 from layercut.version import __version__
@@ -59,7 +59,7 @@ class Judge:
     def __init__(
         self,
         view: DecoderView,
-        section: EvaluationSection,
+        section: EvaluationConfig,
         harness: Mapping[str, Sequence[str]],
         *,
         speed: bool,
@@ -120,7 +120,7 @@ class Judge:
         wanted = [("perplexity", self.section.text), ("accuracy", self.section.tasks)]
         lacking = any(name not in row[part] for part, names in wanted for name in names)
         unseen = self._windows is not None and "generation" not in row
-        unasked = self._unasked(row)
+        unasked = self._needs_harness(row)
         return lacking or unseen or unasked or (self.speed and any(s not in row for s in SPEEDS))
 
     def measure(self, row: Mapping[str, Any], view: DecoderView | None = None) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Judge:
             max_tokens=self.section.max_tokens,
             detokenize=self.section.detokenize,
             speed=False,
-            harness=self.section.harness if self._unasked(row) else (),
+            harness=self.section.harness if self._needs_harness(row) else (),
             harness_limit=self.section.harness_limit,
             harness_batch_size=self.section.harness_batch_size,
         )
@@ -158,22 +158,22 @@ class Judge:
             "losses": row.get("losses", {})
             | {n: [round(x, DIGITS) for x in f.losses] for n, f in figures.perplexity.items()},
             "outcomes": row.get("outcomes", {})
-            | {n: "".join("01"[o] for o in f) for n, f in judged(figures).items()},
+            | {n: "".join("01"[o] for o in f) for n, f in collect_outcomes(figures).items()},
         }
         if figures.harness:
             measured["harness"] = {**row.get("harness", {}), **found["harness"]}
         if self._windows is not None and "generation" not in row:
-            measured |= self._beside_dense(view)
+            measured |= self._compare_to_dense(view)
         if self.speed and any(speed not in row for speed in SPEEDS):
             decode = decode_tokens_per_second(view) if can_cache(view) else None
             measured |= zip(SPEEDS, (prefill_tokens_per_second(view), decode), strict=True)
         return measured
 
-    def _unasked(self, row: Mapping[str, Any]) -> bool:
+    def _needs_harness(self, row: Mapping[str, Any]) -> bool:
         """Whether a task of the harness is still to be measured; all of them are, together."""
         return any(task not in row.get("harness", {}) for task in self.harness)
 
-    def _beside_dense(self, view: DecoderView) -> dict[str, Any]:
+    def _compare_to_dense(self, view: DecoderView) -> dict[str, Any]:
         """Predictions on the first text and what is written after its starts, against dense."""
         assert self._windows is not None and self._reference is not None
         fidelity = compare_to_dense(view, self._reference, self._windows)
@@ -185,7 +185,7 @@ class Judge:
     def _generated(self, view: DecoderView, reference: Tensor | None) -> Generation:
         assert self._windows is not None
         length = min(PROMPT_TOKENS, self.view.context // 2)
-        prompts = prompts_of(self._windows, prompt_tokens=length)
+        prompts = choose_prompts(self._windows, prompt_tokens=length)
         new_tokens = min(NEW_TOKENS, self.view.context - length)
         return generation_check(view, prompts, reference, new_tokens=new_tokens)
 
@@ -193,10 +193,10 @@ class Judge:
         """Parameters without those of the dropped layers alone; tied ones counted once."""
         gone = {
             id(p) for layer in dropped for p in self.view.layers[layer].parameters()
-        } - self._elsewhere(dropped)
+        } - self._find_shared_parameters(dropped)
         return sum(p.numel() for p in self.view.model.parameters() if id(p) not in gone)
 
-    def _elsewhere(self, dropped: tuple[int, ...]) -> set[int]:
+    def _find_shared_parameters(self, dropped: tuple[int, ...]) -> set[int]:
         """Parameters of kept layers, which some families share with dropped ones."""
         kept = (layer for i, layer in enumerate(self.view.layers) if i not in dropped)
         return {id(p) for layer in kept for p in layer.parameters()}

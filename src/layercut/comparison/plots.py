@@ -50,7 +50,7 @@ class Line:
     mark: Mapping[str, Any]
 
 
-def lines_of(result: Comparison, text: str) -> tuple[Line, ...]:
+def collect_lines(result: Comparison, text: str) -> tuple[Line, ...]:
     """The contestants that ran, at most MOST_LINES, in the order of their best place."""
     rows = [row for row in result.rows if row["layers"] and text in row.get("ratio", {})]
     names: list[str] = []
@@ -74,9 +74,9 @@ def lines_of(result: Comparison, text: str) -> tuple[Line, ...]:
     return tuple(found)
 
 
-def by_layers(result: Comparison, text: str) -> str:
+def plot_by_layers(result: Comparison, text: str) -> str:
     """Perplexity as a multiple of the dense model's, against the number of dropped layers."""
-    lines = lines_of(result, text)
+    lines = collect_lines(result, text)
     with style():
         plot = Plot(figsize=(WIDTH, 3.4 + 0.12 * len(lines)), layout="constrained")
         axis = plot.subplots()
@@ -99,9 +99,9 @@ def by_layers(result: Comparison, text: str) -> str:
         return inline_svg(plot, "by-layers", f"Perplexity over dense by layers dropped. {told}.")
 
 
-def by_seconds(result: Comparison, text: str) -> str:
+def plot_by_seconds(result: Comparison, text: str) -> str:
     """The same perplexity against what a method takes alone, one panel per size."""
-    lines = lines_of(result, text)
+    lines = collect_lines(result, text)
     sizes = sorted({row["layers"] for line in lines for row in line.points})
     columns = min(len(sizes), 3)
     n_rows = -(-len(sizes) // columns)

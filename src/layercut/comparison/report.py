@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from layercut.comparison import plots
 from layercut.comparison.result import LAYERS, Comparison, Row, cells, titles, to_csv
-from layercut.report.write import environment, json_text, labelled, write_text
+from layercut.report.write import environment, format_labels, json_text, write_text
 
 
 def write_files(result: Comparison, folder: Path) -> None:
@@ -33,9 +33,9 @@ def render_html(result: Comparison) -> str:
     """The page: one file that needs no other, no network and no script."""
     drawn = {}
     text = next(iter(result.texts), None)
-    if text is not None and plots.lines_of(result, text):
-        drawn["layers"] = plots.by_layers(result, text)
-        drawn["seconds"] = plots.by_seconds(result, text)
+    if text is not None and plots.collect_lines(result, text):
+        drawn["layers"] = plots.plot_by_layers(result, text)
+        drawn["seconds"] = plots.plot_by_seconds(result, text)
     if result.scores:
         drawn["scores"] = plots.scores(result)
     template = environment().get_template("compare.html.jinja")
@@ -50,8 +50,8 @@ def render_html(result: Comparison) -> str:
         n_shown=plots.MOST_LINES,
         highest=plots.HIGHEST,
         versions=dict(result.provenance.versions),
-        hardware=labelled(result.provenance.hardware),
-        settings=labelled(result.settings),
+        hardware=format_labels(result.provenance.hardware),
+        settings=format_labels(result.settings),
     )
 
 

@@ -94,13 +94,13 @@ class Comparison:
         }
 
 
-def gathered(
+def gather_results(
     store: Store, settings: Mapping[str, Any], origin: Provenance, dense: Row
 ) -> Comparison:
     """All that the folder holds, relative to its dense row."""
     text = next(iter(dense["perplexity"]), None)
     stored = [row for row in store.rows.known.values() if row["method"] != DENSE]
-    rows = ordered([completed(row, dense) for row in stored], text)
+    rows = sort_rows([complete_row(row, dense) for row in stored], text)
     scores = {}
     for record in store.scores.known.values():
         if not record["skipped"]:
@@ -111,7 +111,7 @@ def gathered(
     return Comparison(settings, origin, dense, rows, scores, windows=windows)
 
 
-def completed(row: Row, dense: Row) -> Row:
+def complete_row(row: Row, dense: Row) -> Row:
     """A stored row with what follows from it and the dense one.
 
     ``ratio``: perplexity over the dense one, ``ratio_stderr``: its error over windows, where both
@@ -164,7 +164,7 @@ def change(before: str, after: str) -> dict[str, float]:
     return paired_change(first, second).to_json("n_rows")
 
 
-def ordered(rows: Sequence[Row], text: str | None) -> tuple[Row, ...]:
+def sort_rows(rows: Sequence[Row], text: str | None) -> tuple[Row, ...]:
     """By size, then the best perplexity first, then those that could not run."""
 
     def place(row: Row) -> tuple[int, float]:

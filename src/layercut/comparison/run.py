@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from layercut import progress
-from layercut.comparison.config import ComparisonSettings
+from layercut.comparison.config import ComparisonConfig
 from layercut.comparison.entries import parse_methods
 from layercut.comparison.measure import Judge
 from layercut.comparison.report import write_files
-from layercut.comparison.result import Comparison, gathered
+from layercut.comparison.result import Comparison, gather_results
 from layercut.comparison.runner import ComparisonRunner
-from layercut.comparison.store import check_folder, opened
+from layercut.comparison.store import check_folder, open_store
 from layercut.data.calibration import calibration_batches
 from layercut.engine.loss import check_vocabulary
 from layercut.evaluation.harness import harness_rows
@@ -22,7 +22,7 @@ from layercut.machine import provenance
 from layercut.models.check_method import check_lengths
 from layercut.models.load import load
 from layercut.models.view import DecoderView
-from layercut.recipe.validation import validated
+from layercut.recipe.validation import validate
 from layercut.results import Provenance, warnings_into
 from layercut.selection.select import check_request
 from layercut.training.resume import model_hash
@@ -30,7 +30,7 @@ from layercut.types import CalibrationBatches
 
 
 def compare(
-    settings: ComparisonSettings | Mapping[str, Any],
+    settings: ComparisonConfig | Mapping[str, Any],
     output_dir: str | Path,
     *,
     batches: CalibrationBatches | None = None,
@@ -57,19 +57,19 @@ def compare(
         OutputError: the folder holds something else, or a comparison with other settings.
         LayercutError: see errors.py; finished rows stay.
     """
-    if not isinstance(settings, ComparisonSettings):
-        settings = validated(ComparisonSettings, dict(settings), "comparison")
+    if not isinstance(settings, ComparisonConfig):
+        settings = validate(ComparisonConfig, dict(settings), "comparison")
     output_dir = Path(output_dir)
     told: list[str] = []
     with warnings_into(told):
-        result = _compared(settings, output_dir, batches, overwrite, provenance(command))
+        result = _compare(settings, output_dir, batches, overwrite, provenance(command))
     result = replace(result, warnings=tuple(told))
     write_files(result, output_dir)
     return result
 
 
-def _compared(
-    settings: ComparisonSettings,
+def _compare(
+    settings: ComparisonConfig,
     folder: Path,
     batches: CalibrationBatches | None,
     overwrite: bool,
@@ -92,7 +92,7 @@ def _compared(
     if batches is None:
         batches = calibration_batches(settings.calibration, view.tokenizer, seed=settings.seed)
     check_vocabulary(view, batches.input_ids)
-    with opened(folder, overwrite=overwrite) as store:
+    with open_store(folder, overwrite=overwrite) as store:
         store.claim(identity(view, batches, judge, settings))
         before = model_hash(view)
         runner = ComparisonRunner(view, batches, store, judge, settings)
@@ -109,11 +109,11 @@ def _compared(
             "seq_len": batches.seq_len,
             "gradient_batch": batches.gradient_batch,
         }
-        return gathered(store, shown, origin, dense)
+        return gather_results(store, shown, origin, dense)
 
 
 def identity(
-    view: DecoderView, batches: CalibrationBatches, judge: Judge, settings: ComparisonSettings
+    view: DecoderView, batches: CalibrationBatches, judge: Judge, settings: ComparisonConfig
 ) -> dict[str, Any]:
     """What every record of a folder depends on, texts and tasks by their content."""
     return {

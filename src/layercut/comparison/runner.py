@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from layercut import progress, registry
-from layercut.comparison.config import ComparisonSettings
+from layercut.comparison.config import ComparisonConfig
 from layercut.comparison.entries import Entry, LayerChoice, parse_methods
 from layercut.comparison.heal_rows import Healer
 from layercut.comparison.measure import EMPTY, Judge, forward_seconds
@@ -52,7 +52,7 @@ class ComparisonRunner:
         batches: CalibrationBatches,
         store: Store,
         judge: Judge,
-        settings: ComparisonSettings,
+        settings: ComparisonConfig,
     ) -> None:
         self.view = view
         self.batches = batches
@@ -86,7 +86,7 @@ class ComparisonRunner:
         """Choose for all sizes, then recover and judge each; finished rows are passed over."""
         keys = {size: self._key(entry, size) for size in self.settings.drop_layers}
         rows = {size: self.store.rows.get(key) for size, key in keys.items()}
-        todo = [size for size, row in rows.items() if row is None or self._lacks(row)]
+        todo = [size for size, row in rows.items() if row is None or self._is_incomplete(row)]
         if not todo:
             return
         self.judge.see_dense()
@@ -123,7 +123,7 @@ class ComparisonRunner:
             return
         for old, cut in ((self.dense(), None), (row, (plan, patch))):
             key = digest(old["key"], self.healer.digest)
-            if not self._finished(key):
+            if not self._is_finished(key):
                 progress.stage(f"{old['method']}: heal and measure, {old['layers']} layers dropped")
                 self.store.rows.add(key, self.healer.row(old, cut, self.judge))
                 remove_claimed(self.healer.work_dir)
@@ -148,9 +148,12 @@ class ComparisonRunner:
             wanted = recovery.method.needs_gradient_log
             evidence = self.plans.evidence(entry.choice, gradients=wanted)
             dense = self._shared_stream(recovery)
-            start = time.perf_counter() + self._saved()
+            start = time.perf_counter() + self._saved_seconds()
             repair = fit_repair(self.view, plan, evidence, self.batches, recovery, dense=dense)
-            seconds = {**cached.seconds, "recover": time.perf_counter() + self._saved() - start}
+            seconds = {
+                **cached.seconds,
+                "recover": time.perf_counter() + self._saved_seconds() - start,
+            }
             with pruned_in_memory(self.view, plan, repair):
                 measured = self.judge.measure(row)
         except NOT_APPLICABLE as error:
@@ -176,21 +179,21 @@ class ComparisonRunner:
             self.stream = ResidualStream(self.view, self.batches, remember=True)
         return self.stream
 
-    def _saved(self) -> float:
+    def _saved_seconds(self) -> float:
         """Seconds that entries did not spend because others had."""
         return 0.0 if self.stream is None else self.stream.saved_seconds
 
-    def _lacks(self, row: Mapping[str, Any]) -> bool:
+    def _is_incomplete(self, row: Mapping[str, Any]) -> bool:
         """What could not run is tried again: that it cannot shows early, and versions change."""
         unhealed = (
             self.healer is not None
             and row["pair"] in self.healed_pairs
             and registry.describe("recovery", row["pair"].rpartition("+")[2]).stores
-            and not self._finished(digest(row["key"], self.healer.digest))
+            and not self._is_finished(digest(row["key"], self.healer.digest))
         )
         return row["reason"] is not None or unhealed or self.judge.missing(row)
 
-    def _finished(self, key: str) -> bool:
+    def _is_finished(self, key: str) -> bool:
         """Whether there is a healed row that is more than the reason why there is none."""
         row = self.store.rows.get(key)
         return row is not None and row["reason"] is None

@@ -98,13 +98,13 @@ class Store:
         Raises:
             OutputError: the folder's records belong to other settings; names the differing keys.
         """
-        different = differing(self.identity, identity)
+        different = find_differences(self.identity, identity)
         if different:
             raise OutputError(
                 f"{self.folder} holds a comparison with other settings: {'; '.join(different)}. "
                 "Choose another --output-dir, or replace it with --overwrite."
             )
-        self.identity = _merged(self.identity, identity)
+        self.identity = _merge(self.identity, identity)
         text = json.dumps(self.identity, indent=2, ensure_ascii=False) + "\n"
         partial = self.folder / f"{IDENTITY_FILE}.partial"
         partial.write_text(text, encoding="utf-8")
@@ -131,7 +131,7 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def opened(folder: Path, *, overwrite: bool) -> Iterator[Store]:
+def open_store(folder: Path, *, overwrite: bool) -> Iterator[Store]:
     """The folder's records, for this process alone.
 
     Raises:
@@ -161,21 +161,21 @@ def opened(folder: Path, *, overwrite: bool) -> Iterator[Store]:
         os.close(descriptor)
 
 
-def differing(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """``key: old value, now new value`` for every key whose value differs in both."""
     found = []
     for key in old.keys() & new.keys():
         before, now, name = old[key], new[key], f"{prefix}{key}"
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += differing(before, now, f"{name}.")
+            found += find_differences(before, now, f"{name}.")
         elif before != now:
             found.append(f"{name} {before} there, {now} now")
     return sorted(found)
 
 
-def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     both = {**old, **new}
     for key in old.keys() & new.keys():
         if isinstance(old[key], Mapping):
-            both[key] = _merged(old[key], new[key])
+            both[key] = _merge(old[key], new[key])
     return both

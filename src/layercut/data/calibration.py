@@ -14,8 +14,8 @@ from layercut.data.named_texts import refuse_test_split
 from layercut.data.sources import read_texts
 from layercut.data.tasks import row_texts
 from layercut.errors import DataError
-from layercut.recipe.recipe import CalibrationSection
-from layercut.recipe.validation import validated
+from layercut.recipe.recipe import CalibrationConfig
+from layercut.recipe.validation import validate
 from layercut.types import CalibrationBatches
 
 POOL = 16
@@ -31,7 +31,7 @@ CHARACTERS_PER_TOKEN = 16
 
 
 def calibration_batches(
-    section: CalibrationSection | Mapping[str, Any], tokenizer: Any, *, seed: int = 0
+    section: CalibrationConfig | Mapping[str, Any], tokenizer: Any, *, seed: int = 0
 ) -> CalibrationBatches:
     """Draw calibration windows from the recipe's text, without replacement, in corpus order.
 
@@ -47,8 +47,8 @@ def calibration_batches(
         DataError: the text cannot be read or has fewer than two tokens.
         NetworkError: the text is on the Hub, which cannot be reached.
     """
-    if not isinstance(section, CalibrationSection):
-        section = validated(CalibrationSection, dict(section), "calibration")
+    if not isinstance(section, CalibrationConfig):
+        section = validate(CalibrationConfig, dict(section), "calibration")
     generator = torch.Generator().manual_seed(seed)
     sources = [section.data] if isinstance(section.data, str) else list(section.data)
     shares = [len(range(i, section.n_sequences, len(sources))) for i in range(len(sources))]
@@ -73,7 +73,7 @@ def calibration_batches(
 
 def _draw(
     source: str,
-    section: CalibrationSection,
+    section: CalibrationConfig,
     tokenizer: Any,
     n_wanted: int,
     generator: torch.Generator,

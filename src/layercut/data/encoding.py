@@ -32,7 +32,7 @@ class Encoded:
         """The predicted tokens."""
         return self.ids[self.start :]
 
-    def fitted(self, max_length: int) -> Encoded | None:
+    def fit_length(self, max_length: int) -> Encoded | None:
         """The text without the first tokens that are too many; ``None`` if no prompt is left."""
         excess = max(0, len(self.ids) - max_length)
         if excess >= self.start:
@@ -91,7 +91,7 @@ def training_example(row: TaskRow, tokenizer: Any, max_length: int) -> dict[str,
         DataError: as for `encode_choices`, or the completion does not fit.
     """
     whole = encode_completion(row, tokenizer)
-    encoded = whole.fitted(max_length)
+    encoded = whole.fit_length(max_length)
     if encoded is None:
         raise DataError(
             f"{row.where}: the completion has {len(whole.targets)} tokens, which do not fit into "

@@ -147,7 +147,7 @@ def _check_finite(likelihood: Sequence[float], row: TaskRow) -> None:
 def _texts(view: DecoderView, index: int, row: TaskRow, context: int) -> Iterator[Text]:
     encoded = []
     for whole in encode_choices(row, view.tokenizer):
-        fitted = whole.fitted(context)
+        fitted = whole.fit_length(context)
         if fitted is None:
             raise DataError(
                 f"{row.where}: a choice of {len(whole.targets)} tokens does not fit the model's "

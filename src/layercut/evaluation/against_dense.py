@@ -13,7 +13,7 @@ from layercut import progress
 from layercut.data.calibration import evaluation_windows
 from layercut.errors import DataError, ModelError
 from layercut.evaluation.fidelity import DenseReference, check_same_outputs, compare_to_dense
-from layercut.evaluation.generation import NEW_TOKENS, generation_check, prompts_of
+from layercut.evaluation.generation import NEW_TOKENS, choose_prompts, generation_check
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -36,7 +36,7 @@ def check_comparable(view: DecoderView, dense: DecoderView) -> None:
         )
 
 
-def beside(
+def measure_beside(
     evaluation: Evaluation,
     view: DecoderView,
     dense: DecoderView,
@@ -82,4 +82,4 @@ def _prompts(view: DecoderView, windows: Tensor) -> tuple[Tensor, int]:
     half = view.context // 2
     if half < 1:
         raise DataError(f"the model's context of {view.context} has no room for a continuation.")
-    return prompts_of(windows)[:, :half].to(torch.int64), min(NEW_TOKENS, half)
+    return choose_prompts(windows)[:, :half].to(torch.int64), min(NEW_TOKENS, half)

@@ -111,14 +111,14 @@ def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Estima
     return right
 
 
-def compared(after: Evaluation, before: Evaluation) -> Evaluation:
+def add_changes(after: Evaluation, before: Evaluation) -> Evaluation:
     """``after`` with the change in accuracy of every task that ``before`` answered as well."""
-    old, new = judged(before), judged(after)
+    old, new = collect_outcomes(before), collect_outcomes(after)
     changes = {name: paired_change(old[name], rows) for name, rows in new.items() if name in old}
     return replace(after, accuracy_change=changes)
 
 
-def judged(stage: Evaluation) -> dict[str, tuple[bool, ...]]:
+def collect_outcomes(stage: Evaluation) -> dict[str, tuple[bool, ...]]:
     """Which rows of each task are right, where that is known of every row."""
     estimates = {
         harness_name(task, metric): estimate

@@ -29,7 +29,7 @@ PROMPT_TOKENS = 64
 NEW_TOKENS = 64
 
 
-def prompts_of(
+def choose_prompts(
     windows: Tensor, *, n_prompts: int = N_PROMPTS, prompt_tokens: int = PROMPT_TOKENS
 ) -> Tensor:
     """The starts of evenly spaced windows, (≤ n_prompts, ≤ prompt_tokens)."""
@@ -71,7 +71,7 @@ def generation_check(
             f"prompts of {prompt_tokens} tokens and {new_tokens} new ones exceed the model's "
             f"context of {view.context}. Use shorter ones."
         )
-    tokens = continuations(view, prompts, new_tokens)
+    tokens = continue_prompts(view, prompts, new_tokens)
     rows = tokens.tolist()
     shares = [[distinct_share(row, n) for row in rows] for n in (1, 2, 3)]
     shares.append([loop_share(row) for row in rows])
@@ -93,7 +93,7 @@ def generation_check(
 
 
 @torch.no_grad()
-def continuations(view: DecoderView, prompts: Tensor, new_tokens: int) -> Tensor:
+def continue_prompts(view: DecoderView, prompts: Tensor, new_tokens: int) -> Tensor:
     """The likeliest next token, again and again, (n_prompts, new_tokens) int64.
 
     Raises:

@@ -112,7 +112,7 @@ def run_harness(
     """
     with _random_state():
         tasks = _tasks(tuple(names))
-        found = _evaluated(view, tasks, limit, batch_size)
+        found = _evaluate_tasks(view, tasks, limit, batch_size)
     estimates = {
         name: _estimates(
             name, metrics, found["n-samples"][name]["effective"], found["samples"][name]
@@ -126,7 +126,7 @@ def run_harness(
     return estimates
 
 
-def expanded(names: Sequence[str]) -> list[str]:
+def expand_groups(names: Sequence[str]) -> list[str]:
     """``names`` with those of ``GROUPS`` replaced by their tasks, each once, in order."""
     every = (task for name in names for task in GROUPS.get(name, (name,)))
     return list(dict.fromkeys(every))
@@ -151,7 +151,7 @@ def _manager() -> Any:
 def _tasks(names: tuple[str, ...]) -> Mapping[str, Any]:
     """The harness's own task objects by name, their data loaded."""
     manager = _manager()
-    wanted = expanded(names)
+    wanted = expand_groups(names)
     known = {*manager.all_tasks, *GROUPS}
     for name in wanted:
         if name.endswith(FILES) and not Path(name).expanduser().is_file():
@@ -187,13 +187,15 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     return tasks
 
 
-def _evaluated(view: DecoderView, tasks: Mapping[str, Any], limit: int | None, size: int) -> Any:
+def _evaluate_tasks(
+    view: DecoderView, tasks: Mapping[str, Any], limit: int | None, size: int
+) -> Any:
     """The harness's own results."""
     from lm_eval import simple_evaluate
 
     with quiet():
         return simple_evaluate(
-            model=_wrapped(view, size),
+            model=_wrap_model(view, size),
             tasks=list(tasks.values()),
             task_manager=_manager(),
             limit=limit,
@@ -201,7 +203,7 @@ def _evaluated(view: DecoderView, tasks: Mapping[str, Any], limit: int | None, s
         )
 
 
-def _wrapped(view: DecoderView, batch_size: int) -> Any:
+def _wrap_model(view: DecoderView, batch_size: int) -> Any:
     """The model as the harness sees one, in the arithmetic of the other evaluations."""
     from lm_eval.models.huggingface import HFLM
 

@@ -112,7 +112,7 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         self.n_steps = 0
         self.n_layers = 0
         self._rows: Spool | None = None
-        self._trained: list[LoraWeight] = []
+        self._trained_state: list[LoraWeight] = []
         self._hooks: list[RemovableHandle] = []
         self._broken: str | None = None
 
@@ -124,20 +124,20 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
             RecipeError: the run is shorter than the record, has already begun, or its gradients
                 cannot be read.
         """
-        n_wanted = self._n_wanted(args, state)
+        n_wanted = self._count_wanted(args, state)
         model = kwargs["model"]
         self.n_layers = int(model.config.get_text_config().num_hidden_layers)
         self.n_steps = 0
         self.weights = {}
-        self._trained = lora_weights(model)
+        self._trained_state = lora_weights(model)
         width = 0
-        for weight in self._trained:
+        for weight in self._trained_state:
             shapes = tuple(weight.a.shape), tuple(weight.b.shape)
             logged = LoggedWeight(weight.layer, weight.scaling, *shapes, start=width)
             self.weights[weight.name] = logged
             width = logged.span_b.stop
         self._rows = Spool(n_wanted, width, limit_bytes=self.memory_limit_bytes)
-        self._watch()
+        self._add_hooks()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record one step: gradients are accumulated, averaged and clipped, weights not changed.
@@ -149,22 +149,22 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         if self.n_steps == len(self._rows):
             return
         row = self._rows.rows[self.n_steps]
-        for weight in self._trained:
+        for weight in self._trained_state:
             logged = self.weights[weight.name]
             row[logged.span_a] = self._gradient(weight, "A", weight.a)
             row[logged.span_b] = self._gradient(weight, "B", weight.b)
         if not bool(row.isfinite().all()):
-            self._unwatch()
+            self._remove_hooks()
             raise NumericsError(self._not_finite(row))
         self.n_steps += 1
         if self.n_steps == len(self._rows):
-            self._unwatch()
+            self._remove_hooks()
             control.should_training_stop |= self.stop
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the adapters; the record stays."""
-        self._unwatch()
-        self._trained = []
+        self._remove_hooks()
+        self._trained_state = []
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The recorded ∇A (steps, rank, in) and ∇B (steps, out, rank) of one weight, float32.
@@ -174,7 +174,7 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         Raises:
             RecipeError: nothing is recorded yet, or not for this weight.
         """
-        rows = self._recorded()
+        rows = self._read_record()
         if name not in self.weights:
             hint = suggestion(name, self.weights)
             raise RecipeError(
@@ -196,7 +196,7 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
             RecipeError: nothing is recorded yet.
             NumericsError: every product is 0, so that no layer can be told from another.
         """
-        self._recorded()
+        self._read_record()
         totals: dict[int, float] = {}
         for name, logged in self.weights.items():
             if logged.layer is None:
@@ -223,7 +223,7 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         """
         return mean_square(*self.factors(name)).div_(self.weights[name].scaling ** 4)
 
-    def _n_wanted(self, args: Any, state: Any) -> int:
+    def _count_wanted(self, args: Any, state: Any) -> int:
         if state.global_step:
             raise RecipeError(
                 "GradientLog records the first steps of a run, but this run resumes after step "
@@ -251,24 +251,24 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
             )
         return self.steps
 
-    def _recorded(self) -> Tensor:
+    def _read_record(self) -> Tensor:
         if self._rows is None or self.n_steps == 0:
             raise RecipeError(
                 "GradientLog has recorded no step yet. Add it to a trainer and train first."
             )
         return self._rows.rows[: self.n_steps]
 
-    def _watch(self) -> None:
+    def _add_hooks(self) -> None:
         """Note whose gradient is the first that is not finite: clipping spoils all the others."""
-        self._unwatch()
+        self._remove_hooks()
         self._broken = None
-        for weight in self._trained:
+        for weight in self._trained_state:
             for parameter in (weight.a, weight.b):
                 if parameter.requires_grad:
                     note = partial(self._note, weight.name)
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
 
-    def _unwatch(self) -> None:
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from layercut.checkpoints.config_check import pruned_config
+from layercut.checkpoints.config_check import prune_config
 from layercut.checkpoints.config_edit import (
-    at,
     edit_config,
+    get_section,
     layer_values,
     read_config,
     section_path,
@@ -47,13 +47,13 @@ def check_dropped(view: DecoderView, dropped: Collection[int]) -> None:
         ModelError: a layer is pinned, or the rest cannot be expressed in the configuration.
     """
     layout = view.layout
-    pruned_config(view.path, layout, [i for i in range(layout.n_layers) if i not in set(dropped)])
+    prune_config(view.path, layout, [i for i in range(layout.n_layers) if i not in set(dropped)])
 
 
 def _inexpressible(view: DecoderView, layout: Layout) -> dict[int, str]:
     raw = read_json_object(view.path / "config.json")
     config = read_config(raw)
-    if not layer_values(at(config, section_path(config))):
+    if not layer_values(get_section(config, section_path(config))):
         return {}
     found = {}
     for layer in range(layout.n_layers):

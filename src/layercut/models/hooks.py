@@ -24,7 +24,7 @@ class DecoderOutput(ModelOutput):  # type: ignore[misc]
         return None
 
 
-def settled(model: Any) -> Any:
+def prepare_for_inference(model: Any) -> Any:
     """A model in evaluation mode, without gradients, that skips no layer by chance when trained."""
     for module in model.modules():
         if hasattr(module, "layerdrop"):

@@ -17,7 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from layercut.checkpoints.hf_calls import quiet
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.preflight import stored_tensors
+from layercut.checkpoints.preflight import read_stored_tensors
 from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor, read_tensor
 from layercut.errors import ModelError
 from layercut.models.load import weights_dtype
@@ -42,7 +42,7 @@ def open_streamed(
     Raises:
         ModelError: the files lack a tensor.
     """
-    stored = stored_tensors(folder)
+    stored = read_stored_tensors(folder)
     dtype = dtype or weights_dtype("auto", stored, torch.device("cpu"))
     # Parameters get no memory; rotary tables and other buffers are computed as usual.
     with quiet(), init_empty_weights(include_buffers=False):
@@ -80,7 +80,7 @@ def open_streamed(
 
 
 @torch.no_grad()
-def logits_of(view: DecoderView, ids: Tensor) -> Tensor:
+def compute_logits(view: DecoderView, ids: Tensor) -> Tensor:
     """Logits without a cache, (batch, seq, vocabulary)."""
     logits: Tensor = view.model(ids.to(view.device), use_cache=False).logits
     return logits
@@ -121,7 +121,7 @@ def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) ->
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),
     )
-    tensors = {name: read_tensor(tensor) for name, tensor in stored.items() if _counts(tensor)}
+    tensors = {name: read_tensor(tensor) for name, tensor in stored.items() if _can_decode(tensor)}
     with quiet():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
     model.requires_grad_(False)
@@ -129,6 +129,6 @@ def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) ->
     return missing
 
 
-def _counts(tensor: StoredTensor) -> bool:
+def _can_decode(tensor: StoredTensor) -> bool:
     """Whether a tensor can be decoded; masks of old checkpoints are in other types."""
     return tensor.dtype in DTYPES | TABLES

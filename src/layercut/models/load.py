@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from layercut.checkpoints.folder import weight_files
+from layercut.checkpoints.folder import list_weight_files
 from layercut.checkpoints.hf_calls import INVALID, quiet
-from layercut.checkpoints.preflight import check_folder, load_strictly, tokenizer_files
-from layercut.checkpoints.resolve import local_folder
+from layercut.checkpoints.preflight import check_folder, list_tokenizer_files, load_strictly
+from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor
 from layercut.errors import ModelError, NumericsError, RecipeError, suggestion
 from layercut.models.view import DecoderView
@@ -46,7 +46,7 @@ def load(
         hint = suggestion(dtype, DTYPE_NAMES)
         raise RecipeError(f"dtype '{dtype}' is none of {', '.join(DTYPE_NAMES)}{hint}")
     place = _device(device)
-    folder = local_folder(model, revision)
+    folder = find_folder(model, revision)
     layout, stored = check_folder(folder)
     tokenizer = _tokenizer(folder)
     fingerprint = _fingerprint(folder)
@@ -140,7 +140,7 @@ def _tokenizer(folder: Path) -> Any:
 
 def _fingerprint(folder: Path) -> str:
     """sha256 over the names and contents of the files that determine the model, names sorted."""
-    paths = {folder / "config.json", *tokenizer_files(folder), *weight_files(folder)}
+    paths = {folder / "config.json", *list_tokenizer_files(folder), *list_weight_files(folder)}
     total = hashlib.sha256()
     for path in sorted(paths):
         with path.open("rb") as file:

@@ -82,7 +82,7 @@ def mlp_output(view: DecoderView, layer: int) -> MlpOutput:
     for path in EXPERT_BLOCKS:
         block = dict(view.layers[layer].named_modules()).get(path)
         weights = {
-            f"{view.layout.layers}.{layer}.{path}.{name}": _output_is_last(view, name, parameter)
+            f"{view.layout.layers}.{layer}.{path}.{name}": _is_output_last(view, name, parameter)
             for name, parameter in (block.named_parameters() if block else ())
             if EXPERT_DOWN_PROJECTIONS.fullmatch(name)
         }
@@ -115,7 +115,7 @@ def in_features(module: LinearMap) -> int:
     return int(module.nx if isinstance(module, Conv1D) else module.in_features)
 
 
-def as_stored(module: LinearMap, matrix: Tensor) -> Tensor:
+def store_like(module: LinearMap, matrix: Tensor) -> Tensor:
     """An (out, in) matrix in the layout of the module's weight."""
     return matrix.T if isinstance(module, Conv1D) else matrix
 
@@ -178,7 +178,7 @@ def _linear(view: DecoderView, layer: int, paths: Iterable[str]) -> tuple[str, L
     return None
 
 
-def _output_is_last(view: DecoderView, name: str, parameter: Tensor) -> bool:
+def _is_output_last(view: DecoderView, name: str, parameter: Tensor) -> bool:
     """Biases, and experts stored as (experts, in, out) rather than (experts, out, in)."""
     if parameter.dim() == 1 or name.endswith("bias"):
         return True

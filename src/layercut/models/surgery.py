@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from layercut.checkpoints.config_check import pruned_config
+from layercut.checkpoints.config_check import prune_config
 from layercut.checkpoints.config_edit import read_config
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.patch import rescaled
+from layercut.checkpoints.patch import rescale_queries
 from layercut.errors import PlanError, VerificationError
-from layercut.models.hooks import settled
+from layercut.models.hooks import prepare_for_inference
 from layercut.models.view import DecoderView
 from layercut.types import PruningPlan, WeightPatch
 
@@ -54,16 +54,16 @@ def apply(view: DecoderView, plan: PruningPlan, patch: WeightPatch | None = None
                 f"the patch changes {name}, which the pruned model does not have. "
                 "Fit it again for this plan."
             )
-    expected = _identity_logits(view, plan, patch)
-    for name, tensor in rescaled(view.path, view.layout, plan, patch).tensors.items():
+    expected = _compute_identity_logits(view, plan, patch)
+    for name, tensor in rescale_queries(view.path, view.layout, plan, patch).tensors.items():
         state[name] = tensor.to(state[name])
-    model = settled(_rebuild(view, plan, state))
+    model = prepare_for_inference(_rebuild(view, plan, state))
     _check_logits(view, model, expected)
     view.model = model
 
 
 @torch.no_grad()
-def _identity_logits(view: DecoderView, plan: PruningPlan, patch: WeightPatch) -> Tensor:
+def _compute_identity_logits(view: DecoderView, plan: PruningPlan, patch: WeightPatch) -> Tensor:
     """Logits of the patched dense model with the dropped layers as the identity."""
     with view.skipping(plan.dropped), view.patched(patch.tensors):
         logits: Tensor = view.model(_check_ids(view), use_cache=False).logits
@@ -81,7 +81,7 @@ def _check_logits(view: DecoderView, model: nn.Module, expected: Tensor) -> None
     # Some experts' sums have no fixed order; queries that were rescaled are rounded once more.
     eps = torch.finfo(expected.dtype).eps
     scaled = view.layout.index_scaled
-    rounding = rescaled_rounding(expected) if scaled else min(4 * eps, 1e-6)
+    rounding = rounding_of_rescaled(expected) if scaled else min(4 * eps, 1e-6)
     gap = float((logits - expected).abs().max())
     if not gap <= rounding * float(expected.abs().max()):
         raise VerificationError(
@@ -93,14 +93,14 @@ def _check_logits(view: DecoderView, model: nn.Module, expected: Tensor) -> None
 
 def _rebuild(view: DecoderView, plan: PruningPlan, state: Mapping[str, Tensor]) -> nn.Module:
     old, layout = view.model, view.layout
-    config = read_config(pruned_config(view.path, layout, plan.kept))
+    config = read_config(prune_config(view.path, layout, plan.kept))
     config._name_or_path = old.config._name_or_path  # PEFT looks the vocabulary up there
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(
             config, dtype=old.dtype, attn_implementation=old.config._attn_implementation
         )
     renamed = {
-        name: _kept_part(layout, plan, old_name, tensor)
+        name: _keep_slices(layout, plan, old_name, tensor)
         for old_name, tensor in state.items()
         if (name := layout.new_name(old_name, plan.new_index)) is not None
     }
@@ -114,7 +114,7 @@ def _rebuild(view: DecoderView, plan: PruningPlan, state: Mapping[str, Tensor]) 
     return model
 
 
-def _kept_part(layout: Layout, plan: PruningPlan, name: str, tensor: Tensor) -> Tensor:
+def _keep_slices(layout: Layout, plan: PruningPlan, name: str, tensor: Tensor) -> Tensor:
     """A tensor; of one that holds a block per layer, the kept layers' blocks."""
     dimension = layout.slice_dimension(name)
     if dimension is None:
@@ -140,6 +140,6 @@ def _carry_buffers(
             setattr(module, attribute, buffer)
 
 
-def rescaled_rounding(logits: Tensor) -> float:
+def rounding_of_rescaled(logits: Tensor) -> float:
     """Share of the largest logit by which those of a model with rescaled queries may be off."""
     return min(100 * torch.finfo(logits.dtype).eps, 0.1)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from layercut.checkpoints.layout import Layout, decoder_path
-from layercut.models.hooks import DecoderOutput, identity, settled
+from layercut.models.hooks import DecoderOutput, identity, prepare_for_inference
 
 LOSS_CHUNK = 256
 """Tokens whose logits exist at once: 256 × 49,152 float32 logits are 48 MiB."""
@@ -59,7 +59,7 @@ class DecoderView:
         fingerprint: str,
         mixed_precision: bool,
     ) -> None:
-        self.model = settled(model)
+        self.model = prepare_for_inference(model)
         self.tokenizer = tokenizer
         self.name = name
         self.path = path

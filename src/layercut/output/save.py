@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from layercut.checkpoints.output_dir import check_disk_space, check_output_dir, staged_folder
-from layercut.checkpoints.plan_file import lineage_of, plan_content
+from layercut.checkpoints.plan_file import plan_content, read_lineage
 from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
@@ -51,7 +51,7 @@ def save(
     with staged_folder(output_dir, overwrite=overwrite) as folder:
         write_checkpoint(view.path, view.layout, plan, patch, folder)
         recovery = {"method": patch.method, "tensors_changed": len(patch.tensors)}
-        content = plan_content(plan, recovery, lineage_of(view.path))
+        content = plan_content(plan, recovery, read_lineage(view.path))
         (folder / "layercut").mkdir()
         (folder / "layercut" / "plan.json").write_text(
             json.dumps(content, indent=2) + "\n", encoding="utf-8"

@@ -15,14 +15,19 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.patch import stored_patch
-from layercut.checkpoints.preflight import check_tensors, layout_of, load_strictly, stored_tensors
-from layercut.checkpoints.safetensors_file import Content, StoredTensor, kept_part, read_blocks
-from layercut.checkpoints.shard_writer import raw_bytes
+from layercut.checkpoints.patch import encode_patch
+from layercut.checkpoints.preflight import (
+    check_tensors,
+    load_strictly,
+    read_layout,
+    read_stored_tensors,
+)
+from layercut.checkpoints.safetensors_file import Content, StoredTensor, keep_slices, read_chunks
+from layercut.checkpoints.shard_writer import view_bytes
 from layercut.errors import ModelError, VerificationError
 from layercut.machine import available_memory_bytes
-from layercut.models.layer_source import logits_of, open_streamed
-from layercut.models.surgery import rescaled_rounding
+from layercut.models.layer_source import compute_logits, open_streamed
+from layercut.models.surgery import rounding_of_rescaled
 from layercut.models.view import DecoderView
 from layercut.types import PruningPlan, WeightPatch
 
@@ -57,7 +62,7 @@ def verify_checkpoint(
             written = load_strictly(folder, view.model.dtype, view.device, attention).eval()
         else:
             verify_files(view.path, folder, view.layout, plan, patch)
-            layout = layout_of(folder)
+            layout = read_layout(folder)
             check_tensors(folder, layout)
             written = open_streamed(
                 folder, layout, dtype=view.model.dtype, attention=attention
@@ -91,13 +96,13 @@ def verify_files(
     Raises:
         VerificationError: a tensor is missing, surplus or different.
     """
-    changed = stored_patch(source, layout, plan, patch)
+    changed = encode_patch(source, layout, plan, patch)
     expected: dict[str, Content] = {
-        name: changed[old] if old in changed else kept_part(layout, plan, old, tensor)
-        for old, tensor in stored_tensors(source).items()
+        name: changed[old] if old in changed else keep_slices(layout, plan, old, tensor)
+        for old, tensor in read_stored_tensors(source).items()
         if (name := layout.new_stored_name(old, plan.new_index)) is not None
     }
-    written = stored_tensors(folder)
+    written = read_stored_tensors(folder)
     if differing := sorted(expected.keys() ^ written.keys()):
         state = "lacks" if differing[0] in expected else "holds"
         raise VerificationError(f"the written checkpoint {state} {differing[0]}. {REMEDY}")
@@ -120,11 +125,11 @@ def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPla
     dense = open_streamed(source, layout)
     ids = check_ids(dense)
     with dense.skipping(plan.dropped):
-        expected = logits_of(dense, ids)
+        expected = compute_logits(dense, ids)
     del dense
-    written = logits_of(open_streamed(folder, layout_of(folder)), ids)
+    written = compute_logits(open_streamed(folder, read_layout(folder)), ids)
     # Queries that took a factor for their layer's new number are rounded once more.
-    rounding = rescaled_rounding(expected) if layout.index_scaled else 0.0
+    rounding = rounding_of_rescaled(expected) if layout.index_scaled else 0.0
     _compare_logits(written, expected, "the source's", rounding)
 
 
@@ -137,10 +142,10 @@ def check_ids(view: DecoderView) -> Tensor:
 def sha256(tensor: Content) -> str:
     """Hash of a tensor's stored bytes."""
     if isinstance(tensor, Tensor):
-        return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+        return hashlib.sha256(view_bytes(tensor)).hexdigest()
     total = hashlib.sha256()
     if isinstance(tensor, StoredTensor):
-        pieces = read_blocks(tensor.path, tensor.begin, tensor.nbytes)
+        pieces = read_chunks(tensor.path, tensor.begin, tensor.nbytes)
     else:
         pieces = tensor.pieces()
     for piece in pieces:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layercut.checkpoints.output_dir import staged_folder
-from layercut.checkpoints.patch import tuned_patch
+from layercut.checkpoints.patch import patch_trained
 from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import RecipeError
 from layercut.evaluation.evaluate import check_tasks, evaluate
@@ -77,7 +77,7 @@ def finetune_checkpoint(
 
         whole = PruningPlan(recipe.model, view.n_layers, (), "none")
         names, state = trained_names(view, job.config), view.model.state_dict()
-        patch = tuned_patch(view.path, view.layout, whole, WeightPatch({}, "none"), state, names)
+        patch = patch_trained(view.path, view.layout, whole, WeightPatch({}, "none"), state, names)
         with staged_folder(output_dir, overwrite=overwrite) as folder:
             with result.timed("save", "write and verify the checkpoint"):
                 write_checkpoint(view.path, view.layout, whole, patch, folder)

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut.checkpoints.patch import tuned_patch
+from layercut.checkpoints.patch import patch_trained
 from layercut.checkpoints.writer import write_checkpoint
 from layercut.data.tasks import TaskRow, read_rows
-from layercut.evaluation.evaluate import compared, evaluate
+from layercut.evaluation.evaluate import add_changes, evaluate
 from layercut.machine import restart_peak_rss
 from layercut.models.load import reload
 from layercut.output.verify import verify_checkpoint
-from layercut.recipe.finetune import FinetuneSettings
+from layercut.recipe.finetune import FinetuneConfig
 from layercut.recipe.recipe import Recipe
 from layercut.results import Evaluation, RunResult
 from layercut.training.resume import check_work_dir, claim, training_folder
@@ -38,7 +38,7 @@ class FinetuneJob:
         output_dir: the output folder, resolved.
     """
 
-    config: FinetuneSettings
+    config: FinetuneConfig
     rows: tuple[TaskRow, ...]
     evaluation: Mapping[str, Any]
     output_dir: Path
@@ -144,7 +144,7 @@ def finetune_pruned(
     base = job.output_dir / "layercut" / "base"
     train_and_measure(view, job, "pruned", result, teacher=teacher, adapter_base=base)
     names = trained_names(view, job.config)
-    return tuned_patch(view.path, view.layout, plan, patch, view.model.state_dict(), names)
+    return patch_trained(view.path, view.layout, plan, patch, view.model.state_dict(), names)
 
 
 def train_and_measure(
@@ -152,7 +152,7 @@ def train_and_measure(
     job: FinetuneJob,
     name: str,
     result: RunResult,
-    config: FinetuneSettings | None = None,
+    config: FinetuneConfig | None = None,
     *,
     teacher: DecoderView | None = None,
     adapter_base: Path | None = None,
@@ -170,7 +170,7 @@ def train_and_measure(
             written is of use.
     """
     # Imported here: PEFT and TRL take seconds, and most runs do not train.
-    from layercut.training.finetune import tune as finetune
+    from layercut.training.finetune import finetune
 
     config = config or job.config
     if job.uses_work_dir:
@@ -198,7 +198,7 @@ def train_and_measure(
         measured = evaluate(view, **job.evaluation)
     stages = result.stages
     warn_if_worse(stages[name], measured, name)
-    measured = compared(measured, stages.get("dense_tuned", stages["dense"]))
+    measured = add_changes(measured, stages.get("dense_tuned", stages["dense"]))
     stages[f"{name}_tuned"] = replace(measured, train_seconds=finetuned.train_seconds)
 
 
@@ -218,7 +218,7 @@ def warn_if_worse(before: Evaluation, after: Evaluation, name: str) -> None:
         after: and afterwards.
         name: ``dense`` or ``pruned``.
     """
-    changes = compared(after, before).accuracy_change
+    changes = add_changes(after, before).accuracy_change
     worse = {task: c for task, c in changes.items() if c.value < -2 * c.stderr}
     if worse:
         listed = ", ".join(

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layercut.checkpoints.patch import tuned_patch
-from layercut.evaluation.evaluate import compared, evaluate
+from layercut.checkpoints.patch import patch_trained
+from layercut.evaluation.evaluate import add_changes, evaluate
 from layercut.machine import restart_peak_rss
 from layercut.models.load import reload
-from layercut.recipe.heal import HealSettings
+from layercut.recipe.heal import HealConfig
 from layercut.recipe.recipe import Recipe
 from layercut.results import RunResult
 from layercut.training.heal_windows import check_windows, heal_windows
@@ -36,7 +36,7 @@ class HealJob:
         work_dir: where checkpoints stay until the run is complete, shared with a fine-tuning.
     """
 
-    config: HealSettings
+    config: HealConfig
     windows: Tensor
     evaluation: Mapping[str, Any]
     work_dir: Path
@@ -100,9 +100,9 @@ def heal_pruned(
         )
     if healed.best_step:
         state = view.model.state_dict()
-        patch = tuned_patch(view.path, view.layout, plan, patch, state, adapted_names(view))
+        patch = patch_trained(view.path, view.layout, plan, patch, state, adapted_names(view))
     with result.timed("evaluate", "evaluate the healed model"):
-        measured = compared(evaluate(view, **job.evaluation), result.stages["dense"])
+        measured = add_changes(evaluate(view, **job.evaluation), result.stages["dense"])
     result.healing = healed.to_json()
     result.stages["healed"] = replace(measured, train_seconds=healed.train_seconds)
     return patch

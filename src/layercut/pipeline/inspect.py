@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from layercut.checkpoints.config_check import meta_model
+from layercut.checkpoints.config_check import build_meta_model
 from layercut.checkpoints.config_edit import read_config
-from layercut.checkpoints.folder import read_json_object, weight_files
+from layercut.checkpoints.folder import list_weight_files, read_json_object
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.preflight import check_folder, expected_shapes
+from layercut.checkpoints.preflight import check_folder, compute_expected_shapes
 from layercut.checkpoints.quantization import CONFIG_KEYS, is_quantised
-from layercut.checkpoints.resolve import local_folder
+from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
 from layercut.data.calibration import MICRO_BATCH_TOKENS
 from layercut.errors import ModelError
@@ -105,10 +105,10 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
         ModelError: there is no such model, or its configuration or a header is damaged.
         NetworkError: the Hub is needed and does not give the model.
     """
-    folder = local_folder(model, revision)
+    folder = find_folder(model, revision)
     raw = read_json_object(folder / "config.json")
     stored: dict[str, StoredTensor] = {}
-    for path in weight_files(folder):
+    for path in list_weight_files(folder):
         stored |= read_shard(path).tensors
     layout, refusal = _checked(folder, as_files=False)
     by_plan, _ = _checked(folder, as_files=True)
@@ -151,7 +151,7 @@ def _layers(
         return (), {}, 0
     config = read_config(raw)
     text = config.get_text_config(decoder=True)
-    expected = expected_shapes(meta_model(config))
+    expected = compute_expected_shapes(build_meta_model(config))
     sizes: Counter[int] = Counter()
     for name, (shape, _) in expected.items():
         if name.startswith(f"{layout.layers}."):

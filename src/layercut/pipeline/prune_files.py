@@ -14,10 +14,10 @@ from typing import Any
 from layercut.checkpoints.folder import read_json_object
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.output_dir import check_disk_space, check_output_dir, staged_folder
-from layercut.checkpoints.plan_file import lineage_of, read_plan
+from layercut.checkpoints.plan_file import read_lineage, read_plan
 from layercut.checkpoints.preflight import check_folder
 from layercut.checkpoints.quantization import is_quantised
-from layercut.checkpoints.resolve import local_folder
+from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import ModelError, PlanError
 from layercut.machine import peak_rss_bytes, provenance
@@ -67,12 +67,12 @@ def prune(
     with result.collecting_warnings():
         with result.timed("load", "check the checkpoint"):
             check_output_dir(output_dir, Path(model), overwrite=overwrite)
-            source = local_folder(model, revision)
+            source = find_folder(model, revision)
             check_output_dir(output_dir, source, overwrite=overwrite)
             layout, stored = check_folder(source, as_files=True)
             chosen = _plan(model, layout.n_layers, given, drop or ())
             check_disk_space(source, output_dir)
-        result.plan, result.lineage = chosen, lineage_of(source)
+        result.plan, result.lineage = chosen, read_lineage(source)
         result.recovery = {"method": NOTHING.method, "tensors_changed": 0}
         result.recipe = _recipe(model, revision, chosen)
         quantised = is_quantised(read_json_object(source / "config.json"), stored)

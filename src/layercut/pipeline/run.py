@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from layercut.checkpoints.output_dir import staged_folder
-from layercut.checkpoints.plan_file import lineage_of
+from layercut.checkpoints.plan_file import read_lineage
 from layercut.checkpoints.writer import write_checkpoint
-from layercut.evaluation.evaluate import compared, evaluate
+from layercut.evaluation.evaluate import add_changes, evaluate
 from layercut.machine import peak_rss_bytes, provenance
 from layercut.models.surgery import apply
 from layercut.output.verify import verify_checkpoint
@@ -60,12 +60,12 @@ def run(
             result.stages["dense"] = evaluate(job.view, **job.evaluation)
         teacher = finetune_dense(job.view, job.finetune, result)
         plan, evidence, patch = prune(job, result)
-        result.plan, result.lineage = plan, lineage_of(job.view.path)
+        result.plan, result.lineage = plan, read_lineage(job.view.path)
         result.recovery = {"method": patch.method, **patch.notes}
         apply(job.view, plan, patch)
         with result.timed("evaluate", "evaluate the pruned model"):
             pruned = evaluate(job.view, **job.evaluation)
-            result.stages["pruned"] = compared(pruned, result.stages["dense"])
+            result.stages["pruned"] = add_changes(pruned, result.stages["dense"])
         patch = heal_pruned(job.view, job.heal, plan, patch, result)
         patch = finetune_pruned(job.view, job.finetune, plan, patch, teacher, result)
         result.recovery = {**result.recovery, "tensors_changed": len(patch.tensors)}

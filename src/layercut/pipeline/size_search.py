@@ -85,11 +85,11 @@ def prune_within(
         else:
             fails = size
     if best is None:
-        raise _none_within(max_perplexity_ratio, trials.get(1), refusal)
+        raise _no_size_error(max_perplexity_ratio, trials.get(1), refusal)
     return replace(best[0], trials=dict(sorted(trials.items()))), *best[1:]
 
 
-def _none_within(limit: float, ratio: float | None, refusal: PlanError | None) -> PlanError:
+def _no_size_error(limit: float, ratio: float | None, refusal: PlanError | None) -> PlanError:
     """Why no layer goes: ``ratio`` without one is too high, or there is no plan without one."""
     if ratio is None:
         why = f"not one layer can be dropped: {refusal}"

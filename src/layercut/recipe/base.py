@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class Section(BaseModel):
+class Config(BaseModel):
     """A part of the recipe: unknown keys are errors, types are exact, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -26,9 +26,9 @@ Names = Annotated[tuple[Name, ...], Field(strict=False, min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-def section_type(annotation: Any) -> type[Section] | None:
+def section_type(annotation: Any) -> type[Config] | None:
     """The section a field holds, be it optional or not; ``None`` for other fields."""
     for kind in get_args(annotation) or (annotation,):
-        if isinstance(kind, type) and issubclass(kind, Section):
+        if isinstance(kind, type) and issubclass(kind, Config):
             return kind
     return None

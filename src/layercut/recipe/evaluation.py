@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from layercut.recipe.base import Count, Name, Section, SequenceLength
+from layercut.recipe.base import Config, Count, Name, SequenceLength
 
 
-class EvaluationSection(Section):
+class EvaluationConfig(Config):
     """What is measured before and after."""
 
     text: dict[str, Name] = Field(

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from layercut.recipe.base import Count, Name, Positive, Section, SequenceLength
+from layercut.recipe.base import Config, Count, Name, Positive, SequenceLength
 
 LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -45,13 +45,13 @@ class RunFields(BaseModel):
     )
 
 
-class LoraSettings(AdapterFields, Section):
+class AdapterConfig(AdapterFields, Config):
     """Adapters on every linear sub-layer of every layer."""
 
     dropout: Share = Field(default=0.0, description="dropout before the adapters")
 
 
-class DistillSettings(Section):
+class DistillConfig(Config):
     """A further loss term: the dense model's distribution where the labels are."""
 
     weight: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -67,7 +67,7 @@ class DistillSettings(Section):
     )
 
 
-class _Task(Section):
+class _Task(Config):
     """What is trained, and on what: the first keys of ``finetune``."""
 
     mode: Literal["lora", "full"] = Field(default="lora", description="lora or full")
@@ -78,19 +78,19 @@ class _Task(Section):
     )
 
 
-class FinetuneSettings(RunFields, _Task):
+class FinetuneConfig(RunFields, _Task):
     """LoRA or full fine-tuning on a task's rows, with the loss on the completion only.
 
     The defaults are GradPruner's (arXiv:2601.19503, released code).
     """
 
-    lora: LoraSettings = Field(
-        default_factory=LoraSettings, description="adapters on every linear sub-layer"
+    lora: AdapterConfig = Field(
+        default_factory=AdapterConfig, description="adapters on every linear sub-layer"
     )
     compare_dense: bool = Field(
         default=True, description="tune the dense model in the same way, too"
     )
-    distill: DistillSettings | None = Field(
+    distill: DistillConfig | None = Field(
         default=None, description="learn from the dense model, tuned if compare_dense"
     )
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
@@ -109,7 +109,7 @@ class FinetuneSettings(RunFields, _Task):
     )
 
     @model_validator(mode="after")
-    def _adapter_needs_lora(self) -> FinetuneSettings:
+    def _adapter_needs_lora(self) -> FinetuneConfig:
         if self.keep_adapter and self.mode == "full":
             raise ValueError("keep_adapter needs mode: lora")
         return self

@@ -7,17 +7,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from layercut.recipe.base import Count, Name, Names, Positive, Section, SequenceLength
-from layercut.recipe.finetune import LoraSettings, Share
+from layercut.recipe.base import Config, Count, Name, Names, Positive, SequenceLength
+from layercut.recipe.finetune import AdapterConfig, Share
 
 
-class HealLoraSettings(LoraSettings):
+class HealAdapterConfig(AdapterConfig):
     """Adapters on every linear sub-layer of every layer, folded in at the end."""
 
     rank: Count = Field(default=16, description="rank of the adapters")
 
 
-class HealSettings(Section):
+class HealConfig(Config):
     """Distillation of the pruned model from the dense one on plain text, for a short budget."""
 
     minutes: Positive | None = Field(
@@ -44,8 +44,8 @@ class HealSettings(Section):
         default="linear", description="linear, cosine or constant after the warm-up"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="of AdamW")
-    lora: HealLoraSettings = Field(
-        default_factory=HealLoraSettings, description="adapters on every linear sub-layer"
+    lora: HealAdapterConfig = Field(
+        default_factory=HealAdapterConfig, description="adapters on every linear sub-layer"
     )
     temperature: Positive = Field(
         default=1.0, description="softens both distributions; the term is scaled by its square"
@@ -53,9 +53,9 @@ class HealSettings(Section):
     label_weight: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="share of the loss that is the text's own next token"
     )
-    held_out: Count = Field(default=8, description="windows that judge and never train")
+    held_out: Count = Field(default=8, description="windows that measure and never train")
     evaluations: Count = Field(
-        default=8, description="times that they judge, evenly over the budget"
+        default=8, description="times that they measure, evenly over the budget"
     )
     patience: Count = Field(
         default=3, description="evaluations without a better one after which training stops"

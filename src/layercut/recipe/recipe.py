@@ -25,11 +25,11 @@ from pydantic import (
 from layercut.errors import suggestion
 from layercut.recipe import overrides as overrides_
 from layercut.recipe import strict_yaml
-from layercut.recipe.base import Count, Name, Names, Section, SequenceLength
-from layercut.recipe.evaluation import EvaluationSection
-from layercut.recipe.finetune import FinetuneSettings
-from layercut.recipe.heal import HealSettings
-from layercut.recipe.validation import validated
+from layercut.recipe.base import Config, Count, Name, Names, SequenceLength
+from layercut.recipe.evaluation import EvaluationConfig
+from layercut.recipe.finetune import FinetuneConfig
+from layercut.recipe.heal import HealConfig
+from layercut.recipe.validation import validate
 from layercut.registry import Stage, available, check_files
 
 AMOUNTS = ("drop_layers", "drop_fraction", "drop", "max_perplexity_ratio")
@@ -77,7 +77,7 @@ Layers = Annotated[
 Options = dict[str, Any]
 
 
-class CalibrationSection(Section):
+class CalibrationConfig(Config):
     """The text that scores and repairs are computed on."""
 
     data: Name | Names = Field(
@@ -100,7 +100,7 @@ class CalibrationSection(Section):
     )
 
     @model_validator(mode="after")
-    def _one_sequence_of_each_text(self) -> CalibrationSection:
+    def _one_sequence_of_each_text(self) -> CalibrationConfig:
         if not isinstance(self.data, str) and self.n_sequences < len(self.data):
             raise ValueError(
                 f"n_sequences is {self.n_sequences}, but data names {len(self.data)} texts; "
@@ -109,7 +109,7 @@ class CalibrationSection(Section):
         return self
 
 
-class ScoringSection(Section):
+class ScoringConfig(Config):
     """How layers are scored."""
 
     method: Annotated[str, _known("scoring")] = Field(
@@ -118,7 +118,7 @@ class ScoringSection(Section):
     options: Options = Field(default={}, description="that method's own options")
 
 
-class SelectionSection(Section):
+class SelectionConfig(Config):
     """Which layers go, given their scores."""
 
     strategy: Annotated[str, _known("selection")] = Field(
@@ -150,19 +150,19 @@ class SelectionSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_amount(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and not amounts_given(data):
+        if isinstance(data, Mapping) and not list_amounts(data):
             return {**data, "drop_layers": DEFAULT_DROP_LAYERS}
         return data
 
     @model_validator(mode="after")
-    def _one_amount(self) -> SelectionSection:
-        given = amounts_given(self.__dict__)
+    def _one_amount(self) -> SelectionConfig:
+        given = list_amounts(self.__dict__)
         if len(given) > 1:
-            raise ValueError(conflict(given))
+            raise ValueError(describe_conflict(given))
         return self
 
 
-class RecoverySection(Section):
+class RecoveryConfig(Config):
     """How kept weights make up for the dropped layers."""
 
     method: Annotated[str, _known("recovery")] = Field(
@@ -171,7 +171,7 @@ class RecoverySection(Section):
     options: Options = Field(default={}, description="that method's own options")
 
 
-class Recipe(Section):
+class Recipe(Config):
     """Everything a run depends on."""
 
     model: Name = Field(
@@ -188,27 +188,27 @@ class Recipe(Section):
         default="auto", description="auto, float32 or bfloat16: how weights are loaded and computed"
     )
     device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
-    calibration: CalibrationSection = Field(
-        default_factory=CalibrationSection, description="the text that scores and repairs use"
+    calibration: CalibrationConfig = Field(
+        default_factory=CalibrationConfig, description="the text that scores and repairs use"
     )
-    scoring: ScoringSection = Field(
-        default_factory=ScoringSection, description="how layers are scored; higher = keep"
+    scoring: ScoringConfig = Field(
+        default_factory=ScoringConfig, description="how layers are scored; higher = keep"
     )
-    selection: SelectionSection = Field(
-        default_factory=SelectionSection, description="which layers go"
+    selection: SelectionConfig = Field(
+        default_factory=SelectionConfig, description="which layers go"
     )
-    recovery: RecoverySection = Field(
-        default_factory=RecoverySection, description="how kept weights make up for dropped layers"
+    recovery: RecoveryConfig = Field(
+        default_factory=RecoveryConfig, description="how kept weights make up for dropped layers"
     )
-    heal: HealSettings | None = Field(
+    heal: HealConfig | None = Field(
         default=None,
         description="short distillation from the dense model after the cut; null: none",
     )
-    finetune: FinetuneSettings | None = Field(
+    finetune: FinetuneConfig | None = Field(
         default=None, description="LoRA or full fine-tuning after the cut; null: none"
     )
-    evaluation: EvaluationSection = Field(
-        default_factory=EvaluationSection, description="what is measured before and after"
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="what is measured before and after"
     )
 
     @field_validator("model")
@@ -223,14 +223,14 @@ class Recipe(Section):
         return strict_yaml.dump(self.model_dump(mode="json"))
 
 
-def amounts_given(selection: Any) -> list[str]:
+def list_amounts(selection: Any) -> list[str]:
     """The spellings of "how much goes" that a selection section sets."""
     if not isinstance(selection, Mapping):
         return []
     return [key for key in AMOUNTS if selection.get(key) is not None]
 
 
-def conflict(given: Sequence[str]) -> str:
+def describe_conflict(given: Sequence[str]) -> str:
     """What to say when ``given`` amounts are set together."""
     return f"{' and '.join(given)} are set together; keep one"
 
@@ -263,7 +263,7 @@ def load_recipe(
     origins |= overrides_.merge(data, settings, alternatives=("selection", AMOUNTS))
     problems += more_problems
     # pydantic looks at this only when every other key of the section is right.
-    given = amounts_given(data.get("selection"))
+    given = list_amounts(data.get("selection"))
     if len(given) > 1:
-        problems.append(f"selection: {conflict(given)}")
-    return validated(Recipe, data, name, origins=origins, problems=problems)
+        problems.append(f"selection: {describe_conflict(given)}")
+    return validate(Recipe, data, name, origins=origins, problems=problems)

@@ -44,9 +44,9 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             return self._compose_alias(parent, index)
         if getattr(event, "tag", None) is not None:
-            raise _refusal(f"the tag {event.tag} is not allowed", event)
+            raise _yaml_error(f"the tag {event.tag} is not allowed", event)
         if self._depth == MAX_DEPTH:
-            raise _refusal(f"nested deeper than {MAX_DEPTH} levels", event)
+            raise _yaml_error(f"nested deeper than {MAX_DEPTH} levels", event)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -56,10 +56,10 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         self._aliases += 1
         if self._aliases > MAX_ALIASES:
-            raise _refusal(f"more than {MAX_ALIASES} aliases", event)
+            raise _yaml_error(f"more than {MAX_ALIASES} aliases", event)
         node = super().compose_node(parent, index)
         if node is not None and node.end_mark is None:  # an alias inside its own anchor
-            raise _refusal("an alias that contains itself", event)
+            raise _yaml_error("an alias that contains itself", event)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -67,9 +67,11 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
-                raise _refusal(f"the key {getattr(key, 'value', '')!r} is not text; quote it", key)
+                raise _yaml_error(
+                    f"the key {getattr(key, 'value', '')!r} is not text; quote it", key
+                )
             if key.value in seen:
-                raise _refusal(f"the key '{key.value}' appears twice", key)
+                raise _yaml_error(f"the key '{key.value}' appears twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -147,5 +149,5 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=100)
 
 
-def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
+def _yaml_error(problem: str, place: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)

@@ -26,7 +26,7 @@ _PHRASES = {
 }
 
 
-def validated(
+def validate(
     model: type[Model],
     data: Any,
     name: str,

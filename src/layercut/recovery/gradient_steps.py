@@ -38,7 +38,7 @@ SMALLEST = 1e-8
 """Part of the largest squared singular value below which one is noise, and not raised to 1."""
 
 
-def descend(
+def take_steps(
     view: DecoderView,
     plan: PruningPlan,
     tensors: Mapping[str, Tensor],
@@ -68,16 +68,16 @@ def descend(
     halves = sequences[::2], sequences[1::2]
     lengths: list[float] = []
     for step in range(n_steps):
-        learn, judge = halves[step % 2], halves[1 - step % 2]
+        learned, held_out = halves[step % 2], halves[1 - step % 2]
         with eager(view, sequences.shape[1]):
-            gradients = divergence_gradients(view, plan, reached, learn, micro_batch)
-        directions = _directions(view, reached, gradients)
-        eta, reached = _longest(view, plan, reached, directions, judge, micro_batch)
+            gradients = compute_divergence_gradients(view, plan, reached, learned, micro_batch)
+        directions = _find_directions(view, reached, gradients)
+        eta, reached = _search_length(view, plan, reached, directions, held_out, micro_batch)
         lengths.append(eta)
     return reached, tuple(lengths)
 
 
-def divergence_gradients(
+def compute_divergence_gradients(
     view: DecoderView,
     plan: PruningPlan,
     tensors: Mapping[str, Tensor],
@@ -98,15 +98,16 @@ def divergence_gradients(
     """
     loss = Divergence(view, view)
     parts = sequences.split(micro_batch)
-    guides = [loss.guide(ids) for ids in parts]
+    teacher_states = [loss.compute_teacher_states(ids) for ids in parts]
     with (
         view.skipping(plan.dropped),
         view.patched(tensors),
         torch.enable_grad(),
         _learning(view, plan) as weights,
     ):
-        for ids, guide in progress.track(zip(parts, guides, strict=True), total=len(parts)):
-            value = loss(ids, guide) * (len(ids) / len(sequences))
+        pairs = zip(parts, teacher_states, strict=True)
+        for ids, states in progress.track(pairs, total=len(parts)):
+            value = loss(ids, states) * (len(ids) / len(sequences))
             if not math.isfinite(value.item()):
                 raise NumericsError(
                     f"the divergence from the dense model is {value.item()}. Use dtype: float32, "
@@ -122,7 +123,7 @@ def divergence_gradients(
     return gradients
 
 
-def moved(
+def step_weights(
     view: DecoderView,
     tensors: Mapping[str, Tensor],
     directions: Mapping[str, Tensor],
@@ -141,7 +142,7 @@ def moved(
 
 
 @torch.no_grad()
-def polar(gradient: Tensor) -> Tensor:
+def orthogonalize(gradient: Tensor) -> Tensor:
     """U Vᵀ of a matrix U S Vᵀ, float32: all its singular values become 1, but for noise's.
 
     From the eigenvectors Q of the smaller Gram matrix, G Gᵀ = Q Λ Qᵀ: U Vᵀ = Q Λ^(−½) Qᵀ G.
@@ -160,7 +161,7 @@ def polar(gradient: Tensor) -> Tensor:
 @contextmanager
 def _learning(view: DecoderView, plan: PruningPlan) -> Iterator[dict[str, torch.nn.Parameter]]:
     """The weights that a step moves, by name, with gradients switched on inside the block."""
-    weights = learned(view, plan)
+    weights = find_trained_weights(view, plan)
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
@@ -171,7 +172,7 @@ def _learning(view: DecoderView, plan: PruningPlan) -> Iterator[dict[str, torch.
             weight.grad = None
 
 
-def learned(view: DecoderView, plan: PruningPlan) -> dict[str, torch.nn.Parameter]:
+def find_trained_weights(view: DecoderView, plan: PruningPlan) -> dict[str, torch.nn.Parameter]:
     """The kept layers' linear weights by name: stored as such, and not shared by layers."""
     names = Names(view.path, view.layout)
     found = {
@@ -188,7 +189,7 @@ def learned(view: DecoderView, plan: PruningPlan) -> dict[str, torch.nn.Paramete
     }
 
 
-def _directions(
+def _find_directions(
     view: DecoderView, tensors: Mapping[str, Tensor], gradients: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What every weight moves by at η = 1: its polar factor, scaled to the weight's own norm.
@@ -200,12 +201,12 @@ def _directions(
     for name in progress.track(list(gradients), total=len(gradients)):
         weight = tensors.get(name, view.model.get_parameter(name).data)
         length = weight.float().norm() / math.sqrt(min(weight.shape))
-        direction = polar(gradients.pop(name))
+        direction = orthogonalize(gradients.pop(name))
         found[name] = (direction * length.to(direction.device)).bfloat16()
     return found
 
 
-def _longest(
+def _search_length(
     view: DecoderView,
     plan: PruningPlan,
     tensors: Mapping[str, Tensor],
@@ -216,7 +217,10 @@ def _longest(
     """The best η by doubling or halving, 0 if none is better, and the weights behind that step."""
 
     def loss_at(eta: float) -> float:
-        with view.skipping(plan.dropped), view.patched(moved(view, tensors, directions, eta)):
+        with (
+            view.skipping(plan.dropped),
+            view.patched(step_weights(view, tensors, directions, eta)),
+        ):
             return mean_loss(view, sequences, micro_batch)
 
     losses = {eta: loss_at(eta) for eta in (0.0, ETA)}
@@ -231,4 +235,4 @@ def _longest(
             losses[eta] = loss_at(eta)
     best = min(losses, key=lambda tried: losses[tried])
     progress.status(f"a step of {best:.2%}: loss {losses[0.0]:.3f} → {losses[best]:.3f}")
-    return best, moved(view, tensors, directions, best) if best else dict(tensors)
+    return best, step_weights(view, tensors, directions, best) if best else dict(tensors)

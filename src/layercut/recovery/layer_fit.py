@@ -18,10 +18,10 @@ from layercut.engine.residual_stream import (
 )
 from layercut.errors import DataError
 from layercut.models.output_projections import (
-    as_stored,
     attention_output,
     check_exact,
     down_projection,
+    store_like,
 )
 from layercut.models.view import DecoderView
 from layercut.recovery.paired_walk import KeptLayer, paired_walk
@@ -70,7 +70,7 @@ def refit_layers(
     return tensors
 
 
-def held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
+def mask_held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
     """Mask over all calibration tokens: True in every ``every``-th sequence.
 
     Raises:
@@ -99,14 +99,14 @@ def _refit_layer(
         inputs = advance_and_record_inputs(ahead, layer, module)
         update = fit_ridge_update(inputs, ahead.states, kept.target, held_out, view.device)
         if update is not None:
-            stored = as_stored(module, update).to(module.weight)
+            stored = store_like(module, update).to(module.weight)
             changed[f"{prefix}.weight"] = module.weight + stored
     prefix, module = down_projection(view, layer)
     with view.patched(changed):
         inputs = advance_and_record_inputs(pruned, layer, module)
     update = fit_ridge_update(inputs, pruned.states, kept.target, held_out, view.device)
     if update is not None:
-        changed[f"{prefix}.weight"] = module.weight + as_stored(module, update).to(module.weight)
+        changed[f"{prefix}.weight"] = module.weight + store_like(module, update).to(module.weight)
         # The layer's output is linear in its down-projection: no second forward pass is needed.
         right = update.float().T
         for rows, a in zip(pruned.states.slices(), inputs.slices(), strict=True):

@@ -128,19 +128,19 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
         "sizes": table.sizes(result),
         "compared": table.change_compares(result),
         "compared_title": "Dense and pruned" if "pruned" in result.stages else "Figures",
-        "headline": headline(result),
-        "recovery": labelled(result.recovery),
-        "heal": labelled({k: v for k, v in result.healing.items() if k != "losses"}),
+        "headline": write_headline(result),
+        "recovery": format_labels(result.recovery),
+        "heal": format_labels({k: v for k, v in result.healing.items() if k != "losses"}),
         "seconds": {name: f"{spent:,.1f}" for name, spent in _stage_seconds(result).items()},
         "total": f"{result.seconds['total']:,.1f}" if "total" in result.seconds else None,
         "memory": _shown("peak_rss_bytes", result.peak_rss_bytes),
         "versions": dict(result.provenance.versions),
-        "hardware": labelled(result.provenance.hardware),
+        "hardware": format_labels(result.provenance.hardware),
         "recipe_yaml": recipe_yaml.strip(),
     }
 
 
-def headline(result: RunResult) -> tuple[tuple[str, str], ...]:
+def write_headline(result: RunResult) -> tuple[tuple[str, str], ...]:
     """The few figures to read first, as (figure, what it is); only those that exist."""
     found = []
     if result.plan is not None:
@@ -159,7 +159,7 @@ def _stage_seconds(result: RunResult) -> dict[str, float]:
     return {name: spent for name, spent in result.seconds.items() if name != "total"}
 
 
-def labelled(values: Mapping[str, Any]) -> dict[str, str]:
+def format_labels(values: Mapping[str, Any]) -> dict[str, str]:
     """Keys as words, values as text."""
     return {
         key.removesuffix("_bytes").replace("_", " "): _shown(key, value)

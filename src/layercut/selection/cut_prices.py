@@ -28,7 +28,7 @@ from layercut.engine.residual_stream import (
 )
 from layercut.models.output_projections import down_projection
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import factor_ridge, held_out_rows
+from layercut.recovery.layer_fit import factor_ridge, mask_held_out_rows
 from layercut.spool import Spool
 from layercut.types import CalibrationBatches, Cut, LayerSet
 
@@ -73,7 +73,7 @@ def price_cuts(
     longest: int,
 ) -> Prices:
     """The price of every cut (first layer, number of layers) of at most ``longest`` layers."""
-    held_out = held_out_rows(batches, HELD_OUT_EVERY)
+    held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
     prices: Prices = {}
     assert dense.history is not None
     for start in progress.track(range(1, view.n_layers), total=view.n_layers - 1):
@@ -113,7 +113,7 @@ def _residuals(
         yield length.cpu()
 
 
-def cheapest_plans(
+def find_cheapest_plans(
     prices: Prices, n_layers: int, protect: frozenset[int], layer_types: LayerTypes | None = None
 ) -> dict[int, tuple[float, LayerSet]]:
     """For every number of dropped layers, the lowest sum of prices and the plan that has it.

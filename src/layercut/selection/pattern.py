@@ -49,8 +49,8 @@ def pattern_to_keep(
             "numbers of layers do. Ask for drop_layers in one shot, or set preserve_pattern: false."
         )
     if drop is not None and not keeps_pattern(layer_types, drop):
-        raise no_such_plan(n_drop, len(layer_types))
-    lowest_in_pattern([0.0] * len(layer_types), layer_types, n_drop, frozenset(protect))
+        raise no_such_plan_error(n_drop, len(layer_types))
+    choose_lowest_in_pattern([0.0] * len(layer_types), layer_types, n_drop, frozenset(protect))
     return layer_types
 
 
@@ -79,7 +79,7 @@ def keeps_pattern(layer_types: LayerTypes | None, dropped: Sequence[int]) -> boo
     return kept == list(layer_types[: len(kept)])
 
 
-def lowest_in_pattern(
+def choose_lowest_in_pattern(
     values: Sequence[float], layer_types: LayerTypes, n_drop: int, protect: frozenset[int]
 ) -> tuple[int, ...]:
     """The ``n_drop`` layers of the lowest total score whose loss keeps the pattern.
@@ -102,11 +102,11 @@ def lowest_in_pattern(
                 after[n] = min(after.get(n, entry), entry)
         best = after
     if n_drop not in best:
-        raise no_such_plan(n_drop, len(layer_types))
+        raise no_such_plan_error(n_drop, len(layer_types))
     return best[n_drop][1]
 
 
-def no_such_plan(n_drop: int, n_layers: int) -> PlanError:
+def no_such_plan_error(n_drop: int, n_layers: int) -> PlanError:
     """What to raise when no plan of this size keeps the pattern."""
     return PlanError(
         f"no plan drops {n_drop} of {n_layers} layers, keeps the protected ones and preserves the "

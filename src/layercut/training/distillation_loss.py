@@ -39,20 +39,20 @@ class Divergence:
     label_weight: float = 0.0
 
     @torch.no_grad()
-    def guide(self, input_ids: Tensor) -> Tensor:
+    def compute_teacher_states(self, input_ids: Tensor) -> Tensor:
         """The teacher's normed states, (batch, seq, d), in its own arithmetic."""
-        states = _normed(self.teacher, input_ids)
+        states = _normed_states(self.teacher, input_ids)
         # Its head would round them in any case.
         return states.bfloat16() if self.teacher.mixed_precision else states
 
-    def __call__(self, input_ids: Tensor, guide: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, teacher_states: Tensor) -> Tensor:
         """The mean loss of a batch in nats, with a gradient if the student's states have one.
 
         Args:
             input_ids: (batch, seq).
-            guide: what `guide` made of them.
+            teacher_states: theirs, by `compute_teacher_states`.
         """
-        normed = _normed(self.student, input_ids)
+        normed = _normed_states(self.student, input_ids)
         ids = input_ids.to(normed.device)
         labels = torch.full_like(ids, -1)
         labels[:, :-1] = ids[:, 1:]
@@ -61,7 +61,7 @@ class Divergence:
         total, gradients = torch.zeros((), device=normed.device), []
         for states, guiding, targets in zip(
             normed.detach().flatten(0, 1).split(CHUNK),
-            guide.flatten(0, 1).split(CHUNK),
+            teacher_states.flatten(0, 1).split(CHUNK),
             labels.flatten().split(CHUNK),
             strict=True,
         ):
@@ -76,12 +76,12 @@ class Divergence:
         return attach_gradient(normed, total, whole)
 
     def _chunk(
-        self, states: Tensor, guide: Tensor, labels: Tensor, weights: tuple[float, float]
+        self, states: Tensor, teacher_states: Tensor, labels: Tensor, weights: tuple[float, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of some tokens, its gradient with respect to their logits, and these."""
         logits = self.student.head(states)
         with torch.no_grad():
-            dense = self.teacher.head(guide.to(self.teacher.device)).to(logits.device)
+            dense = self.teacher.head(teacher_states.to(self.teacher.device)).to(logits.device)
             loss, upstream = chunk_loss(logits, dense, labels, self.temperature, weights)
         return loss, upstream.to(logits.dtype), logits
 
@@ -124,7 +124,7 @@ def chunk_loss(
     return loss, gradient
 
 
-def _normed(view: DecoderView, input_ids: Tensor) -> Tensor:
+def _normed_states(view: DecoderView, input_ids: Tensor) -> Tensor:
     with view.precision():
         output = view.decoder(input_ids=input_ids.to(view.device), use_cache=False)
     states: Tensor = output.last_hidden_state

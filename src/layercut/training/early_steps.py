@@ -25,10 +25,12 @@ from layercut.gradients.lora_weights import lora_weights
 from layercut.models.attention import eager
 from layercut.models.view import DecoderView
 from layercut.recipe.base import Count, Positive
-from layercut.recipe.finetune import AdapterFields, FinetuneSettings, LoraSettings, RunFields
+from layercut.recipe.finetune import AdapterConfig, AdapterFields, FinetuneConfig, RunFields
 from layercut.registry import MethodOptions
-from layercut.training.finetune import build_trainer, check_rows, detach, n_steps
+from layercut.training.finetune import build_trainer, n_steps
+from layercut.training.finetune_checks import check_rows
 from layercut.training.finetune_trainer import CompletionTrainer
+from layercut.training.lora_adapters import detach
 from layercut.types import CalibrationBatches
 
 EARLY_SHARE = 0.01
@@ -62,7 +64,7 @@ def check_early_run(
         RecipeError: the run has fewer than ``options.steps`` steps, or does not suit the model.
     """
     _check_experts(view)
-    examples, settings = _lesson(view, batches, options)
+    examples, settings = _prepare_examples(view, batches, options)
     if options.steps > (n_run := n_steps(settings, len(examples))):
         raise RecipeError(
             f"the early run is to record {options.steps} steps, but the run it begins has only "
@@ -84,11 +86,14 @@ def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOpti
         NumericsError: a gradient is missing or not finite.
     """
     _check_experts(view)
-    examples, settings = _lesson(view, batches, options)
+    examples, settings = _prepare_examples(view, batches, options)
     log = GradientLog(steps=options.steps, stop=True)
     callbacks = [log, _Progress(options.steps)]
     longest = max(example["length"] for example in examples)
-    with _adapted(view, examples, settings, callbacks=callbacks) as trainer, eager(view, longest):
+    with (
+        adapted_model(view, examples, settings, callbacks=callbacks) as trainer,
+        eager(view, longest),
+    ):
         trainer.train()
     return log
 
@@ -104,10 +109,10 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
 
 @contextmanager
-def _adapted(
+def adapted_model(
     view: DecoderView,
     examples: list[Example],
-    settings: FinetuneSettings,
+    settings: FinetuneConfig,
     *,
     callbacks: Sequence[TrainerCallback],
 ) -> Iterator[CompletionTrainer]:
@@ -139,9 +144,9 @@ def _check_experts(view: DecoderView) -> None:
         )
 
 
-def _lesson(
+def _prepare_examples(
     view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions
-) -> tuple[list[Example], FinetuneSettings]:
+) -> tuple[list[Example], FinetuneConfig]:
     """What is learnt, as `check_rows` has it, and how."""
     if options.data is None:
         return _windows(batches), _text_settings(batches, options)
@@ -161,7 +166,7 @@ def _windows(batches: CalibrationBatches) -> list[Example]:
     ]
 
 
-def _text_settings(batches: CalibrationBatches, options: EarlyRunOptions) -> FinetuneSettings:
+def _text_settings(batches: CalibrationBatches, options: EarlyRunOptions) -> FinetuneConfig:
     group = min(batches.gradient_batch, batches.n_sequences)
     # Only a divisor of the group leaves none of its sequences out of the step.
     batch_size = max(n for n in range(1, group + 1) if group % n == 0 and n <= batches.micro_batch)
@@ -173,7 +178,7 @@ def _text_settings(batches: CalibrationBatches, options: EarlyRunOptions) -> Fin
     return _task_settings(options).model_copy(update=changes)
 
 
-def _task_settings(options: EarlyRunOptions) -> FinetuneSettings:
+def _task_settings(options: EarlyRunOptions) -> FinetuneConfig:
     shared = options.model_dump(include=set(RunFields.model_fields))
-    lora = LoraSettings(rank=options.rank, alpha=options.alpha)
-    return FinetuneSettings(mode="lora", lora=lora, save_steps=None, seed=options.seed, **shared)
+    lora = AdapterConfig(rank=options.rank, alpha=options.alpha)
+    return FinetuneConfig(mode="lora", lora=lora, save_steps=None, seed=options.seed, **shared)

@@ -23,11 +23,11 @@ from layercut.data.tasks import TaskRow
 from layercut.errors import RecipeError
 from layercut.models.attention import eager
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import FinetuneSettings
+from layercut.recipe.finetune import FinetuneConfig
 from layercut.training.finetune_checks import check_rows, choice_tokens, pad_token
 from layercut.training.finetune_trainer import CompletionTrainer
 from layercut.training.lora_adapters import adapted_names, adapters_on, detach
-from layercut.training.progress_callback import Watch
+from layercut.training.progress_callback import TrainingMonitor
 from layercut.training.resume import (
     last_checkpoint,
     model_hash,
@@ -37,20 +37,9 @@ from layercut.training.resume import (
 )
 from layercut.training.trainers import build_arguments, build_quietly
 
-__all__ = [
-    "FinetuneSettings",
-    "Tuning",
-    "build_trainer",
-    "check_rows",
-    "detach",
-    "n_steps",
-    "trained_names",
-    "tune",
-]
-
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
+class FinetuneResult:
     """What a fine-tuning run took.
 
     Attributes:
@@ -68,10 +57,10 @@ class Tuning:
     loss: float
 
 
-def tune(
+def finetune(
     view: DecoderView,
     rows: Sequence[TaskRow],
-    settings: FinetuneSettings | None = None,
+    settings: FinetuneConfig | None = None,
     *,
     work_dir: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -79,7 +68,7 @@ def tune(
     adapter_dir: Path | None = None,
     adapter_base: Path | None = None,
     log_dir: Path | None = None,
-) -> Tuning:
+) -> FinetuneResult:
     """Train ``view.model`` in place and fold the adapters into its weights.
 
     Args:
@@ -101,8 +90,8 @@ def tune(
         RecipeError: settings that do not suit the model.
         NumericsError: the loss became NaN or infinite.
     """
-    settings = settings or FinetuneSettings()
-    watch = Watch()
+    settings = settings or FinetuneConfig()
+    watch = TrainingMonitor()
     with contextlib.ExitStack() as stack:
         folder, settings = stack.enter_context(trainer_folder(work_dir, settings))
         models = [model_hash(model) for model in (view, teacher) if model is not None]
@@ -126,7 +115,7 @@ def tune(
             trainer.model.merge_adapter()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tail = losses[-max(1, len(losses) // 10) :] or [math.nan]
-    return Tuning(
+    return FinetuneResult(
         n_rows=len(rows),
         n_steps=trainer.state.global_step,
         resumed_at=watch.first_step,
@@ -138,7 +127,7 @@ def tune(
 def build_trainer(
     view: DecoderView,
     rows: Sequence[TaskRow],
-    settings: FinetuneSettings,
+    settings: FinetuneConfig,
     *,
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
@@ -190,14 +179,14 @@ def build_trainer(
     return trainer
 
 
-def n_steps(settings: FinetuneSettings, n_rows: int) -> int:
+def n_steps(settings: FinetuneConfig, n_rows: int) -> int:
     """Optimiser steps of a run over ``n_rows`` rows in one process."""
     if settings.max_steps is not None:
         return settings.max_steps
     return math.ceil(settings.epochs * math.ceil(n_rows / settings.rows_per_step))
 
 
-def _arguments(view: DecoderView, settings: FinetuneSettings, output_dir: Path) -> Any:
+def _arguments(view: DecoderView, settings: FinetuneConfig, output_dir: Path) -> Any:
     return build_arguments(
         SFTConfig,
         view,
@@ -229,7 +218,7 @@ def _save_adapter(model: Any, folder: Path, base: Path) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def trained_names(view: DecoderView, settings: FinetuneSettings) -> list[str]:
+def trained_names(view: DecoderView, settings: FinetuneConfig) -> list[str]:
     """Names of the tensors that fine-tuning changes, once the adapters are folded in."""
     if settings.mode == "full":
         return list(view.model.state_dict())

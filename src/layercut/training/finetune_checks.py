@@ -12,11 +12,11 @@ from layercut.data.encoding import encode_choices, training_example
 from layercut.data.tasks import TaskRow, check_classes
 from layercut.errors import DataError, ModelError, RecipeError
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import FinetuneSettings
+from layercut.recipe.finetune import FinetuneConfig
 
 
 def check_rows(
-    view: DecoderView, rows: Sequence[TaskRow], settings: FinetuneSettings
+    view: DecoderView, rows: Sequence[TaskRow], settings: FinetuneConfig
 ) -> list[dict[str, Any]]:
     """Every row as ``input_ids``, ``labels`` and ``length``, or a refusal before the long work.
 

@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from layercut.data.encoding import IGNORED
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import DistillSettings
+from layercut.recipe.finetune import DistillConfig
 from layercut.training.distillation_loss import attach_gradient, chunk_loss
 
 
@@ -29,7 +29,7 @@ class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
         choices: tokens that the distributions are restricted to, (n,); ``None``: all.
     """
 
-    distill: DistillSettings | None = None
+    distill: DistillConfig | None = None
     teacher: DecoderView | None = None
     choices: Tensor | None = None
 
@@ -61,8 +61,8 @@ class CompletionTrainer(SFTTrainer):  # type: ignore[misc]
         loss = functional.cross_entropy(logits, labels[kept], reduction="sum")
         if self.distill is not None and self.teacher is not None:
             with torch.no_grad(), self.teacher.precision():
-                guide = self.teacher.model(**inputs, use_cache=False, logits_to_keep=positions)
-            pair = logits, guide.logits[kept].float()
+                dense = self.teacher.model(**inputs, use_cache=False, logits_to_keep=positions)
+            pair = logits, dense.logits[kept].float()
             if self.choices is not None:
                 pair = pair[0][:, self.choices], pair[1][:, self.choices]
             term = divergence(*pair, self.distill.temperature)

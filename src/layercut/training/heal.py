@@ -18,9 +18,9 @@ from transformers import TrainerCallback, TrainingArguments
 from layercut.errors import RecipeError
 from layercut.models.attention import eager
 from layercut.models.view import DecoderView
-from layercut.recipe.heal import HealSettings
+from layercut.recipe.heal import HealConfig
 from layercut.training.distillation_loss import Divergence
-from layercut.training.heal_trainer import Budget, HealTrainer, Judge
+from layercut.training.heal_trainer import BestCheckpointCallback, HealTrainer, TrainingSchedule
 from layercut.training.heal_windows import check_windows, hold_out
 from layercut.training.lora_adapters import adapters_on, detach
 from layercut.training.resume import last_checkpoint, model_hash, settings_hash, trainer_folder
@@ -28,7 +28,7 @@ from layercut.training.trainers import build_arguments, build_quietly
 
 
 @dataclass(frozen=True, slots=True)
-class Healing:
+class HealResult:
     """What a heal took and brought.
 
     Attributes:
@@ -37,7 +37,7 @@ class Healing:
         n_tokens: tokens trained on, those seen twice counted twice.
         resumed_at: step of the checkpoint it went on from; 0 for a run from the start.
         train_seconds: wall-clock time, that before the checkpoint included.
-        losses: (step, held-out loss in nats per token) of every judgement, the start's first.
+        losses: (step, held-out loss in nats per token) of every evaluation, the start's first.
         stopped_early: the held-out loss had not become better for too long.
     """
 
@@ -74,11 +74,11 @@ def heal(
     view: DecoderView,
     teacher: DecoderView,
     windows: Tensor,
-    settings: HealSettings,
+    settings: HealConfig,
     *,
     work_dir: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Healing:
+) -> HealResult:
     """Train ``view.model`` in place towards ``teacher``, and fold the adapters into its weights.
 
     What is best on held-out windows is kept. Where nothing is better than the start, the weights
@@ -108,18 +108,23 @@ def heal(
     with contextlib.ExitStack() as stack:
         folder, settings = stack.enter_context(trainer_folder(work_dir, settings))
         hashes = [model_hash(view), model_hash(teacher), settings_hash(settings), _hash(windows)]
-        budget = Budget(settings)
-        judge = Judge(divergence, held_out, settings, budget, folder)
+        schedule = TrainingSchedule(settings)
+        best = BestCheckpointCallback(divergence, held_out, settings, schedule, folder)
         length = windows.shape[1]
-        with narrowed(view), narrowed(teacher), eager(view, length), eager(teacher, length):
-            trainer = _trainer(view, training, settings, folder, [budget, judge, *callbacks])
+        with (
+            bfloat16_weights(view),
+            bfloat16_weights(teacher),
+            eager(view, length),
+            eager(teacher, length),
+        ):
+            trainer = _trainer(view, training, settings, folder, [schedule, best, *callbacks])
             stack.callback(detach, view, trainer)
             trainer.divergence, trainer.settings = divergence, settings
-            trainer.budget, trainer.judge, trainer.guides = budget, judge, {}
+            trainer.schedule, trainer.best_checkpoint, trainer.teacher_states = schedule, best, {}
             trainer.train(resume_from_checkpoint=last_checkpoint(folder, hashes))
-            seconds = budget.seconds
-        if judge.best_step:
-            judge.restore(trainer.model)
+            seconds = schedule.seconds
+        if best.best_step:
+            best.restore(trainer.model)
             trainer.model.merge_adapter()
         else:
             warnings.warn(
@@ -127,19 +132,19 @@ def heal(
                 "longer, or lower heal.learning_rate.",
                 stacklevel=2,
             )
-    return Healing(
+    return HealResult(
         n_windows=len(training),
         n_steps=trainer.state.global_step,
         n_tokens=trainer.state.global_step * settings.batch_size * windows.shape[1],
-        resumed_at=budget.first_step,
+        resumed_at=schedule.first_step,
         train_seconds=seconds,
-        losses=tuple(judge.losses),
-        stopped_early=judge.stopped_early,
+        losses=tuple(best.losses),
+        stopped_early=best.stopped_early,
     )
 
 
 @contextlib.contextmanager
-def narrowed(view: DecoderView) -> Iterator[None]:
+def bfloat16_weights(view: DecoderView) -> Iterator[None]:
     """Hold the matrices of a model that computes in mixed precision in bfloat16 inside the block.
 
     Autocast would make the same numbers of them in every step; those of the head, which it makes
@@ -169,7 +174,7 @@ def narrowed(view: DecoderView) -> Iterator[None]:
 def _trainer(
     view: DecoderView,
     windows: Tensor,
-    settings: HealSettings,
+    settings: HealConfig,
     folder: Path,
     callbacks: list[TrainerCallback],
 ) -> HealTrainer:

@@ -1,4 +1,4 @@
-"""transformers' trainer with the loss of a heal, its budget, and its held-out judgement."""
+"""transformers' trainer with the loss of a heal, its schedule, and its held-out evaluations."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from transformers.trainer_callback import ExportableState
 
 from layercut import progress
 from layercut.errors import NumericsError
-from layercut.recipe.heal import HealSettings
+from layercut.recipe.heal import HealConfig
 from layercut.training.distillation_loss import Divergence
-from layercut.training.progress_callback import Watch
+from layercut.training.progress_callback import TrainingMonitor
 
 ENDLESS = 1_000_000_000
 """Steps of a trainer that the clock stops."""
 
-GUIDES_BYTES = 2**30
+TEACHER_STATES_BYTES = 2**30
 """Memory for the teacher's states: a quarter of a step's time in every pass but the first."""
 
 
-class Budget(Watch):
+class TrainingSchedule(TrainingMonitor):
     """How much of the steps or minutes is spent.
 
     Attributes:
-        reserve: seconds at the end that the last judgement needs.
+        reserve: seconds at the end that the last evaluation needs.
     """
 
-    def __init__(self, settings: HealSettings) -> None:
+    def __init__(self, settings: HealConfig) -> None:
         super().__init__("heal")
         self.settings = settings
         self.reserve = 0.0
@@ -64,7 +64,7 @@ class Budget(Watch):
         return self.settings.steps or ENDLESS
 
     def report(self, state: Any) -> None:
-        """Say how much of the budget is spent."""
+        """Say how much of the schedule is spent."""
         if self.settings.minutes is None:
             super().report(state)
         else:
@@ -72,8 +72,8 @@ class Budget(Watch):
             progress.step(min(round(self.seconds), total), total)
 
 
-def rate(share: float, settings: HealSettings) -> float:
-    """The learning rate as a part of its peak, after ``share`` of the budget."""
+def rate(share: float, settings: HealConfig) -> float:
+    """The learning rate as a part of its peak, after ``share`` of the schedule."""
     if share < settings.warmup_ratio:
         return share / settings.warmup_ratio
     rest = (1 - share) / (1 - settings.warmup_ratio)
@@ -82,29 +82,29 @@ def rate(share: float, settings: HealSettings) -> float:
     return 1.0 if settings.scheduler == "constant" else (1 - math.cos(math.pi * rest)) / 2
 
 
-class Judge(TrainerCallback, ExportableState):  # type: ignore[misc]
+class BestCheckpointCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Measures the loss on held-out windows, keeps the best adapters, ends the training.
 
     Attributes:
-        losses: (step, held-out loss in nats per token) of every judgement, the start's first.
-        stopped_early: no judgement of the last ``patience`` was the best.
+        losses: (step, held-out loss in nats per token) of every evaluation, the start's first.
+        stopped_early: no evaluation of the last ``patience`` was the best.
     """
 
     def __init__(
         self,
         divergence: Divergence,
         windows: Tensor,
-        settings: HealSettings,
-        budget: Budget,
+        settings: HealConfig,
+        schedule: TrainingSchedule,
         folder: Path,
     ) -> None:
         self.losses: list[tuple[int, float]] = []
         self.stopped_early = False
         self._divergence = divergence
         self._windows = windows.split(settings.batch_size)
-        self._guides: list[Tensor] = []
+        self._teacher_states: list[Tensor] = []
         self._settings = settings
-        self._budget = budget
+        self._schedule = schedule
         self._folder = folder
         self._best: dict[str, Tensor] = {}
 
@@ -114,26 +114,28 @@ class Judge(TrainerCallback, ExportableState):  # type: ignore[misc]
         return min(self.losses, key=lambda pair: pair[1])[0]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the judgements so far."""
+        """What a checkpoint keeps of the evaluations so far."""
         return {"args": {}, "attributes": {"losses": self.losses}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Judge the start, or recall the judgements of the run that is resumed."""
-        self._guides = [self._divergence.guide(ids) for ids in self._windows]
+        """Evaluate the start, or recall the evaluations of the run that is resumed."""
+        self._teacher_states = [
+            self._divergence.compute_teacher_states(ids) for ids in self._windows
+        ]
         if state.global_step:
             kept = state.stateful_callbacks[type(self).__name__]["attributes"]
             self.losses = [(step, loss) for step, loss in kept["losses"]]
             if self.best_step:
                 self._best = load_file(self._file(self.best_step))
         else:
-            self._judge(kwargs["model"], 0)
+            self._measure(kwargs["model"], 0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Judge when it is time, and see whether to go on."""
+        """Evaluate when it is time, and see whether to go on."""
         step = state.global_step
-        share = self._budget.share(step)
+        share = self._schedule.share(step)
         if share >= min(1.0, len(self.losses) / self._settings.evaluations):
-            self._judge(kwargs["model"], step)
+            self._measure(kwargs["model"], step)
         if self.is_over(step):
             control.should_training_stop = True
             control.should_save = self._settings.save_steps is not None
@@ -145,25 +147,25 @@ class Judge(TrainerCallback, ExportableState):  # type: ignore[misc]
                 file.unlink()
 
     def is_over(self, step: int) -> bool:
-        """Whether the budget is spent, or nothing has become better for too long."""
-        judged = [s for s, _ in self.losses]
-        since = len(judged) - 1 - judged.index(self.best_step)
+        """Whether the schedule is spent, or nothing has become better for too long."""
+        steps = [s for s, _ in self.losses]
+        since = len(steps) - 1 - steps.index(self.best_step)
         self.stopped_early = since >= self._settings.patience
-        return self.stopped_early or self._budget.share(step) >= 1
+        return self.stopped_early or self._schedule.share(step) >= 1
 
     def restore(self, model: Any) -> None:
         """Put the best adapters back."""
         with torch.no_grad():
-            for name, parameter in _trained(model).items():
+            for name, parameter in _trained_state(model).items():
                 parameter.copy_(self._best[name])
 
     @torch.no_grad()
-    def _judge(self, model: Any, step: int) -> None:
-        before = self._budget.seconds
+    def _measure(self, model: Any, step: int) -> None:
+        before = self._schedule.seconds
         was_training = model.training
         model.eval()
-        pairs = zip(self._windows, self._guides, strict=True)
-        summed = sum(len(ids) * float(self._divergence(ids, guide)) for ids, guide in pairs)
+        pairs = zip(self._windows, self._teacher_states, strict=True)
+        summed = sum(len(ids) * float(self._divergence(ids, states)) for ids, states in pairs)
         model.train(was_training)
         loss = summed / sum(len(ids) for ids in self._windows)
         if not math.isfinite(loss):
@@ -174,32 +176,32 @@ class Judge(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.losses.append((step, loss))
         progress.status(f"held-out loss {self.losses[0][1]:.3f} → {loss:.3f}")
         if step and self.best_step == step:
-            self._best = {name: p.detach().clone() for name, p in _trained(model).items()}
+            self._best = {name: p.detach().clone() for name, p in _trained_state(model).items()}
             if self._settings.save_steps is not None:
                 save_file(self._best, self._file(step))
         # The longest one so far, so that the share that is spent never falls.
-        self._budget.reserve = max(self._budget.reserve, self._budget.seconds - before)
+        self._schedule.reserve = max(self._schedule.reserve, self._schedule.seconds - before)
 
     def _file(self, step: int) -> Path:
         return self._folder / f"best-{step}.safetensors"
 
 
 class HealTrainer(Trainer):  # type: ignore[misc]
-    """A trainer of adapters against the dense model's distribution, within a budget.
+    """A trainer of adapters against the dense model's distribution, within a schedule.
 
     Attributes:
         divergence: the loss.
         settings: the recipe's section ``heal``.
-        budget: what the learning rate follows.
-        judge: what ends the training.
-        guides: the teacher's states of windows that were trained on, for when they come again.
+        schedule: what the learning rate follows.
+        best_checkpoint: what ends the training.
+        teacher_states: of windows that were trained on, for when they come again.
     """
 
     divergence: Divergence
-    settings: HealSettings
-    budget: Budget
-    judge: Judge
-    guides: dict[int, Tensor]
+    settings: HealConfig
+    schedule: TrainingSchedule
+    best_checkpoint: BestCheckpointCallback
+    teacher_states: dict[int, Tensor]
 
     def compute_loss(
         self,
@@ -210,28 +212,30 @@ class HealTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Mean loss of one step's windows, in nats per token."""
         ids, window = inputs["input_ids"], inputs["window"].tolist()
-        if all(index in self.guides for index in window):
-            return self.divergence(ids, torch.stack([self.guides[index] for index in window]))
-        guide = self.divergence.guide(ids)
-        if (len(self.guides) + len(window)) * guide[0].nbytes <= GUIDES_BYTES:
-            self.guides |= dict(zip(window, guide, strict=True))
-        return self.divergence(ids, guide)
+        if all(index in self.teacher_states for index in window):
+            return self.divergence(
+                ids, torch.stack([self.teacher_states[index] for index in window])
+            )
+        states = self.divergence.compute_teacher_states(ids)
+        if (len(self.teacher_states) + len(window)) * states[0].nbytes <= TEACHER_STATES_BYTES:
+            self.teacher_states |= dict(zip(window, states, strict=True))
+        return self.divergence(ids, states)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """The learning rate over the share of the budget that is spent."""
+        """The learning rate over the share of the schedule that is spent."""
         chosen: Optimizer = optimizer or self.optimizer
         self.lr_scheduler = LambdaLR(
-            chosen, lambda step: rate(self.budget.share(step), self.settings)
+            chosen, lambda step: rate(self.schedule.share(step), self.settings)
         )
         return self.lr_scheduler
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         # transformers would take a further step of a run that had ended within an epoch.
-        if self.state.global_step and self.judge.is_over(self.state.global_step):
+        if self.state.global_step and self.best_checkpoint.is_over(self.state.global_step):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*arguments, **options)
 
 
-def _trained(model: Any) -> dict[str, Tensor]:
+def _trained_state(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -12,14 +12,14 @@ from layercut.data.calibration import pack_tokens, texts_of
 from layercut.engine.loss import check_vocabulary
 from layercut.errors import DataError, RecipeError
 from layercut.models.view import DecoderView
-from layercut.recipe.heal import HealSettings
-from layercut.recipe.recipe import CalibrationSection
+from layercut.recipe.heal import HealConfig
+from layercut.recipe.recipe import CalibrationConfig
 from layercut.types import CalibrationBatches
 
 
 def heal_windows(
-    settings: HealSettings,
-    calibration: CalibrationSection,
+    settings: HealConfig,
+    calibration: CalibrationConfig,
     batches: CalibrationBatches,
     tokenizer: Any,
     *,
@@ -67,10 +67,10 @@ def _windows(
     batches: CalibrationBatches,
 ) -> Tensor:
     """The first ``n_wanted`` windows of a text that hold nothing of the calibration."""
-    # Each calibration window spoils what lies in it and, at its edges, parts of two windows.
-    n_spoilt = batches.n_sequences * (batches.seq_len + 2 * seq_len)
+    # Each calibration window excludes what lies in it and, at its edges, parts of two windows.
+    n_excluded = batches.n_sequences * (batches.seq_len + 2 * seq_len)
     texts = texts_of(source, column)
-    tokens = pack_tokens(texts, tokenizer, seq_len=1, max_tokens=n_wanted * seq_len + n_spoilt)
+    tokens = pack_tokens(texts, tokenizer, seq_len=1, max_tokens=n_wanted * seq_len + n_excluded)
     stream = tokens.flatten()
     if len(stream) < seq_len:
         raise DataError(
@@ -78,7 +78,7 @@ def _windows(
             f"{seq_len}. Use more text, or lower heal.seq_len."
         )
     windows = _cut(stream, seq_len)
-    is_unseen = ~_cut(_seen(stream, batches.input_ids), seq_len).any(dim=1)
+    is_unseen = ~_cut(overlap_mask(stream, batches.input_ids), seq_len).any(dim=1)
     unseen = windows[is_unseen]
     if 2 * len(unseen) < min(len(windows), n_wanted):
         warnings.warn(
@@ -90,7 +90,7 @@ def _windows(
     return unseen[:n_wanted]
 
 
-def _seen(stream: Tensor, used: Tensor) -> Tensor:
+def overlap_mask(stream: Tensor, used: Tensor) -> Tensor:
     """Which tokens of a text are in calibration windows, which were cut from its start as well."""
     seen = torch.zeros(len(stream), dtype=torch.bool)
     if len(stream) < used.shape[1]:
@@ -107,14 +107,14 @@ def _cut(stream: Tensor, length: int) -> Tensor:
 
 
 def hold_out(windows: Tensor, n_held_out: int) -> tuple[Tensor, Tensor]:
-    """Windows that train, and those, evenly among them, that only judge."""
+    """Windows that train, and those, evenly among them, that only measure."""
     positions = torch.arange(n_held_out) * len(windows) // n_held_out
     held_out = torch.zeros(len(windows), dtype=torch.bool)
     held_out[positions] = True
     return windows[~held_out], windows[held_out]
 
 
-def check_windows(view: DecoderView, windows: Tensor, settings: HealSettings) -> None:
+def check_windows(view: DecoderView, windows: Tensor, settings: HealConfig) -> None:
     """Refuse windows that cannot be trained on, before the long work.
 
     Raises:

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers.pytorch_utils import Conv1D
 
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import LoraSettings
+from layercut.recipe.finetune import AdapterConfig
 
 
 def adapted_names(view: DecoderView) -> list[str]:
@@ -16,7 +16,7 @@ def adapted_names(view: DecoderView) -> list[str]:
     return [name for layer in range(view.n_layers) for name in view.linear_modules(layer)]
 
 
-def adapters_on(view: DecoderView, lora: LoraSettings) -> LoraConfig:
+def adapters_on(view: DecoderView, lora: AdapterConfig) -> LoraConfig:
     """PEFT's configuration of adapters on `adapted_names`."""
     weights = adapted_names(view)
     modules = {name.removesuffix(".weight").rpartition(".")[2] for name in weights}

@@ -13,7 +13,7 @@ from layercut import progress
 from layercut.errors import NumericsError
 
 
-class Watch(TrainerCallback, ExportableState):  # type: ignore[misc]
+class TrainingMonitor(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Reports progress, counts seconds over resumptions, stops a run whose loss is no number.
 
     Attributes:

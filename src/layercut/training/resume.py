@@ -15,9 +15,9 @@ import torch
 
 from layercut.errors import OutputError
 from layercut.models.view import DecoderView
-from layercut.recipe.base import Section
+from layercut.recipe.base import Config
 
-Saving = TypeVar("Saving", bound=Section)
+Saving = TypeVar("Saving", bound=Config)
 """Settings with a key ``save_steps``."""
 
 RUN_FILE = "layercut-run.json"
@@ -116,7 +116,7 @@ def model_hash(view: DecoderView) -> str:
     return total.hexdigest()
 
 
-def settings_hash(settings: Section) -> str:
+def settings_hash(settings: Config) -> str:
     """Hash of the settings that a run's result depends on."""
     effective = settings.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     return hashlib.sha256(json.dumps(effective, sort_keys=True).encode()).hexdigest()

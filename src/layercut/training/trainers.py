@@ -11,8 +11,8 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from layercut.models.view import DecoderView
-from layercut.recipe.finetune import FinetuneSettings
-from layercut.recipe.heal import HealSettings
+from layercut.recipe.finetune import FinetuneConfig
+from layercut.recipe.heal import HealConfig
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
@@ -20,7 +20,7 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 def build_arguments(
     kind: Any,
     view: DecoderView,
-    settings: FinetuneSettings | HealSettings,
+    settings: FinetuneConfig | HealConfig,
     folder: Path,
     **own: Any,
 ) -> Any:

@@ -27,12 +27,12 @@ from layercut.engine.loss import mean_loss
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError
 from layercut.models.view import DecoderView
-from layercut.recovery.gradient_steps import descend
-from layercut.recovery.layer_fit import check_refit, held_out_rows, refit_layers
+from layercut.recovery.gradient_steps import take_steps
+from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_layers
 from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
-STEP_GRID = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
+SHRINKAGE_GRID = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
 
 
 class Options(MethodOptions):
@@ -75,7 +75,7 @@ def fit(
     dense: ResidualStream | None = None,
 ) -> WeightPatch:
     """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
-    held_out = held_out_rows(batches, options.held_out_every)
+    held_out = mask_held_out_rows(batches, options.held_out_every)
     tensors = refit_layers(
         view,
         plan,
@@ -86,13 +86,15 @@ def fit(
         dense=dense,
     )
     sequences = batches.input_ids[held_out[:: batches.seq_len]]
-    patch = _best_step(view, plan, tensors, sequences, batches.micro_batch)
+    patch = _choose_shrinkage(view, plan, tensors, sequences, batches.micro_batch)
     if options.gradient_steps and len(sequences) > 1:
-        patch = _stepped(view, plan, patch, sequences, batches.micro_batch, options.gradient_steps)
+        patch = _take_gradient_steps(
+            view, plan, patch, sequences, batches.micro_batch, options.gradient_steps
+        )
     return patch
 
 
-def _best_step(
+def _choose_shrinkage(
     view: DecoderView,
     plan: PruningPlan,
     tensors: dict[str, Tensor],
@@ -103,25 +105,25 @@ def _best_step(
     losses: dict[float, float] = {}
     with view.skipping(plan.dropped):
         without = mean_loss(view, sequences, micro_batch)
-        for step in STEP_GRID:
-            with view.patched(partly(view, tensors, step)):
-                losses[step] = mean_loss(view, sequences, micro_batch)
-            progress.status(f"{step:.0%} of the change: loss {losses[step]:.3f}")
-            if losses[step] > min(losses.values()):
+        for share in SHRINKAGE_GRID:
+            with view.patched(interpolate(view, tensors, share)):
+                losses[share] = mean_loss(view, sequences, micro_batch)
+            progress.status(f"{share:.0%} of the change: loss {losses[share]:.3f}")
+            if losses[share] > min(losses.values()):
                 break
-    best = min(losses, key=lambda step: losses[step])
+    best = min(losses, key=lambda share: losses[share])
     accepted = losses[best] < without
     notes = {
         "held_out_loss_without": without,
         "held_out_loss_with": losses[best],
         "accepted": accepted,
-        "step": best if accepted else 0.0,
+        "shrinkage": best if accepted else 0.0,
         "tensors_changed": len(tensors) if accepted else 0,
     }
-    return WeightPatch(partly(view, tensors, best) if accepted else {}, "refit", notes)
+    return WeightPatch(interpolate(view, tensors, best) if accepted else {}, "refit", notes)
 
 
-def _stepped(
+def _take_gradient_steps(
     view: DecoderView,
     plan: PruningPlan,
     patch: WeightPatch,
@@ -131,7 +133,7 @@ def _stepped(
 ) -> WeightPatch:
     """The patch after gradient steps, and the cross-entropy on the sequences that they saw."""
     try:
-        tensors, lengths = descend(
+        tensors, lengths = take_steps(
             view, plan, patch.tensors, sequences, n_steps=n_steps, micro_batch=micro_batch
         )
     except NumericsError as error:
@@ -152,9 +154,9 @@ def _stepped(
     return replace(patch, tensors=tensors, notes=notes)
 
 
-def partly(view: DecoderView, tensors: dict[str, Tensor], step: float) -> dict[str, Tensor]:
-    """W + step · (tensor − W) for every tensor; W is the model's own."""
+def interpolate(view: DecoderView, tensors: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """W + share · (tensor − W) for every tensor; W is the model's own."""
     return {
-        name: torch.lerp(view.model.get_parameter(name).data.to(tensor), tensor, step)
+        name: torch.lerp(view.model.get_parameter(name).data.to(tensor), tensor, share)
         for name, tensor in tensors.items()
     }

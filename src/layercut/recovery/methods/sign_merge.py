@@ -24,7 +24,7 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.errors import PlanError
-from layercut.models.output_projections import as_stored
+from layercut.models.output_projections import store_like
 from layercut.models.view import DecoderView
 from layercut.recovery.layer_merging import check_shapes, match_names, merge_targets
 from layercut.registry import Method
@@ -86,7 +86,7 @@ def fit(
     into = merge_targets(plan)
     check_shapes(view, into)
     log = _gradients(view, plan, evidence, batches, options)
-    discarded = by_score(plan, log)[: options.n_safe] if options.n_safe else []
+    discarded = sort_by_score(plan, log)[: options.n_safe] if options.n_safe else []
     for layer in discarded:
         del into[layer]
     patch = merge(view, into, log, options.keep)
@@ -116,7 +116,7 @@ def merge(
         for name, target in match_names(view, layer, receiver).items():
             weight = view.model.get_parameter(name)
             original = view.model.get_parameter(target)
-            importance = as_stored(modules[name], log.elementwise(name))
+            importance = store_like(modules[name], log.elementwise(name))
             kept = top_entries(importance, keep).to(weight.device)
             added = kept & (weight.sign() == original.sign())
             total = tensors.get(target, original.float())
@@ -143,7 +143,7 @@ def top_entries(importance: Tensor, share: float) -> Tensor:
     return mask.view_as(importance)
 
 
-def by_score(plan: PruningPlan, log: GradientRecord) -> list[int]:
+def sort_by_score(plan: PruningPlan, log: GradientRecord) -> list[int]:
     """The dropped layers from the lowest-scored on: in the order in which the plan dropped them.
 
     Within one decision the scores decide, of equal ones the higher index goes first, as in

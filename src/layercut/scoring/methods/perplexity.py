@@ -32,7 +32,7 @@ METHOD = Method()
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """The calibration loss without each layer in turn."""
     totals = [0.0] * view.n_layers
-    losses = (pair for ids in batches.micro_batches() for pair in losses_without(view, ids))
+    losses = (pair for ids in batches.micro_batches() for pair in measure_losses_without(view, ids))
     n_slices = -(-batches.n_sequences // batches.micro_batch)
     n_left = view.n_layers - len(view.skipped)
     for layer, loss in progress.track(losses, total=n_slices * n_left):
@@ -41,7 +41,7 @@ def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> L
 
 
 @torch.no_grad()
-def losses_without(view: DecoderView, input_ids: Tensor) -> Iterator[tuple[int, float]]:
+def measure_losses_without(view: DecoderView, input_ids: Tensor) -> Iterator[tuple[int, float]]:
     """Every layer that ``view`` does not skip, and the summed token loss without it, in nats.
 
     The residual stream advances by one layer at a time; from each place, only the layers behind

@@ -18,7 +18,7 @@ from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
 from layercut.scoring.methods.angular_distance import angular_distances
 from layercut.scoring.score import with_provenance
-from layercut.selection.pattern import keeps_pattern, no_such_plan
+from layercut.selection.pattern import keeps_pattern, no_such_plan_error
 from layercut.selection.select import PlanOfSize, Request
 from layercut.types import CalibrationBatches, Evidence, LayerScores, LayerSet, PruningPlan, Round
 
@@ -40,7 +40,7 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
     scores = with_provenance(view, batches, bare, request.scoring, seconds)
 
     def plan_size(n_drop: int) -> tuple[PruningPlan, Evidence]:
-        dropped = closest_block(distances.diagonal(n_drop).tolist(), n_drop, request)
+        dropped = find_closest_block(distances.diagonal(n_drop).tolist(), n_drop, request)
         chosen = PruningPlan(
             model=view.name,
             n_layers=view.n_layers,
@@ -54,7 +54,7 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
     return plan_size
 
 
-def closest_block(distances: list[float], n_drop: int, request: Request) -> LayerSet:
+def find_closest_block(distances: list[float], n_drop: int, request: Request) -> LayerSet:
     """The allowed block of ``n_drop`` layers with the smallest distance between its ends.
 
     Args:
@@ -75,5 +75,5 @@ def closest_block(distances: list[float], n_drop: int, request: Request) -> Laye
         )
     allowed = [start for start, block in free.items() if keeps_pattern(request.layer_types, block)]
     if not allowed:
-        raise no_such_plan(n_drop, n_layers)
+        raise no_such_plan_error(n_drop, n_layers)
     return blocks[min(allowed, key=lambda start: (distances[start], -start))]

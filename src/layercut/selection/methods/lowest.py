@@ -13,7 +13,7 @@ from dataclasses import replace
 from layercut import progress
 from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
-from layercut.selection.pattern import lowest_in_pattern
+from layercut.selection.pattern import choose_lowest_in_pattern
 from layercut.selection.select import PlanOfSize, Request
 from layercut.types import (
     CalibrationBatches,
@@ -72,13 +72,13 @@ def _choose(
     values: Sequence[float | None], n: int, request: Request
 ) -> tuple[list[int], float | None]:
     if request.layer_types is None:
-        return lowest(values, n, protect=request.protect)
+        return choose_lowest(values, n, protect=request.protect)
     # One-shot: every layer has a score.
     scored = [value for value in values if value is not None]
-    return list(lowest_in_pattern(scored, request.layer_types, n, request.protect)), None
+    return list(choose_lowest_in_pattern(scored, request.layer_types, n, request.protect)), None
 
 
-def lowest(
+def choose_lowest(
     values: Sequence[float | None], n: int, *, protect: frozenset[int] = frozenset()
 ) -> tuple[list[int], float | None]:
     """The ``n`` lowest-scored free layers, and how clear the cut was.

@@ -19,17 +19,17 @@ from layercut.engine.loss import mean_loss
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import check_refit, held_out_rows, refit_layers
+from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_layers
 from layercut.registry import Method, MethodOptions
 from layercut.scoring.score import with_provenance
 from layercut.selection.cut_prices import (
     HELD_OUT_EVERY,
     Prices,
-    cheapest_plans,
+    find_cheapest_plans,
     price_cuts,
     sensitivities,
 )
-from layercut.selection.pattern import keeps_pattern, no_such_plan
+from layercut.selection.pattern import keeps_pattern, no_such_plan_error
 from layercut.selection.select import PlanOfSize, Request
 from layercut.types import CalibrationBatches, Evidence, LayerScores, LayerSet, PruningPlan, Round
 
@@ -56,17 +56,17 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
     dense = ResidualStream(view, sample, remember=True)
     slopes, values = sensitivities(view, sample, dense)
     prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT)
-    n_priced = int(held_out_rows(sample, HELD_OUT_EVERY).sum())
-    cheapest = cheapest_plans(prices, view.n_layers, protect, request.layer_types)
+    n_priced = int(mask_held_out_rows(sample, HELD_OUT_EVERY).sum())
+    cheapest = find_cheapest_plans(prices, view.n_layers, protect, request.layer_types)
     curve = {n: cheapest[n][0] / n_priced for n in sorted(cheapest)}
     bare = LayerScores(tuple(values), n_targets=sample.n_targets)
     seconds = time.perf_counter() - start
     scores = with_provenance(view, sample, bare, request.scoring, seconds)
 
     def plan_size(n_drop: int) -> tuple[PruningPlan, Evidence]:
-        starts = starting_plans(prices, view.n_layers, protect, n_drop, request.layer_types)
+        starts = find_starting_plans(prices, view.n_layers, protect, n_drop, request.layer_types)
         if not starts and request.layer_types is not None:
-            raise no_such_plan(n_drop, view.n_layers)
+            raise no_such_plan_error(n_drop, view.n_layers)
         if not starts:
             raise PlanError(
                 f"no plan drops {n_drop} of {view.n_layers} layers around the protected ones. "
@@ -97,7 +97,7 @@ def subsample(batches: CalibrationBatches) -> CalibrationBatches:
     return replace(batches, input_ids=batches.input_ids[::every][:n_keep])
 
 
-def starting_plans(
+def find_starting_plans(
     prices: Prices,
     n_layers: int,
     protect: frozenset[int],
@@ -112,7 +112,7 @@ def starting_plans(
     plans = []
     for longest in LENGTH_LIMITS:
         allowed = {cut: price for cut, price in prices.items() if cut[1] <= longest}
-        curve = cheapest_plans(allowed, n_layers, protect, layer_types)
+        curve = find_cheapest_plans(allowed, n_layers, protect, layer_types)
         if n_drop in curve:
             plans.append(curve[n_drop][1])
     return list(dict.fromkeys(plans))
@@ -135,7 +135,7 @@ def search(
     losses = {plan: plan_loss(view, batches, dense, plan) for plan in starts}
     best = min(starts, key=lambda plan: losses[plan])
     while len(losses) < PLANS_TRIED:
-        near = neighbours(best, view.n_layers, protect)
+        near = list_neighbours(best, view.n_layers, protect)
         candidates = [p for p in near if p not in losses and keeps_pattern(layer_types, p)]
         if not candidates:
             break
@@ -152,7 +152,7 @@ def plan_loss(
 ) -> float:
     """Held-out cross-entropy of the plan after a refit at its cuts, in nats."""
     plan = PruningPlan(view.name, view.n_layers, dropped, "priced-cuts")
-    held_out = held_out_rows(batches, HELD_OUT_EVERY)
+    held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
     tensors = refit_layers(
         view, plan, batches, held_out, layers="cuts", modules="down", dense=dense
     )
@@ -161,7 +161,7 @@ def plan_loss(
         return mean_loss(view, sequences, batches.micro_batch)
 
 
-def neighbours(plan: LayerSet, n_layers: int, protect: frozenset[int]) -> list[LayerSet]:
+def list_neighbours(plan: LayerSet, n_layers: int, protect: frozenset[int]) -> list[LayerSet]:
     """Plans that drop one other layer instead of one of these."""
     gone = set(plan)
     free = [layer for layer in range(n_layers) if layer not in gone | protect]
