@@ -141,8 +141,8 @@ def resolve(
             unknown = item["type"] == "extra_forbidden"
             hint = suggestion(key, model.model_fields) if unknown else ""
             # What concerns several options has no key of its own.
-            place = f"{stage}.options.{key}" if key else f"{stage}.options"
-            problems.append(f"{place}: {item['msg'].removeprefix('Value error, ')}{hint}")
+            path = f"{stage}.options.{key}" if key else f"{stage}.options"
+            problems.append(f"{path}: {item['msg'].removeprefix('Value error, ')}{hint}")
         raise RecipeError("; ".join(problems)) from None
 
 
@@ -183,11 +183,11 @@ def _find_files(stage: Stage) -> dict[str, Path]:
     package = importlib.import_module(f"layercut.{stage}.methods")
     files: dict[str, Path] = {}
     for folder in package.__path__:
-        for found in pkgutil.iter_modules([folder]):
-            if found.name.startswith("_"):
+        for module in pkgutil.iter_modules([folder]):
+            if module.name.startswith("_"):
                 continue
-            path = Path(folder) / f"{found.name}.py"
-            name = found.name.replace("_", "-")
+            path = Path(folder) / f"{module.name}.py"
+            name = module.name.replace("_", "-")
             if name in files:
                 raise RecipeError(
                     f"{path}: there is a {stage} method '{name}' already, in {files[name]}. "

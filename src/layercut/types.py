@@ -158,8 +158,8 @@ class PruningPlan:
     @property
     def kept(self) -> LayerSet:
         """Sorted layer indices that stay."""
-        gone = set(self.dropped)
-        return tuple(i for i in range(self.n_layers) if i not in gone)
+        dropped = set(self.dropped)
+        return tuple(i for i in range(self.n_layers) if i not in dropped)
 
     @property
     def cuts(self) -> tuple[Cut, ...]:

@@ -82,27 +82,27 @@ def check_same_layers(
     for i, (before, after) in enumerate(zip((old[k] for k in kept), new, strict=True)):
         was, becomes = _signature(before, exempt), _signature(after, exempt)
         for name in {**was, **becomes}:
-            value, found = was.get(name), becomes.get(name)
-            if value == found or _is_place(name, value, found, new_index, len(old)):
+            value, becomes_value = was.get(name), becomes.get(name)
+            if value == becomes_value or _is_place(name, value, becomes_value, new_index, len(old)):
                 continue
             if isinstance(value, list) and len(value) == len(old):
                 value = [value[k] for k in kept]  # an entry for each of the model's layers
-            if value != found:
+            if value != becomes_value:
                 raise ModelError(
                     f"layer {kept[i]} cannot be expressed as layer {i} of the pruned model: its "
-                    f"{name} would change from {value} to {found}. Choose other layers."
+                    f"{name} would change from {value} to {becomes_value}. Choose other layers."
                 )
 
 
 def _is_place(
-    name: str, value: Any, found: Any, new_index: Mapping[int, int], n_layers: int
+    name: str, value: Any, becomes_value: Any, new_index: Mapping[int, int], n_layers: int
 ) -> bool:
     """Whether an attribute only says where a layer stands, or among how many, and changed so."""
     attribute = name.rpartition(".")[2]
     if COUNT_ATTRIBUTE.fullmatch(attribute):
-        return (value, found) == (n_layers, len(new_index))
+        return (value, becomes_value) == (n_layers, len(new_index))
     is_index = INDEX_ATTRIBUTE.fullmatch(attribute) is not None
-    return is_index and value in new_index and new_index[value] == found
+    return is_index and value in new_index and new_index[value] == becomes_value
 
 
 def _signature(layer: nn.Module, exempt: frozenset[str]) -> dict[str, Any]:

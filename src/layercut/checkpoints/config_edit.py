@@ -122,14 +122,14 @@ def layer_values(text: Any) -> dict[str, list[Any]]:
 
     They have one entry per layer, or are lists of layer numbers.
     """
-    found: dict[str, list[Any]] = {}
+    per_layer: dict[str, list[Any]] = {}
     for key in dir(text):
         value = None if key.startswith("_") else _value(text, key)
         if not isinstance(value, list):
             continue
         if key in INDEX_LISTS or _is_per_layer(key, value, text.num_hidden_layers):
-            found[key] = value
-    return found
+            per_layer[key] = value
+    return per_layer
 
 
 def _section(raw: Json, path: Sequence[str]) -> Json:

@@ -59,7 +59,7 @@ def checkpoint_folder() -> Path:
 def _packaged_file() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     locations = list(spec.submodule_search_locations or ()) if spec else []
-    paths = [path for place in locations if (path := Path(place) / GGUF_FILE).is_file()]
+    paths = [path for location in locations if (path := Path(location) / GGUF_FILE).is_file()]
     if not paths:
         raise ModelError(f"{NAME} is not installed. Run: {INSTALL}")
     with paths[0].open("rb") as file:

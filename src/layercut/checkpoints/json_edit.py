@@ -69,5 +69,5 @@ def _value_spans(text: str) -> dict[str, tuple[int, int]]:
 
 
 def _skip(text: str, position: int) -> int:
-    found = _SPACE.match(text, position)
-    return found.end() if found else position
+    space = _SPACE.match(text, position)
+    return space.end() if space else position

@@ -79,13 +79,13 @@ class Layout:
 
     def stored_number(self, name: str) -> int | None:
         """The number of the layer that a tensor on disk belongs to, if it belongs to one."""
-        found = re.match(rf"{re.escape(self.stored)}\.(\d+)\.", name)
-        return int(found.group(1)) if found else None
+        match = re.match(rf"{re.escape(self.stored)}\.(\d+)\.", name)
+        return int(match.group(1)) if match else None
 
     def slice_dimension(self, name: str) -> int | None:
         """The dimension along which a shared tensor holds one block per layer, if it does."""
-        found = [d for suffix, d in self.rules.sliced.items() if name.endswith(suffix)]
-        return found[0] if found else None
+        dimensions = [d for suffix, d in self.rules.sliced.items() if name.endswith(suffix)]
+        return dimensions[0] if dimensions else None
 
 
 def find_layout(config: Any, model: nn.Module, names: Collection[str]) -> Layout:
@@ -137,7 +137,7 @@ def _rename(name: str, prefix: str, new_index: Mapping[int, int]) -> str | None:
 
 def _numbers(names: Iterable[str], prefix: str) -> set[int]:
     pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
-    return {int(found.group(1)) for name in names if (found := pattern.match(name))}
+    return {int(match.group(1)) for name in names if (match := pattern.match(name))}
 
 
 def _layer_path(model: Any, n_layers: int) -> str:
@@ -147,7 +147,7 @@ def _layer_path(model: Any, n_layers: int) -> str:
     """
     whole = set(model._no_split_modules or ())
     embedding = model.get_input_embeddings()
-    found = [
+    paths = [
         path
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
@@ -157,16 +157,16 @@ def _layer_path(model: Any, n_layers: int) -> str:
     ]
     beside = [
         path
-        for path in found
+        for path in paths
         if any(m is embedding for m in model.get_submodule(path.rpartition(".")[0]).modules())
     ]
-    if len(beside or found) != 1:
+    if len(beside or paths) != 1:
         raise ModelError(
             f"the decoder layers of {type(model).__name__} cannot be told from its other parts: "
-            f"{', '.join(found) or 'no list of modules has the right length'}. Choose a model "
+            f"{', '.join(paths) or 'no list of modules has the right length'}. Choose a model "
             "with one stack of decoder layers."
         )
-    path = str((beside or found)[0])
+    path = str((beside or paths)[0])
     if not decoder_path(model, path):
         raise ModelError(
             f"no part of {type(model).__name__} turns token ids into the states that its head "
@@ -193,7 +193,7 @@ def _stored_prefix(layers: str, names: Iterable[str]) -> str:
     """The layers' prefix on disk: of those that end alike, the one that shares most parts."""
     last = layers.rpartition(".")[2]
     pattern = re.compile(rf"((?:.*?\.)?{re.escape(last)})\.\d+\.")
-    prefixes = {found.group(1) for name in names if (found := pattern.match(name))}
+    prefixes = {match.group(1) for name in names if (match := pattern.match(name))}
     parts = Counter(layers.split("."))
     shared = {p: sum((parts & Counter(p.split("."))).values()) for p in prefixes}
     best = [p for p in prefixes if shared[p] == max(shared.values())]
@@ -202,15 +202,15 @@ def _stored_prefix(layers: str, names: Iterable[str]) -> str:
 
 def _lenders(text: Any) -> dict[int, str]:
     """Layers whose results a later layer reuses → why they must stay."""
-    found = {}
+    lenders = {}
     for key, (lends, borrows, why) in LENDING.items():
         last = None
         for i, kind in enumerate(getattr(text, key, None) or ()):
             if kind == lends:
                 last = i
             elif kind == borrows and last is not None:
-                found[last] = why
-    return found
+                lenders[last] = why
+    return lenders
 
 
 def _pinned(pin: Pin, text: Any) -> list[int]:

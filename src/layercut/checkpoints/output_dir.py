@@ -113,10 +113,10 @@ def _remove_leftovers(target: Path) -> None:
     """Clear away what killed runs left beside ``target``."""
     pattern = re.compile(rf"{re.escape(target.name)}\.(partial|replaced)-(\d+)")
     for path in target.parent.iterdir():
-        found = pattern.fullmatch(path.name)
-        if found is None or _is_alive(int(found.group(2))):
+        match = pattern.fullmatch(path.name)
+        if match is None or _is_alive(int(match.group(2))):
             continue
-        if found.group(1) == "replaced" and not target.exists():
+        if match.group(1) == "replaced" and not target.exists():
             path.rename(target)  # killed between the two renames: the old output is the output
         else:
             shutil.rmtree(path, ignore_errors=True)

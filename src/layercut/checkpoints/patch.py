@@ -99,15 +99,15 @@ def encode_patch(
     patch = rescale_queries(source, layout, plan, patch)
     if not patch.tensors:
         return {}
-    gone = [n for n in patch.tensors if layout.new_name(n, plan.new_index) is None]
-    if gone:
-        raise PlanError(f"the patch changes {gone[0]}, whose layer is dropped. Fit it again.")
+    dropped = [n for n in patch.tensors if layout.new_name(n, plan.new_index) is None]
+    if dropped:
+        raise PlanError(f"the patch changes {dropped[0]}, whose layer is dropped. Fit it again.")
     names = Names(source, layout)
-    found: dict[str, Tensor] = {}
+    encoded: dict[str, Tensor] = {}
     for name, tensor in patch.tensors.items():
         pieces = _pieces(names, name, tensor, source)
-        found |= {piece: value.to(names.dtype(pieces)) for piece, value in pieces.items()}
-    return found
+        encoded |= {piece: value.to(names.dtype(pieces)) for piece, value in pieces.items()}
+    return encoded
 
 
 @torch.no_grad()

@@ -212,10 +212,10 @@ def list_matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
     A folder counts only if its name has a suffix, which makes it one where a file is meant.
     """
-    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    paths = {path for pattern in patterns for path in folder.glob(pattern)}
     return sorted(
         path
-        for path in found
+        for path in paths
         if path.suffix not in {".py", ".bin", ".safetensors"} and (path.suffix or not path.is_dir())
     )
 

@@ -63,18 +63,21 @@ def check_names(
         ModelError: layers or tensors are missing or surplus.
     """
     names = [n for n in stored if n in expected or not LEFTOVER_TABLES.fullmatch(n)]
-    wanted, found = _split_by_layer(expected, layout.layers), _split_by_layer(names, layout.stored)
+    wanted, present = (
+        _split_by_layer(expected, layout.layers),
+        _split_by_layer(names, layout.stored),
+    )
     if stored_layers(layout, names) != set(range(len(wanted))):
         raise ModelError(
             f"config.json says num_hidden_layers = {len(wanted)}, the weights hold "
-            f"{len(found)} layers. Use the configuration that belongs to these weights."
+            f"{len(present)} layers. Use the configuration that belongs to these weights."
         )
     peers: dict[frozenset[tuple[str, frozenset[str]]], list[int]] = defaultdict(list)
     for layer, parts in wanted.items():
         peers[frozenset(parts.items())].append(layer)
     for layers in peers.values():
-        _check_peers({layer: found[layer] for layer in sorted(layers)})
-        _check_modules(wanted[layers[0]], found[layers[0]], f"layer {layers[0]}")
+        _check_peers({layer: present[layer] for layer in sorted(layers)})
+        _check_modules(wanted[layers[0]], present[layers[0]], f"layer {layers[0]}")
     untied = [name for name, (_, tied) in expected.items() if not tied]
     _check_modules(
         _lies_outside(untied, layout.layers), _lies_outside(names, layout.stored), "the model"
@@ -108,8 +111,8 @@ def renumber_layers(
 
 def split_name(name: str) -> tuple[str, str]:
     """``a.q_proj.weight.absmax`` → (``a.q_proj``, ``weight.absmax``)."""
-    module, found, rest = name.partition(".weight.")
-    if found:
+    module, separator, rest = name.partition(".weight.")
+    if separator:
         return module, f"weight.{rest}"
     module, _, part = name.rpartition(".")
     return module, part
@@ -119,9 +122,9 @@ def _split_by_layer(names: Iterable[str], prefix: str) -> dict[int, Parts]:
     pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.+)")
     layers: dict[int, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
-        if found := pattern.fullmatch(name):
-            module, part = split_name(found.group(2))
-            layers[int(found.group(1))][module].add(part)
+        if match := pattern.fullmatch(name):
+            module, part = split_name(match.group(2))
+            layers[int(match.group(1))][module].add(part)
     return {i: {m: frozenset(p) for m, p in parts.items()} for i, parts in layers.items()}
 
 
@@ -131,7 +134,7 @@ def _lies_outside(names: Iterable[str], prefix: str) -> Parts:
         if not name.startswith(f"{prefix}."):
             module, part = split_name(name)
             parts[module].add(part)
-    return {module: frozenset(found) for module, found in parts.items()}
+    return {module: frozenset(names_of_part) for module, names_of_part in parts.items()}
 
 
 def _check_peers(layers: Mapping[int, Parts]) -> None:
@@ -153,10 +156,10 @@ def _check_peers(layers: Mapping[int, Parts]) -> None:
                 )
 
 
-def _check_modules(wanted: Parts, found: Parts, where: str) -> None:
+def _check_modules(wanted: Parts, present: Parts, where: str) -> None:
     """Compare modules where the files use the model's own names; experts may be stored apart."""
-    unknown = [m for m in found if not any(m == w or m.startswith(f"{w}.") for w in wanted)]
-    missing = [w for w in wanted if not any(m == w or m.startswith(f"{w}.") for m in found)]
+    unknown = [m for m in present if not any(m == w or m.startswith(f"{w}.") for w in wanted)]
+    missing = [w for w in wanted if not any(m == w or m.startswith(f"{w}.") for m in present)]
     if missing and not unknown:
         raise ModelError(f"the weights of {where} lack {missing[0]}. {REMEDY}")
     if unknown and not missing:
@@ -200,7 +203,7 @@ class _Renumbering:
         )
 
     def _substitute(self, text: str) -> str | None:
-        numbers = {int(found.group(2)) for found in self.token.finditer(text)}
+        numbers = {int(match.group(2)) for match in self.token.finditer(text)}
         if not numbers <= self.new_index.keys():
             return None
         return self.token.sub(lambda m: f"{m.group(1)}{self.new_index[int(m.group(2))]}", text)

@@ -27,11 +27,11 @@ def check_weights(
     Raises:
         ModelError: layers or tensors are missing or surplus, or have another shape.
     """
-    found = stored_layers(layout, stored)
-    if found != set(range(layout.n_layers)):
+    n_stored = stored_layers(layout, stored)
+    if n_stored != set(range(layout.n_layers)):
         raise ModelError(
             f"config.json says num_hidden_layers = {layout.n_layers}, the weights hold "
-            f"{len(found)} layers. Use the configuration that belongs to these weights."
+            f"{len(n_stored)} layers. Use the configuration that belongs to these weights."
         )
     info = _loading_info(config, model, stored)
     if missing := sorted(info["missing_keys"]):
@@ -92,8 +92,8 @@ def is_ignored(name: str, config: Any) -> bool:
         return True
     text = get_section(config, section_path(config))
     count = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
-    found = re.search(r"\.(\d+)\.", name)
-    return found is not None and 0 <= int(found.group(1)) - text.num_hidden_layers < count
+    match = re.search(r"\.(\d+)\.", name)
+    return match is not None and 0 <= int(match.group(1)) - text.num_hidden_layers < count
 
 
 def some(names: list[str]) -> str:

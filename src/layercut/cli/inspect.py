@@ -29,35 +29,35 @@ def inspect(
     from layercut.cli.tables import print_fields
     from layercut.pipeline.inspect import inspect as described
 
-    found = described(model, revision=revision)
-    print_fields(model, list(fields(found)))
-    options.write_json(json_file, found.to_json())
+    inspection = described(model, revision=revision)
+    print_fields(model, list(fields(inspection)))
+    options.write_json(json_file, inspection.to_json())
 
 
-def fields(found: Inspection) -> Iterator[tuple[str, str]]:
+def fields(inspection: Inspection) -> Iterator[tuple[str, str]]:
     """What is shown, as (label, value)."""
-    yield "Family", f"{found.model_type} ({found.architecture})"
-    yield "Layers", "unknown" if found.n_layers is None else str(found.n_layers)
-    for first, last, layer in _runs(found.layers):
+    yield "Family", f"{inspection.model_type} ({inspection.architecture})"
+    yield "Layers", "unknown" if inspection.n_layers is None else str(inspection.n_layers)
+    for first, last, layer in _runs(inspection.layers):
         numbers = f"{first}" if first == last else f"{first}-{last}"
         kind = f", {layer.kind}" if layer.kind else ""
         yield f"  {numbers}", f"{layer.n_parameters:,} parameters each{kind}"
-    yield "Parameters", f"{found.n_parameters:,}"
-    sizes = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in found.stored.items())
-    yield "Stored as", f"{sizes}; files: {found.n_files}"
-    if found.quantisation:
-        yield "Quantised", found.quantisation
-    yield "Output head", "tied to the embedding" if found.tied else "its own"
-    if found.context:
-        yield "Context", f"{found.context:,} tokens"
-    yield "Prunable", f"no: {found.refusal}" if found.refusal else "yes"
-    if found.refusal and found.by_plan:
+    yield "Parameters", f"{inspection.n_parameters:,}"
+    sizes = ", ".join(f"{kind} {size / 1e6:,.1f} MB" for kind, size in inspection.stored.items())
+    yield "Stored as", f"{sizes}; files: {inspection.n_files}"
+    if inspection.quantisation:
+        yield "Quantised", inspection.quantisation
+    yield "Output head", "tied to the embedding" if inspection.tied else "its own"
+    if inspection.context:
+        yield "Context", f"{inspection.context:,} tokens"
+    yield "Prunable", f"no: {inspection.refusal}" if inspection.refusal else "yes"
+    if inspection.refusal and inspection.by_plan:
         yield "", "`layercut prune` can apply a plan to it."
-    for number, layer in enumerate(found.layers):
+    for number, layer in enumerate(inspection.layers):
         if layer.pinned:
             yield "Must stay", f"layer {number}: {layer.pinned}"
-    if found.scoring:
-        yield "Scoring", _scoring(found.scoring)
+    if inspection.scoring:
+        yield "Scoring", _scoring(inspection.scoring)
 
 
 def _runs(layers: tuple[Any, ...]) -> Iterator[tuple[int, int, Any]]:

@@ -86,17 +86,17 @@ def parse_sources(options: Sequence[str] | None, flag: str) -> dict[str, str]:
         options: the values of ``flag``.
         flag: ``--text`` or ``--task``.
     """
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for option in options or ():
         name, equals, source = option.partition("=")
         if not equals:
             name, source = name if name in BENCHMARKS else DEFAULT_NAMES[flag], option
-        if not name or not source or name in found:
+        if not name or not source or name in sources:
             raise typer.BadParameter(
                 f"'{option}' should read NAME=SOURCE, with another name each", param_hint=flag
             )
-        found[name] = source
-    return found
+        sources[name] = source
+    return sources
 
 
 def join_command(context: typer.Context) -> str:

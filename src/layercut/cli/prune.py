@@ -67,9 +67,9 @@ def parse_layers(text: str) -> list[int]:
     """
     layers: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?", part)
+        match = re.fullmatch(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?", part)
         first, last = (
-            (int(found.group(1)), int(found.group(2) or found.group(1))) if found else (1, 0)
+            (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (1, 0)
         )
         if last < first or last > MAX_LAYERS:
             raise PlanError(

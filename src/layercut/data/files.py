@@ -126,8 +126,8 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[Row]:
                     number += 1
                     yield f"row {number}", row
     except UnicodeDecodeError as error:
-        place = f" in column '{column}'" if column else ""
-        raise DataError(f"{path} is not UTF-8{place}: {error.reason}") from None
+        where = f" in column '{column}'" if column else ""
+        raise DataError(f"{path} is not UTF-8{where}: {error.reason}") from None
     except (pyarrow.ArrowException, *_DAMAGED) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 

@@ -62,12 +62,12 @@ BENCHMARKS = {
 def find_benchmark(source: str) -> tuple[Benchmark, str] | None:
     """The text that ``NAME`` or ``NAME@SPLIT`` stands for, and the split; ``None`` for others."""
     name, at, split = source.partition("@")
-    found = BENCHMARKS.get(name)
-    if found is None:
+    benchmark = BENCHMARKS.get(name)
+    if benchmark is None:
         return None
     if at and not split:
         raise DataError(f"'{source}' should read {name} or {name}@train")
-    return found, split or found.split
+    return benchmark, split or benchmark.split
 
 
 def refuse_test_split(source: str) -> None:
@@ -76,11 +76,11 @@ def refuse_test_split(source: str) -> None:
     Raises:
         DataError: ``source`` names a benchmark without ``@train`` or another split.
     """
-    found = find_benchmark(source)
-    if found is not None and found[1] == found[0].split:
+    benchmark = find_benchmark(source)
+    if benchmark is not None and benchmark[1] == benchmark[0].split:
         name = source.partition("@")[0]
         raise DataError(
-            f"{source} is the {found[1]} split, which results are reported on. "
+            f"{source} is the {benchmark[1]} split, which results are reported on. "
             f"Calibrate on {name}@train."
         )
 

@@ -89,14 +89,14 @@ def read_rows(source: str) -> list[TaskRow]:
     if not rows:
         raise DataError(f"{source} is empty: 0 rows")
     build = _format_of(rows, source).build
-    found = []
+    task_rows = []
     for where, row in rows:
-        place = f"{source}, {where}"
+        location = f"{source}, {where}"
         try:
-            found.append(replace(build(row), where=place))
+            task_rows.append(replace(build(row), where=location))
         except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-    return found
+            raise DataError(f"{location}: {error}") from None
+    return task_rows
 
 
 def row_texts(source: str) -> Iterator[str]:
@@ -164,8 +164,8 @@ def _split_rows(source: str) -> Iterable[files.Row]:
     chosen = [(where, row) for where, row in rows if row.get("split") == split]
     if not chosen:
         known = sorted({str(row["split"]) for _, row in rows if "split" in row})
-        found = f"its splits are {', '.join(known)}" if known else "it has no column 'split'"
-        raise DataError(f"{path} has no rows of split '{split}': {found}.")
+        splits = f"its splits are {', '.join(known)}" if known else "it has no column 'split'"
+        raise DataError(f"{path} has no rows of split '{split}': {splits}.")
     return chosen
 
 

@@ -65,8 +65,8 @@ def _expert_entries(view: DecoderView, layer: int) -> float | None:
     if not experts:
         return 0.0
     text = view.model.config.get_text_config(decoder=True)
-    found = (getattr(text, key, None) for key in ACTIVE_EXPERTS)
-    active = next((value for value in found if isinstance(value, int)), None)
+    counts = (getattr(text, key, None) for key in ACTIVE_EXPERTS)
+    active = next((value for value in counts if isinstance(value, int)), None)
     if active is None:
         return None
     n_experts = max(int(weight.shape[0]) for weight in experts.values())

@@ -75,7 +75,7 @@ def harness_rows(names: Sequence[str], limit: int | None) -> dict[str, list[str]
         RecipeError: a task lets the model write: a model whose layers are passed over cannot, as
             the library asks the cache of its first layer where it is.
     """
-    found = {}
+    rows_by_task = {}
     with _random_state():
         for name, task in _tasks(tuple(names)).items() if names else ():
             if task.OUTPUT_TYPE == "generate_until":
@@ -84,8 +84,8 @@ def harness_rows(names: Sequence[str], limit: int | None) -> dict[str, list[str]
                     "over layers. Measure pruned checkpoints with `layercut eval --harness`."
                 )
             rows = itertools.islice(task.eval_docs, limit)
-            found[name] = [json.dumps(row, sort_keys=True, default=str) for row in rows]
-    return found
+            rows_by_task[name] = [json.dumps(row, sort_keys=True, default=str) for row in rows]
+    return rows_by_task
 
 
 def run_harness(
@@ -112,12 +112,12 @@ def run_harness(
     """
     with _random_state():
         tasks = _tasks(tuple(names))
-        found = _evaluate_tasks(view, tasks, limit, batch_size)
+        results = _evaluate_tasks(view, tasks, limit, batch_size)
     estimates = {
         name: _estimates(
-            name, metrics, found["n-samples"][name]["effective"], found["samples"][name]
+            name, metrics, results["n-samples"][name]["effective"], results["samples"][name]
         )
-        for name, metrics in found["results"].items()
+        for name, metrics in results["results"].items()
         if name in tasks
     }
     for name, metrics in estimates.items():
@@ -162,10 +162,10 @@ def _tasks(names: tuple[str, ...]) -> Mapping[str, Any]:
                 f"{suggestion(name, known) or '.'} List them with `lm_eval ls tasks`, or give the "
                 "path of a task's YAML file."
             )
-    found: dict[str, Any] = {}
+    tasks_by_name: dict[str, Any] = {}
     for name in wanted:
-        found |= _load(manager, name)
-    return found
+        tasks_by_name |= _load(manager, name)
+    return tasks_by_name
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def lora_weights(model: nn.Module) -> list[LoraWeight]:
     """
     from peft.tuners.lora import LoraLayer
 
-    found = []
+    weights = []
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -51,13 +51,13 @@ def lora_weights(model: nn.Module) -> list[LoraWeight]:
         for adapter in adapters:
             a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
             name = base_name(path)
-            found.append(LoraWeight(name, layer_of(name), a, b, float(module.scaling[adapter])))
-    if not found:
+            weights.append(LoraWeight(name, layer_of(name), a, b, float(module.scaling[adapter])))
+    if not weights:
         raise ModelError(
             f"{type(model).__name__} has no trainable LoRA weights: no linear module with an "
             "active lora_A and lora_B was found. Wrap the model with peft.get_peft_model first."
         )
-    return found
+    return weights
 
 
 def base_name(path: str) -> str:

@@ -55,10 +55,10 @@ def _inexpressible(view: DecoderView, layout: Layout) -> dict[int, str]:
     config = read_config(raw)
     if not layer_values(get_section(config, section_path(config))):
         return {}
-    found = {}
+    reasons = {}
     for layer in range(layout.n_layers):
         try:
             edit_config(raw, layout.rules, [i for i in range(layout.n_layers) if i != layer])
         except ModelError as error:
-            found[layer] = str(error)
-    return found
+            reasons[layer] = str(error)
+    return reasons

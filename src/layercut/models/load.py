@@ -45,14 +45,14 @@ def load(
     if dtype not in DTYPE_NAMES:
         hint = suggestion(dtype, DTYPE_NAMES)
         raise RecipeError(f"dtype '{dtype}' is none of {', '.join(DTYPE_NAMES)}{hint}")
-    place = _device(device)
+    target = _device(device)
     folder = find_folder(model, revision)
     layout, stored = check_folder(folder)
     tokenizer = _tokenizer(folder)
     fingerprint = _fingerprint(folder)
-    weights = load_strictly(folder, weights_dtype(dtype, stored, place), place)
+    weights = load_strictly(folder, weights_dtype(dtype, stored, target), target)
     _check_finite(weights)
-    mixed = dtype == "auto" and weights.dtype == torch.float32 and has_bfloat16(place)
+    mixed = dtype == "auto" and weights.dtype == torch.float32 and has_bfloat16(target)
     return DecoderView(
         weights,
         tokenizer,
@@ -83,25 +83,25 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        target = torch.device(device)
     except RuntimeError as error:
         raise RecipeError(f"device '{device}' is none of auto, cpu, cuda, cuda:0 …") from error
-    if place.type not in {"cpu", "cuda"}:
+    if target.type not in {"cpu", "cuda"}:
         raise RecipeError(f"device '{device}' is not supported. Use auto, cpu or cuda.")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"device '{device}' is not there. Use device: cpu.")
-    return place
+    return target
 
 
 def weights_dtype(
-    dtype: str, stored: Mapping[str, StoredTensor], place: torch.device
+    dtype: str, stored: Mapping[str, StoredTensor], device: torch.device
 ) -> torch.dtype:
     """The type that weights have in memory.
 
     Args:
         dtype: ``auto``, ``float32`` or ``bfloat16``.
         stored: the checkpoint's tensors.
-        place: the device they go to.
+        device: where they go.
     """
     if dtype != "auto":
         return torch.float32 if dtype == "float32" else torch.bfloat16
@@ -111,12 +111,12 @@ def weights_dtype(
             sizes[tensor.dtype] += tensor.nbytes
     most = DTYPES[sizes.most_common(1)[0][0]]
     # CPUs have no fast float16, and squares of float16 gradients overflow at 256.
-    return torch.float32 if most == torch.float16 and place.type == "cpu" else most
+    return torch.float32 if most == torch.float16 and device.type == "cpu" else most
 
 
-def has_bfloat16(place: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are fast on this device."""
-    if place.type == "cuda":
+    if device.type == "cuda":
         return True
     return any(on for name, on in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 

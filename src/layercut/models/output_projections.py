@@ -53,14 +53,14 @@ def down_projection(view: DecoderView, layer: int) -> tuple[str, LinearMap]:
     Raises:
         ModelError: the layer has none, or one for each of several experts.
     """
-    found = _linear(view, layer, DOWN_PROJECTIONS)
-    if found is None:
+    projection = _linear(view, layer, DOWN_PROJECTIONS)
+    if projection is None:
         raise ModelError(
             f"layer {layer} of this {view.layout.model_type} model has no single down-projection, "
             "which a refit needs. Set recovery.method: projection or none, and "
             "selection.strategy: lowest."
         )
-    return found
+    return projection
 
 
 def attention_output(view: DecoderView, layer: int) -> tuple[str, LinearMap] | None:
@@ -74,9 +74,9 @@ def mlp_output(view: DecoderView, layer: int) -> MlpOutput:
     Raises:
         ModelError: no such place is known in this family.
     """
-    found = _linear(view, layer, DOWN_PROJECTIONS)
-    if found is not None:
-        prefix, module = found
+    projection = _linear(view, layer, DOWN_PROJECTIONS)
+    if projection is not None:
+        prefix, module = projection
         biased = {f"{prefix}.bias": True} if module.bias is not None else {}
         return MlpOutput(module, {f"{prefix}.weight": isinstance(module, Conv1D)} | biased)
     for path in EXPERT_BLOCKS:

@@ -183,18 +183,20 @@ def cached_logits(model: Any, ids: Tensor, prefill: int) -> Tensor:
         ids: (batch, seq).
         prefill: tokens that are processed at once.
     """
-    given: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     output = model(ids[:, :prefill], use_cache=True)
     if not _caches(output):
         # RecurrentGemma fills a cache that it does not return.
-        given = {"past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
-        output = model(ids[:, :prefill], use_cache=True, **given)
+        inputs = {
+            "past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))
+        }
+        output = model(ids[:, :prefill], use_cache=True, **inputs)
     logits = [output.logits]
     for position in range(prefill, ids.shape[1]):
-        if given:
-            given["position_ids"] = torch.full_like(ids[:, :1], position)
+        if inputs:
+            inputs["position_ids"] = torch.full_like(ids[:, :1], position)
         step = ids[:, position : position + 1]
-        output = model(step, use_cache=True, **(_caches(output) or given))
+        output = model(step, use_cache=True, **(_caches(output) or inputs))
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 

@@ -61,7 +61,7 @@ def prune(
     output_dir = Path(output_dir)
     if (plan is None) == (drop is None):
         raise PlanError("give either a plan or the layers to drop, and not both.")
-    given = None if plan is None else read_plan(Path(plan))
+    file_plan = None if plan is None else read_plan(Path(plan))
     start = time.perf_counter()
     result = RunResult(model, {}, provenance(command))
     with result.collecting_warnings():
@@ -70,7 +70,7 @@ def prune(
             source = find_folder(model, revision)
             check_output_dir(output_dir, source, overwrite=overwrite)
             layout, stored = check_folder(source, as_files=True)
-            chosen = _plan(model, layout.n_layers, given, drop or ())
+            chosen = _plan(model, layout.n_layers, file_plan, drop or ())
             check_disk_space(source, output_dir)
         result.plan, result.lineage = chosen, read_lineage(source)
         result.recovery = {"method": NOTHING.method, "tensors_changed": 0}
@@ -99,21 +99,23 @@ def _recipe(model: str, revision: str | None, plan: PruningPlan) -> dict[str, An
     }
 
 
-def _plan(model: str, n_layers: int, given: PruningPlan | None, drop: Sequence[int]) -> PruningPlan:
+def _plan(
+    model: str, n_layers: int, file_plan: PruningPlan | None, drop: Sequence[int]
+) -> PruningPlan:
     """The plan for this checkpoint, if it fits."""
-    if given is not None and given.n_layers != n_layers:
+    if file_plan is not None and file_plan.n_layers != n_layers:
         raise PlanError(
-            f"the plan is for {given.n_layers} layers, but {model} has {n_layers}. "
+            f"the plan is for {file_plan.n_layers} layers, but {model} has {n_layers}. "
             "Use a plan of the same model."
         )
-    layers = given.dropped if given else tuple(drop)
+    layers = file_plan.dropped if file_plan else tuple(drop)
     check_request(n_layers, drop=layers)
     return PruningPlan(
         model=model,
         n_layers=n_layers,
         dropped=tuple(sorted(layers)),
-        method=given.method if given else "given",
-        fingerprint=given.fingerprint if given else "",
+        method=file_plan.method if file_plan else "given",
+        fingerprint=file_plan.fingerprint if file_plan else "",
     )
 
 

@@ -75,8 +75,8 @@ class HealConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _one_budget(cls, data: Any) -> Any:
-        given = [key for key in ("minutes", "steps") if isinstance(data, Mapping) and data.get(key)]
-        if isinstance(data, Mapping) and len(given) != 1:
-            what = "minutes and steps are set together" if given else "neither is set"
+        keys = [key for key in ("minutes", "steps") if isinstance(data, Mapping) and data.get(key)]
+        if isinstance(data, Mapping) and len(keys) != 1:
+            what = "minutes and steps are set together" if keys else "neither is set"
             raise ValueError(f"{what}; give either minutes or steps")
         return data

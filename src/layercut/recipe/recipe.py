@@ -156,9 +156,9 @@ class SelectionConfig(Config):
 
     @model_validator(mode="after")
     def _one_amount(self) -> SelectionConfig:
-        given = list_amounts(self.__dict__)
-        if len(given) > 1:
-            raise ValueError(describe_conflict(given))
+        amounts = list_amounts(self.__dict__)
+        if len(amounts) > 1:
+            raise ValueError(describe_conflict(amounts))
         return self
 
 
@@ -230,9 +230,9 @@ def list_amounts(selection: Any) -> list[str]:
     return [key for key in AMOUNTS if selection.get(key) is not None]
 
 
-def describe_conflict(given: Sequence[str]) -> str:
+def describe_conflict(amounts: Sequence[str]) -> str:
     """What to say when ``given`` amounts are set together."""
-    return f"{' and '.join(given)} are set together; keep one"
+    return f"{' and '.join(amounts)} are set together; keep one"
 
 
 def load_recipe(
@@ -263,7 +263,7 @@ def load_recipe(
     origins |= overrides_.merge(data, settings, alternatives=("selection", AMOUNTS))
     problems += more_problems
     # pydantic looks at this only when every other key of the section is right.
-    given = list_amounts(data.get("selection"))
-    if len(given) > 1:
-        problems.append(f"selection: {describe_conflict(given)}")
+    amounts = list_amounts(data.get("selection"))
+    if len(amounts) > 1:
+        problems.append(f"selection: {describe_conflict(amounts)}")
     return validate(Recipe, data, name, origins=origins, problems=problems)

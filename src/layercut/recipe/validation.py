@@ -46,17 +46,17 @@ def validate(
     Raises:
         RecipeError: ``problems`` is not empty or ``data`` does not fit; lists everything.
     """
-    found = list(problems)
+    messages = list(problems)
     try:
         valid = model.model_validate(data)
     except ValidationError as error:
         lines = _describe(model, data, error.errors(include_url=False), origins or {})
-        found += [line for line in lines if not line.startswith(tuple(problems))]
-    if not found:
+        messages += [line for line in lines if not line.startswith(tuple(problems))]
+    if not messages:
         return valid
-    if len(found) == 1:
-        raise RecipeError(f"{name}: {found[0]}")
-    raise RecipeError(f"{name} has {len(found)} problems:\n  " + "\n  ".join(found))
+    if len(messages) == 1:
+        raise RecipeError(f"{name}: {messages[0]}")
+    raise RecipeError(f"{name} has {len(messages)} problems:\n  " + "\n  ".join(messages))
 
 
 def _describe(

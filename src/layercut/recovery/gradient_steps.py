@@ -133,12 +133,12 @@ def step_weights(
 
     In the model's dtype, in which the loss at this η is measured.
     """
-    found = dict(tensors)
+    stepped = dict(tensors)
     for name, direction in directions.items():
         own = view.model.get_parameter(name).data
         weight = tensors.get(name, own).to(own.device)
-        found[name] = (weight.float() - eta * direction.to(own.device)).to(own.dtype)
-    return found
+        stepped[name] = (weight.float() - eta * direction.to(own.device)).to(own.dtype)
+    return stepped
 
 
 @torch.no_grad()
@@ -154,8 +154,8 @@ def orthogonalize(gradient: Tensor) -> Tensor:
     wide = wide / wide.norm()
     values, vectors = torch.linalg.eigh((wide @ wide.T).double())
     raised = values.clamp_min(float(values[-1]) * SMALLEST).rsqrt()
-    found: Tensor = ((vectors * raised) @ vectors.T).float() @ wide
-    return found if gradient.shape[0] <= gradient.shape[1] else found.T
+    factor: Tensor = ((vectors * raised) @ vectors.T).float() @ wide
+    return factor if gradient.shape[0] <= gradient.shape[1] else factor.T
 
 
 @contextmanager
@@ -175,17 +175,19 @@ def _learning(view: DecoderView, plan: PruningPlan) -> Iterator[dict[str, torch.
 def find_trained_weights(view: DecoderView, plan: PruningPlan) -> dict[str, torch.nn.Parameter]:
     """The kept layers' linear weights by name: stored as such, and not shared by layers."""
     names = Names(view.path, view.layout)
-    found = {
+    weights = {
         name: view.model.get_parameter(name)
         for layer in range(view.n_layers)
         for name in view.linear_modules(layer)
     }
-    times = Counter(id(weight) for weight in found.values())
-    gone = {name for layer in plan.dropped for name in view.linear_modules(layer)}
+    times = Counter(id(weight) for weight in weights.values())
+    dropped = {name for layer in plan.dropped for name in view.linear_modules(layer)}
     return {
         name: weight
-        for name, weight in found.items()
-        if name not in gone and times[id(weight)] == 1 and names.on_disk(name, weight) is not None
+        for name, weight in weights.items()
+        if name not in dropped
+        and times[id(weight)] == 1
+        and names.on_disk(name, weight) is not None
     }
 
 
@@ -197,13 +199,13 @@ def _find_directions(
     In bfloat16, which is exact enough for a thousandth of a weight; empties ``gradients``, so that
     both are never in memory whole.
     """
-    found = {}
+    directions = {}
     for name in progress.track(list(gradients), total=len(gradients)):
         weight = tensors.get(name, view.model.get_parameter(name).data)
         length = weight.float().norm() / math.sqrt(min(weight.shape))
         direction = orthogonalize(gradients.pop(name))
-        found[name] = (direction * length.to(direction.device)).bfloat16()
-    return found
+        directions[name] = (direction * length.to(direction.device)).bfloat16()
+    return directions
 
 
 def _search_length(

@@ -101,8 +101,8 @@ def perplexities(stages: Mapping[str, Mapping[str, Estimate]]) -> str:
         axis.set_xlim(left=0)
         axis.set_xlabel("perplexity: lower is better; whiskers show one standard error")
         axis.tick_params(axis="y", length=0)
-        told = "; ".join(f"{label} {estimate.value:.2f}" for label, estimate, _ in bars)
-        return inline_svg(plot, "perplexities", f"Bars of perplexity. {told}.")
+        values = "; ".join(f"{label} {estimate.value:.2f}" for label, estimate, _ in bars)
+        return inline_svg(plot, "perplexities", f"Bars of perplexity. {values}.")
 
 
 def seconds(stages: Mapping[str, float]) -> str:
@@ -128,8 +128,8 @@ def seconds(stages: Mapping[str, float]) -> str:
         axis.spines["left"].set_visible(False)
         axis.set_xlim(0, start or 1)
         axis.set_xlabel("seconds")
-        told = ", ".join(f"{name} {length:.1f}" for name, length in stages.items())
-        return inline_svg(plot, "seconds", f"Seconds per stage: {told}.")
+        values = ", ".join(f"{name} {length:.1f}" for name, length in stages.items())
+        return inline_svg(plot, "seconds", f"Seconds per stage: {values}.")
 
 
 def _mark(plan: PruningPlan, patched: int | None, layer: int) -> dict[str, Any]:
@@ -212,5 +212,5 @@ def _legend(plan: PruningPlan, patched: int | None) -> list[Patch | Line2D]:
 
 def _told(plan: PruningPlan, patched: int | None) -> str:
     dropped = ", ".join(map(str, plan.dropped)) or "none"
-    told = f"The {plan.n_layers} layers with their scores; dropped: {dropped}."
-    return told if patched is None else f"{told} Weights of layer {patched} were changed."
+    sentence = f"The {plan.n_layers} layers with their scores; dropped: {dropped}."
+    return sentence if patched is None else f"{sentence} Weights of layer {patched} were changed."

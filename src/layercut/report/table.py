@@ -80,7 +80,7 @@ def rows(result: RunResult) -> tuple[Row, ...]:
     before, after = compared_stages(result)
     old, new = stages.get(before, {}), stages.get(after, {})
     changes = result.stages[after].accuracy_change if after in result.stages else {}
-    found = []
+    table = []
     for label in labels:
         cells = (measures.get(label) for measures in stages.values())
         change = ""
@@ -90,8 +90,8 @@ def rows(result: RunResult) -> tuple[Row, ...]:
             paired := changes.get(label.removeprefix(ACCURACY).removeprefix(ZERO_SHOT))
         ) is not None:
             change = _paired_points(paired)
-        found.append(Row(label, tuple(m.text if m else MISSING for m in cells), change))
-    return tuple(found)
+        table.append(Row(label, tuple(m.text if m else MISSING for m in cells), change))
+    return tuple(table)
 
 
 def compared_stages(result: RunResult) -> tuple[str, str]:
@@ -118,79 +118,81 @@ def _measures(stage: Evaluation, training: str = "Fine-tuning") -> dict[str, _Me
     Peak memory is shown of trained stages only: without a training's reset it never falls within
     one process.
     """
-    found = {
+    measures = {
         "Layers": _Measure(stage.n_layers, str(stage.n_layers), _difference),
         "Parameters": _Measure(stage.n_parameters, f"{stage.n_parameters:,}", _percent),
     }
     for name, estimate in stage.perplexity.items():
-        found[f"Perplexity, {name}"] = _Measure(estimate.value, _with_error(estimate, 2), _factor)
+        measures[f"Perplexity, {name}"] = _Measure(
+            estimate.value, _with_error(estimate, 2), _factor
+        )
     for name, estimate in stage.accuracy.items():
-        found[f"{ACCURACY}{name}"] = _Measure(estimate.value, _with_error(estimate, 3), _points)
-    found |= _zero_shot(stage) | _likeness(stage)
+        measures[f"{ACCURACY}{name}"] = _Measure(estimate.value, _with_error(estimate, 3), _points)
+    measures |= _zero_shot(stage) | _likeness(stage)
     if stage.flops_per_token is not None:
         label = f"GFLOPs per token, context {stage.flops_context:,}"
         count = stage.flops_per_token / 1e9
-        found[label] = _Measure(count, f"{count:,.3f}", _factor)
+        measures[label] = _Measure(count, f"{count:,.3f}", _factor)
     for label, speed in (
         ("Prefill, tokens per second", stage.prefill_tokens_per_second),
         ("Decoding, tokens per second", stage.decode_tokens_per_second),
     ):
         if speed is not None:
-            found[label] = _Measure(speed, f"{speed:,.1f}", _factor)
+            measures[label] = _Measure(speed, f"{speed:,.1f}", _factor)
     if (seconds := stage.train_seconds) is not None:
-        found[f"{training}, seconds"] = _Measure(seconds, f"{seconds:,.1f}", _factor)
+        measures[f"{training}, seconds"] = _Measure(seconds, f"{seconds:,.1f}", _factor)
         if (peak := stage.peak_rss_bytes) is not None:
-            found["Peak memory, GiB"] = _Measure(peak, f"{peak / 2**30:.2f}", _factor)
-    return found
+            measures["Peak memory, GiB"] = _Measure(peak, f"{peak / 2**30:.2f}", _factor)
+    return measures
 
 
 def _zero_shot(stage: Evaluation) -> dict[str, _Measure]:
     """The metrics of lm-evaluation-harness, and the mean accuracy over its tasks."""
-    found = {}
+    measures = {}
     for task, metrics in stage.harness.items():
         for metric, estimate in metrics.items():
             how = _points if metric.startswith("acc") else _gap
             label = ZERO_SHOT + harness_name(task, metric)
-            found[label] = _Measure(estimate.value, _with_error(estimate, 3), how)
+            measures[label] = _Measure(estimate.value, _with_error(estimate, 3), how)
     accuracies = [metrics["acc"] for metrics in stage.harness.values() if "acc" in metrics]
     if len(accuracies) > 1:
         mean = _mean(accuracies)
         label = f"{ZERO_SHOT}mean acc of {len(accuracies)}"
-        found[label] = _Measure(mean.value, _with_error(mean, 3), _points)
-    return found
+        measures[label] = _Measure(mean.value, _with_error(mean, 3), _points)
+    return measures
 
 
 def _likeness(stage: Evaluation) -> dict[str, _Measure]:
     """Agreement with the model that this one was compared with, and how both go on alone."""
-    found = {}
+    measures = {}
     for name, fidelity in stage.fidelity.items():
         for label, estimate in (
             ("Next-token agreement", fidelity.agreement),
             ("KL, nats per token", fidelity.kl),
         ):
-            found[f"{label}, {name}"] = _Measure(estimate.value, _with_error(estimate, 3), _gap)
+            measures[f"{label}, {name}"] = _Measure(estimate.value, _with_error(estimate, 3), _gap)
     for name, generation in stage.generation.items():
         for label, estimate, theirs in _generated(generation):
             other = "" if theirs is None else f" (the other: {_with_error(theirs, 3)})"
             text = _with_error(estimate, 3) + other
-            found[f"{label}, {name}"] = _Measure(estimate.value, text, _gap)
-    return found
+            measures[f"{label}, {name}"] = _Measure(estimate.value, text, _gap)
+    return measures
 
 
 def _generated(generation: Generation) -> list[tuple[str, Estimate, Estimate | None]]:
     """Label, estimate, and the other model's."""
     other = generation.reference
-    found = [
+    measures = [
         (f"Generated, distinct {n}-grams", estimate, other.distinct[n - 1] if other else None)
         for n, estimate in enumerate(generation.distinct, start=1)
     ]
-    found.append(("Generated, share in a loop", generation.loop, other.loop if other else None))
+    measures.append(("Generated, share in a loop", generation.loop, other.loop if other else None))
     if generation.common_prefix is not None and generation.agreement is not None:
-        found += [
+        measures += [
             ("Generated, tokens before they part", generation.common_prefix, None),
             ("Generated, equal tokens", generation.agreement, None),
         ]
-    return found
+    return measures
 
 
 def _with_error(estimate: Estimate, digits: int) -> str:

@@ -142,17 +142,17 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
 
 def write_headline(result: RunResult) -> tuple[tuple[str, str], ...]:
     """The few figures to read first, as (figure, what it is); only those that exist."""
-    found = []
+    parts = []
     if result.plan is not None:
-        found.append((f"{len(result.plan.dropped)} of {result.plan.n_layers}", "layers dropped"))
+        parts.append((f"{len(result.plan.dropped)} of {result.plan.n_layers}", "layers dropped"))
     for row in table.rows(result):
         quantity, _, name = row.label.partition(", ")
         if not row.change or quantity in NO_HEADLINE:
             continue
         label = HEADLINES.get(quantity, quantity.lower())
         on = f" on {name}" if quantity in ("Perplexity", "Accuracy") else ""
-        found.append((row.change, label + on))
-    return tuple(found)
+        parts.append((row.change, label + on))
+    return tuple(parts)
 
 
 def _stage_seconds(result: RunResult) -> dict[str, float]:
@@ -201,9 +201,9 @@ def _license_of(source: Path) -> dict[str, Any]:
     """The licence keys of the source's own model card; empty if it has none that can be read."""
     card = source / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.match(r"---\r?\n(.*?)\r?\n---", text, flags=re.DOTALL)
+    match = re.match(r"---\r?\n(.*?)\r?\n---", text, flags=re.DOTALL)
     try:
-        front_matter = yaml.safe_load(found.group(1)) if found else None
+        front_matter = yaml.safe_load(match.group(1)) if match else None
     except yaml.YAMLError:
         return {}
     if not isinstance(front_matter, dict):

@@ -74,8 +74,8 @@ def keeps_pattern(layer_types: LayerTypes | None, dropped: Sequence[int]) -> boo
     """Whether the kept layers are of the layer_types that their new places have."""
     if layer_types is None:
         return True
-    gone = set(dropped)
-    kept = [layer_type for layer, layer_type in enumerate(layer_types) if layer not in gone]
+    dropped_set = set(dropped)
+    kept = [layer_type for layer, layer_type in enumerate(layer_types) if layer not in dropped_set]
     return kept == list(layer_types[: len(kept)])
 
 

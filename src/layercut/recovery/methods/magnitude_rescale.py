@@ -157,9 +157,9 @@ def check_scale_free(view: DecoderView, layers: Iterable[int]) -> None:
         raise _depends_on_scale(view, "what follows the last layer")
 
 
-def _depends_on_scale(view: DecoderView, place: str) -> ModelError:
+def _depends_on_scale(view: DecoderView, where: str) -> ModelError:
     return ModelError(
-        f"{place} of this {view.layout.model_type} model does not follow the scale of the residual "
+        f"{where} of this {view.layout.model_type} model does not follow the scale of the residual "
         "stream (a norm stands behind its projections, or none in front of them), so that no "
         "scale folds into its weights exactly. Set recovery.method: none."
     )

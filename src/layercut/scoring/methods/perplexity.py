@@ -54,9 +54,9 @@ def measure_losses_without(view: DecoderView, input_ids: Tensor) -> Iterator[tup
     inputs = view.embed(input_ids)
     order = [layer for layer in range(view.n_layers) if layer not in view.skipped]
     hidden = inputs.hidden
-    for place, layer in enumerate(order):
+    for position, layer in enumerate(order):
         without = hidden
-        for later in order[place + 1 :]:
+        for later in order[position + 1 :]:
             without = view.run_layer(later, without, inputs)
         losses = view.stream_losses(without, input_ids)
         yield layer, float(losses.sum(dtype=torch.float64))

@@ -163,9 +163,9 @@ def plan_loss(
 
 def list_neighbours(plan: LayerSet, n_layers: int, protect: frozenset[int]) -> list[LayerSet]:
     """Plans that drop one other layer instead of one of these."""
-    gone = set(plan)
-    free = [layer for layer in range(n_layers) if layer not in gone | protect]
-    return [tuple(sorted(gone - {out} | {new})) for out in plan for new in free]
+    dropped = set(plan)
+    free = [layer for layer in range(n_layers) if layer not in dropped | protect]
+    return [tuple(sorted(dropped - {out} | {new})) for out in plan for new in free]
 
 
 def plan_price(plan: LayerSet, prices: Prices) -> float:
