@@ -64,8 +64,8 @@ def check_early_run(
         RecipeError: the run has fewer than ``options.steps`` steps, or does not suit the model.
     """
     _check_experts(view)
-    examples, settings = _prepare_examples(view, batches, options)
-    if options.steps > (n_run := n_steps(settings, len(examples))):
+    examples, config = _prepare_examples(view, batches, options)
+    if options.steps > (n_run := n_steps(config, len(examples))):
         raise RecipeError(
             f"the early run is to record {options.steps} steps, but the run it begins has only "
             f"{n_run} optimiser steps. Lower its steps, or raise its epochs."
@@ -86,12 +86,12 @@ def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOpti
         NumericsError: a gradient is missing or not finite.
     """
     _check_experts(view)
-    examples, settings = _prepare_examples(view, batches, options)
+    examples, config = _prepare_examples(view, batches, options)
     log = GradientLog(steps=options.steps, stop=True)
     callbacks = [log, _Progress(options.steps)]
     longest = max(example["length"] for example in examples)
     with (
-        adapted_model(view, examples, settings, callbacks=callbacks) as trainer,
+        adapted_model(view, examples, config, callbacks=callbacks) as trainer,
         eager(view, longest),
     ):
         trainer.train()
@@ -112,16 +112,16 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 def adapted_model(
     view: DecoderView,
     examples: list[Example],
-    settings: FinetuneConfig,
+    config: FinetuneConfig,
     *,
     callbacks: Sequence[TrainerCallback],
 ) -> Iterator[CompletionTrainer]:
     """A trainer of adapters in ``view.model``, which are taken out again."""
     with tempfile.TemporaryDirectory(prefix="layercut-early-") as scratch, torch.random.fork_rng():
-        torch.manual_seed(settings.seed or 0)
+        torch.manual_seed(config.seed or 0)
         folder = Path(scratch)
         trainer = build_trainer(
-            view, (), settings, output_dir=folder, callbacks=callbacks, examples=examples
+            view, (), config, output_dir=folder, callbacks=callbacks, examples=examples
         )
         try:
             # No gradient reaches a skipped layer; its adapters are neither trained nor recorded.
@@ -150,9 +150,9 @@ def _prepare_examples(
     """What is learnt, as `check_rows` has it, and how."""
     if options.data is None:
         return _windows(batches), _text_settings(batches, options)
-    settings = _task_settings(options)
+    config = _task_settings(options)
     try:
-        return check_rows(view, read_rows(options.data), settings), settings
+        return check_rows(view, read_rows(options.data), config), config
     except (DataError, RecipeError) as error:
         # The rows are checked as those of `finetune` are, whose keys the message names.
         raise type(error)(str(error).replace("finetune.", "the early run's ")) from None

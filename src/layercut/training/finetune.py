@@ -32,7 +32,7 @@ from layercut.training.resume import (
     last_checkpoint,
     model_hash,
     rows_hash,
-    settings_hash,
+    config_hash,
     trainer_folder,
 )
 from layercut.training.trainers import build_arguments, build_quietly
@@ -60,7 +60,7 @@ class FinetuneResult:
 def finetune(
     view: DecoderView,
     rows: Sequence[TaskRow],
-    settings: FinetuneConfig | None = None,
+    config: FinetuneConfig | None = None,
     *,
     work_dir: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -74,11 +74,11 @@ def finetune(
     Args:
         view: the model; a plain one again afterwards, with changed weights.
         rows: training rows.
-        settings: the recipe's section ``finetune``; default: GradPruner's values.
-        work_dir: where checkpoints are kept; a run of the same model, rows and settings that finds
+        config: the recipe's section ``finetune``; default: GradPruner's values.
+        work_dir: where checkpoints are kept; a run of the same model, rows and config that finds
             one there goes on from it. ``None``: no checkpoints.
         callbacks: further trainer callbacks.
-        teacher: the model to distil from; needed with ``settings.distill``.
+        teacher: the model to distil from; needed with ``config.distill``.
         adapter_dir: where to save the adapter before it is folded in.
         adapter_base: the checkpoint that the saved adapter's configuration names.
         log_dir: where TensorBoard's records go with ``report_to: tensorboard``; default: ``runs``.
@@ -87,16 +87,16 @@ def finetune(
         DataError: a row cannot be learnt from, or there are too few.
         ModelError: the tokenizer has neither a padding nor an end-of-text token.
         OutputError: ``work_dir`` holds something else than layercut's checkpoints.
-        RecipeError: settings that do not suit the model.
+        RecipeError: config that do not suit the model.
         NumericsError: the loss became NaN or infinite.
     """
-    settings = settings or FinetuneConfig()
+    config = config or FinetuneConfig()
     watch = TrainingMonitor()
     with contextlib.ExitStack() as stack:
-        folder, settings = stack.enter_context(trainer_folder(work_dir, settings))
+        folder, config = stack.enter_context(trainer_folder(work_dir, config))
         models = [model_hash(model) for model in (view, teacher) if model is not None]
         trainer = build_trainer(
-            view, rows, settings, output_dir=folder, callbacks=[watch, *callbacks], teacher=teacher
+            view, rows, config, output_dir=folder, callbacks=[watch, *callbacks], teacher=teacher
         )
         stack.callback(detach, view, trainer)
         longest = max(trainer.train_dataset["length"][:])
@@ -104,14 +104,14 @@ def finetune(
             if model is not None:
                 stack.enter_context(eager(model, longest))
         _direct_records(trainer, log_dir or Path("runs"))
-        contents = [*models, settings_hash(settings), rows_hash(trainer.train_dataset)]
+        contents = [*models, config_hash(config), rows_hash(trainer.train_dataset)]
         checkpoint = last_checkpoint(folder, contents)
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = watch.earlier_seconds + time.perf_counter() - start
         if adapter_dir is not None:
             _save_adapter(trainer.model, adapter_dir, adapter_base or view.path)
-        if settings.mode == "lora":
+        if config.mode == "lora":
             trainer.model.merge_adapter()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tail = losses[-max(1, len(losses) // 10) :] or [math.nan]
@@ -127,7 +127,7 @@ def finetune(
 def build_trainer(
     view: DecoderView,
     rows: Sequence[TaskRow],
-    settings: FinetuneConfig,
+    config: FinetuneConfig,
     *,
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
@@ -139,20 +139,20 @@ def build_trainer(
     Args:
         view: the model; in LoRA mode adapters are put into it, its own weights stay untouched.
         rows: training rows.
-        settings: the recipe's section ``finetune``.
+        config: the recipe's section ``finetune``.
         output_dir: where the trainer keeps its checkpoints.
         callbacks: further trainer callbacks.
-        teacher: the model to distil from; needed with ``settings.distill``.
+        teacher: the model to distil from; needed with ``config.distill``.
         examples: instead of ``rows``, what `check_rows` makes of them.
 
     Raises:
         DataError: a row cannot be learnt from, or there are too few.
         ModelError: the tokenizer has neither a padding nor an end-of-text token.
-        RecipeError: settings that do not suit the model.
+        RecipeError: config that do not suit the model.
     """
-    if (teacher is None) != (settings.distill is None):
+    if (teacher is None) != (config.distill is None):
         raise RecipeError("finetune.distill and a teacher model go together. Give both or neither.")
-    dataset = Dataset.from_list(examples or check_rows(view, rows, settings))
+    dataset = Dataset.from_list(examples or check_rows(view, rows, config))
     if view.tokenizer.pad_token_id is None:
         warnings.warn(
             f"the tokenizer of {view.name} has no padding token; the end-of-text token pads, "
@@ -160,48 +160,48 @@ def build_trainer(
             stacklevel=2,
         )
     collator = DataCollatorForLanguageModeling(pad_token_id=pad_token(view))
-    if settings.mode == "full":
+    if config.mode == "full":
         view.model.requires_grad_(True)
     trainer = build_quietly(
         lambda: CompletionTrainer(
             model=view.model,
-            args=_arguments(view, settings, output_dir),
+            args=_arguments(view, config, output_dir),
             train_dataset=dataset,
             processing_class=view.tokenizer,
             data_collator=collator,
-            peft_config=adapters_on(view, settings.lora) if settings.mode == "lora" else None,
+            peft_config=adapters_on(view, config.lora) if config.mode == "lora" else None,
             callbacks=list(callbacks),
         )
     )
-    trainer.distill, trainer.teacher = settings.distill, teacher
-    if settings.distill is not None and settings.distill.over == "choices":
+    trainer.distill, trainer.teacher = config.distill, teacher
+    if config.distill is not None and config.distill.over == "choices":
         trainer.choices = torch.tensor(choice_tokens(rows, view.tokenizer), device=view.device)
     return trainer
 
 
-def n_steps(settings: FinetuneConfig, n_rows: int) -> int:
+def n_steps(config: FinetuneConfig, n_rows: int) -> int:
     """Optimiser steps of a run over ``n_rows`` rows in one process."""
-    if settings.max_steps is not None:
-        return settings.max_steps
-    return math.ceil(settings.epochs * math.ceil(n_rows / settings.rows_per_step))
+    if config.max_steps is not None:
+        return config.max_steps
+    return math.ceil(config.epochs * math.ceil(n_rows / config.rows_per_step))
 
 
-def _arguments(view: DecoderView, settings: FinetuneConfig, output_dir: Path) -> Any:
+def _arguments(view: DecoderView, config: FinetuneConfig, output_dir: Path) -> Any:
     return build_arguments(
         SFTConfig,
         view,
-        settings,
+        config,
         output_dir,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.rate,
-        gradient_accumulation_steps=settings.accumulation,
-        warmup_steps=settings.warmup_ratio,
-        lr_scheduler_type=settings.scheduler,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.rate,
+        gradient_accumulation_steps=config.accumulation,
+        warmup_steps=config.warmup_ratio,
+        lr_scheduler_type=config.scheduler,
         max_length=None,  # `training_example` has cut the rows
         bf16=view.mixed_precision or view.model.dtype == torch.bfloat16,
         activation_checkpointing=False,
-        report_to=settings.report_to,
+        report_to=config.report_to,
     )
 
 
@@ -213,13 +213,13 @@ def _direct_records(trainer: CompletionTrainer, folder: Path) -> None:
 
 
 def _save_adapter(model: Any, folder: Path, base: Path) -> None:
-    config = model.peft_config[model.active_adapter]
-    config.base_model_name_or_path = str(base)
+    peft_config = model.peft_config[model.active_adapter]
+    peft_config.base_model_name_or_path = str(base)
     model.save_pretrained(folder, save_embedding_layers=False)
 
 
-def trained_names(view: DecoderView, settings: FinetuneConfig) -> list[str]:
+def trained_names(view: DecoderView, config: FinetuneConfig) -> list[str]:
     """Names of the tensors that fine-tuning changes, once the adapters are folded in."""
-    if settings.mode == "full":
+    if config.mode == "full":
         return list(view.model.state_dict())
     return adapted_names(view)

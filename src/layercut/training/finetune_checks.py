@@ -1,4 +1,4 @@
-"""What a model's fine-tuning needs of rows, settings and tokenizer, before the long work."""
+"""What a model's fine-tuning needs of rows, configuration and tokenizer, before the long work."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from layercut.recipe.finetune import FinetuneConfig
 
 
 def check_rows(
-    view: DecoderView, rows: Sequence[TaskRow], settings: FinetuneConfig
+    view: DecoderView, rows: Sequence[TaskRow], config: FinetuneConfig
 ) -> list[dict[str, Any]]:
     """Every row as ``input_ids``, ``labels`` and ``length``, or a refusal before the long work.
 
     Raises:
         DataError: too few rows, a class without rows, or a row that cannot be learnt from.
         ModelError: the tokenizer has neither a padding nor an end-of-text token.
-        RecipeError: the model is too narrow, or its context too short, for the settings.
+        RecipeError: the model is too narrow, or its context too short, for the configuration.
     """
     pad_token(view)
-    if settings.mode == "full" and view.model.dtype != torch.float32:
+    if config.mode == "full" and view.model.dtype != torch.float32:
         raise RecipeError(
             f"finetune.mode: full would lose its small steps in {view.model.dtype} weights. "
             "Set dtype: float32, or finetune.mode: lora."
         )
-    if settings.report_to != "none" and importlib.util.find_spec(settings.report_to) is None:
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise RecipeError(
-            f"finetune.report_to: {settings.report_to} is not installed. "
-            f'Run: pip install "layercut[{settings.report_to}]", or set it to none.'
+            f"finetune.report_to: {config.report_to} is not installed. "
+            f'Run: pip install "layercut[{config.report_to}]", or set it to none.'
         )
     context = view.context
-    if settings.max_length > context:
+    if config.max_length > context:
         raise RecipeError(
-            f"finetune.max_length is {settings.max_length}, but the model's context is {context} "
+            f"finetune.max_length is {config.max_length}, but the model's context is {context} "
             "tokens. Lower it."
         )
-    if len(rows) < settings.rows_per_step:
+    if len(rows) < config.rows_per_step:
         raise DataError(
-            f"{len(rows)} training row(s) are fewer than one step's {settings.rows_per_step} "
-            f"(batch_size {settings.batch_size} × accumulation {settings.accumulation}). "
+            f"{len(rows)} training row(s) are fewer than one step's {config.rows_per_step} "
+            f"(batch_size {config.batch_size} × accumulation {config.accumulation}). "
             "Use more rows, or lower finetune.batch_size or finetune.accumulation."
         )
     check_classes(rows)
-    if settings.distill is not None and settings.distill.over == "choices":
+    if config.distill is not None and config.distill.over == "choices":
         choice_tokens(rows, view.tokenizer)
-    return [training_example(row, view.tokenizer, settings.max_length) for row in rows]
+    return [training_example(row, view.tokenizer, config.max_length) for row in rows]
 
 
 def choice_tokens(rows: Sequence[TaskRow], tokenizer: Any) -> list[int]:

@@ -23,7 +23,7 @@ from layercut.training.distillation_loss import Divergence
 from layercut.training.heal_trainer import BestCheckpointCallback, HealTrainer, TrainingSchedule
 from layercut.training.heal_windows import check_windows, hold_out
 from layercut.training.lora_adapters import adapters_on, detach
-from layercut.training.resume import last_checkpoint, model_hash, settings_hash, trainer_folder
+from layercut.training.resume import last_checkpoint, model_hash, config_hash, trainer_folder
 from layercut.training.trainers import build_arguments, build_quietly
 
 
@@ -74,7 +74,7 @@ def heal(
     view: DecoderView,
     teacher: DecoderView,
     windows: Tensor,
-    settings: HealConfig,
+    config: HealConfig,
     *,
     work_dir: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -90,8 +90,8 @@ def heal(
         view: the pruned model; a plain one again afterwards, with changed linear weights.
         teacher: the intact model; unchanged.
         windows: (n, seq) token ids; every few of them are held out.
-        settings: the recipe's section ``heal``.
-        work_dir: where checkpoints are kept; a run of the same models, windows and settings that
+        config: the recipe's section ``heal``.
+        work_dir: where checkpoints are kept; a run of the same models, windows and config that
             finds one there goes on from it. ``None``: no checkpoints.
         callbacks: further trainer callbacks.
 
@@ -101,15 +101,15 @@ def heal(
         RecipeError: windows longer than the context, or a teacher of another vocabulary.
         NumericsError: the loss became NaN or infinite.
     """
-    check_windows(view, windows, settings)
+    check_windows(view, windows, config)
     _check_teacher(view, teacher)
-    training, held_out = hold_out(windows, settings.held_out)
-    divergence = Divergence(view, teacher, settings.temperature, settings.label_weight)
+    training, held_out = hold_out(windows, config.held_out)
+    divergence = Divergence(view, teacher, config.temperature, config.label_weight)
     with contextlib.ExitStack() as stack:
-        folder, settings = stack.enter_context(trainer_folder(work_dir, settings))
-        hashes = [model_hash(view), model_hash(teacher), settings_hash(settings), _hash(windows)]
-        schedule = TrainingSchedule(settings)
-        best = BestCheckpointCallback(divergence, held_out, settings, schedule, folder)
+        folder, config = stack.enter_context(trainer_folder(work_dir, config))
+        hashes = [model_hash(view), model_hash(teacher), config_hash(config), _hash(windows)]
+        schedule = TrainingSchedule(config)
+        best = BestCheckpointCallback(divergence, held_out, config, schedule, folder)
         length = windows.shape[1]
         with (
             bfloat16_weights(view),
@@ -117,9 +117,9 @@ def heal(
             eager(view, length),
             eager(teacher, length),
         ):
-            trainer = _trainer(view, training, settings, folder, [schedule, best, *callbacks])
+            trainer = _trainer(view, training, config, folder, [schedule, best, *callbacks])
             stack.callback(detach, view, trainer)
-            trainer.divergence, trainer.settings = divergence, settings
+            trainer.divergence, trainer.heal_config = divergence, config
             trainer.schedule, trainer.best_checkpoint, trainer.teacher_states = schedule, best, {}
             trainer.train(resume_from_checkpoint=last_checkpoint(folder, hashes))
             seconds = schedule.seconds
@@ -135,7 +135,7 @@ def heal(
     return HealResult(
         n_windows=len(training),
         n_steps=trainer.state.global_step,
-        n_tokens=trainer.state.global_step * settings.batch_size * windows.shape[1],
+        n_tokens=trainer.state.global_step * config.batch_size * windows.shape[1],
         resumed_at=schedule.first_step,
         train_seconds=seconds,
         losses=tuple(best.losses),
@@ -174,21 +174,21 @@ def bfloat16_weights(view: DecoderView) -> Iterator[None]:
 def _trainer(
     view: DecoderView,
     windows: Tensor,
-    settings: HealConfig,
+    config: HealConfig,
     folder: Path,
     callbacks: list[TrainerCallback],
 ) -> HealTrainer:
-    torch.manual_seed(settings.seed or 0)  # of the adapters, which are drawn before the trainer is
+    torch.manual_seed(config.seed or 0)  # of the adapters, which are drawn before the trainer is
     return build_quietly(
         lambda: HealTrainer(
-            model=get_peft_model(view.model, adapters_on(view, settings.lora)),
+            model=get_peft_model(view.model, adapters_on(view, config.lora)),
             args=build_arguments(
                 TrainingArguments,
                 view,
-                settings,
+                config,
                 folder,
                 max_steps=callbacks[0].max_steps,
-                learning_rate=settings.learning_rate,
+                learning_rate=config.learning_rate,
                 dataloader_drop_last=True,
                 remove_unused_columns=False,
                 label_names=[],

@@ -34,9 +34,9 @@ class TrainingSchedule(TrainingMonitor):
         reserve: seconds at the end that the last evaluation needs.
     """
 
-    def __init__(self, settings: HealConfig) -> None:
+    def __init__(self, config: HealConfig) -> None:
         super().__init__("heal")
-        self.settings = settings
+        self.config = config
         self.reserve = 0.0
 
     def state(self) -> dict[str, Any]:
@@ -54,32 +54,32 @@ class TrainingSchedule(TrainingMonitor):
 
     def share(self, step: int) -> float:
         """The part that is spent after ``step`` steps, 0 to 1."""
-        if self.settings.minutes is None:
+        if self.config.minutes is None:
             return min(1.0, step / self.max_steps)
-        return min(1.0, self.seconds / max(1e-9, 60 * self.settings.minutes - self.reserve))
+        return min(1.0, self.seconds / max(1e-9, 60 * self.config.minutes - self.reserve))
 
     @property
     def max_steps(self) -> int:
         """Steps after which training stops in any case."""
-        return self.settings.steps or ENDLESS
+        return self.config.steps or ENDLESS
 
     def report(self, state: Any) -> None:
         """Say how much of the schedule is spent."""
-        if self.settings.minutes is None:
+        if self.config.minutes is None:
             super().report(state)
         else:
-            total = round(60 * self.settings.minutes)
+            total = round(60 * self.config.minutes)
             progress.step(min(round(self.seconds), total), total)
 
 
-def rate(share: float, settings: HealConfig) -> float:
+def rate(share: float, config: HealConfig) -> float:
     """The learning rate as a part of its peak, after ``share`` of the schedule."""
-    if share < settings.warmup_ratio:
-        return share / settings.warmup_ratio
-    rest = (1 - share) / (1 - settings.warmup_ratio)
-    if settings.scheduler == "linear":
+    if share < config.warmup_ratio:
+        return share / config.warmup_ratio
+    rest = (1 - share) / (1 - config.warmup_ratio)
+    if config.scheduler == "linear":
         return rest
-    return 1.0 if settings.scheduler == "constant" else (1 - math.cos(math.pi * rest)) / 2
+    return 1.0 if config.scheduler == "constant" else (1 - math.cos(math.pi * rest)) / 2
 
 
 class BestCheckpointCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -94,16 +94,16 @@ class BestCheckpointCallback(TrainerCallback, ExportableState):  # type: ignore[
         self,
         divergence: Divergence,
         windows: Tensor,
-        settings: HealConfig,
+        config: HealConfig,
         schedule: TrainingSchedule,
         folder: Path,
     ) -> None:
         self.losses: list[tuple[int, float]] = []
         self.stopped_early = False
         self._divergence = divergence
-        self._windows = windows.split(settings.batch_size)
+        self._windows = windows.split(config.batch_size)
         self._teacher_states: list[Tensor] = []
-        self._settings = settings
+        self._config = config
         self._schedule = schedule
         self._folder = folder
         self._best: dict[str, Tensor] = {}
@@ -134,11 +134,11 @@ class BestCheckpointCallback(TrainerCallback, ExportableState):  # type: ignore[
         """Evaluate when it is time, and see whether to go on."""
         step = state.global_step
         share = self._schedule.share(step)
-        if share >= min(1.0, len(self.losses) / self._settings.evaluations):
+        if share >= min(1.0, len(self.losses) / self._config.evaluations):
             self._measure(kwargs["model"], step)
         if self.is_over(step):
             control.should_training_stop = True
-            control.should_save = self._settings.save_steps is not None
+            control.should_save = self._config.save_steps is not None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the adapters that no checkpoint needs any more."""
@@ -150,7 +150,7 @@ class BestCheckpointCallback(TrainerCallback, ExportableState):  # type: ignore[
         """Whether the schedule is spent, or nothing has become better for too long."""
         steps = [s for s, _ in self.losses]
         since = len(steps) - 1 - steps.index(self.best_step)
-        self.stopped_early = since >= self._settings.patience
+        self.stopped_early = since >= self._config.patience
         return self.stopped_early or self._schedule.share(step) >= 1
 
     def restore(self, model: Any) -> None:
@@ -177,7 +177,7 @@ class BestCheckpointCallback(TrainerCallback, ExportableState):  # type: ignore[
         progress.status(f"held-out loss {self.losses[0][1]:.3f} → {loss:.3f}")
         if step and self.best_step == step:
             self._best = {name: p.detach().clone() for name, p in _trained_state(model).items()}
-            if self._settings.save_steps is not None:
+            if self._config.save_steps is not None:
                 save_file(self._best, self._file(step))
         # The longest one so far, so that the share that is spent never falls.
         self._schedule.reserve = max(self._schedule.reserve, self._schedule.seconds - before)
@@ -191,14 +191,14 @@ class HealTrainer(Trainer):  # type: ignore[misc]
 
     Attributes:
         divergence: the loss.
-        settings: the recipe's section ``heal``.
+        heal_config: the recipe's section ``heal``.
         schedule: what the learning rate follows.
         best_checkpoint: what ends the training.
         teacher_states: of windows that were trained on, for when they come again.
     """
 
     divergence: Divergence
-    settings: HealConfig
+    heal_config: HealConfig
     schedule: TrainingSchedule
     best_checkpoint: BestCheckpointCallback
     teacher_states: dict[int, Tensor]
@@ -225,7 +225,7 @@ class HealTrainer(Trainer):  # type: ignore[misc]
         """The learning rate over the share of the schedule that is spent."""
         chosen: Optimizer = optimizer or self.optimizer
         self.lr_scheduler = LambdaLR(
-            chosen, lambda step: rate(self.schedule.share(step), self.settings)
+            chosen, lambda step: rate(self.schedule.share(step), self.heal_config)
         )
         return self.lr_scheduler
 

@@ -18,7 +18,7 @@ from layercut.types import CalibrationBatches
 
 
 def heal_windows(
-    settings: HealConfig,
+    config: HealConfig,
     calibration: CalibrationConfig,
     batches: CalibrationBatches,
     tokenizer: Any,
@@ -31,7 +31,7 @@ def heal_windows(
     at least half of all; otherwise all are, with a warning.
 
     Args:
-        settings: the recipe's section ``heal``.
+        config: the recipe's section ``heal``.
         calibration: the recipe's section ``calibration``, whose text is the default.
         batches: what was drawn for it.
         tokenizer: the model's.
@@ -41,16 +41,14 @@ def heal_windows(
         DataError: the text cannot be read or is shorter than one window.
         NetworkError: the text is on the Hub, which cannot be reached.
     """
-    data = settings.data or calibration.data
+    data = config.data or calibration.data
     sources = [data] if isinstance(data, str) else list(data)
-    n_windows = settings.max_tokens // settings.seq_len
-    if settings.steps is not None:
-        n_windows = min(n_windows, settings.held_out + settings.steps * settings.batch_size)
-    column = settings.text_column or calibration.text_column
+    n_windows = config.max_tokens // config.seq_len
+    if config.steps is not None:
+        n_windows = min(n_windows, config.held_out + config.steps * config.batch_size)
+    column = config.text_column or calibration.text_column
     drawn = [
-        _windows(
-            source, column, tokenizer, settings.seq_len, -(-n_windows // len(sources)), batches
-        )
+        _windows(source, column, tokenizer, config.seq_len, -(-n_windows // len(sources)), batches)
         for source in sources
     ]
     windows = torch.cat(drawn)
@@ -114,7 +112,7 @@ def hold_out(windows: Tensor, n_held_out: int) -> tuple[Tensor, Tensor]:
     return windows[~held_out], windows[held_out]
 
 
-def check_windows(view: DecoderView, windows: Tensor, settings: HealConfig) -> None:
+def check_windows(view: DecoderView, windows: Tensor, config: HealConfig) -> None:
     """Refuse windows that cannot be trained on, before the long work.
 
     Raises:
@@ -127,10 +125,10 @@ def check_windows(view: DecoderView, windows: Tensor, settings: HealConfig) -> N
             f"heal.seq_len is {seq_len}, but the model's context is {view.context} tokens. "
             "Lower it."
         )
-    if n_windows < settings.held_out + settings.batch_size:
+    if n_windows < config.held_out + config.batch_size:
         raise DataError(
             f"the text yields {n_windows} window(s) of {seq_len} tokens, but heal.held_out "
-            f"{settings.held_out} and one step's heal.batch_size {settings.batch_size} need "
-            f"{settings.held_out + settings.batch_size}. Use more text, or lower one of them."
+            f"{config.held_out} and one step's heal.batch_size {config.batch_size} need "
+            f"{config.held_out + config.batch_size}. Use more text, or lower one of them."
         )
     check_vocabulary(view, windows)

@@ -34,18 +34,18 @@ def training_folder(output_dir: Path) -> Path:
 
 
 @contextmanager
-def trainer_folder(work_dir: Path | None, settings: Saving) -> Iterator[tuple[Path, Saving]]:
-    """Where a trainer works, and its settings: without ``work_dir``, apart and with no checkpoints.
+def trainer_folder(work_dir: Path | None, config: Saving) -> Iterator[tuple[Path, Saving]]:
+    """Where a trainer works, and its configuration; without ``work_dir``, apart, no checkpoints.
 
     Raises:
         OutputError: ``work_dir`` holds something else than layercut's checkpoints.
     """
     if work_dir is not None:
         check_work_dir(work_dir)
-        yield work_dir, settings
+        yield work_dir, config
         return
     with tempfile.TemporaryDirectory(prefix="layercut-train-") as scratch:
-        yield Path(scratch), settings.model_copy(update={"save_steps": None})
+        yield Path(scratch), config.model_copy(update={"save_steps": None})
 
 
 def remove_claimed(folder: Path) -> None:
@@ -116,9 +116,9 @@ def model_hash(view: DecoderView) -> str:
     return total.hexdigest()
 
 
-def settings_hash(settings: Config) -> str:
-    """Hash of the settings that a run's result depends on."""
-    effective = settings.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+def config_hash(config: Config) -> str:
+    """Hash of the configuration that a run's result depends on."""
+    effective = config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
     return hashlib.sha256(json.dumps(effective, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 def build_arguments(
     kind: Any,
     view: DecoderView,
-    settings: FinetuneConfig | HealConfig,
+    config: FinetuneConfig | HealConfig,
     folder: Path,
     **own: Any,
 ) -> Any:
@@ -29,21 +29,21 @@ def build_arguments(
     Args:
         kind: transformers' `TrainingArguments` or a subclass.
         view: the model.
-        settings: the recipe's section ``finetune`` or ``heal``.
+        config: the recipe's section ``finetune`` or ``heal``.
         folder: where the trainer keeps its checkpoints.
         own: what this trainer alone takes.
     """
     on_cpu = view.device.type == "cpu"
     return kind(
         output_dir=str(folder),
-        per_device_train_batch_size=settings.batch_size,
-        weight_decay=settings.weight_decay,
+        per_device_train_batch_size=config.batch_size,
+        weight_decay=config.weight_decay,
         use_cache=view.model.config.use_cache,  # else the trainer edits the model's configuration
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
-        seed=settings.seed or 0,
-        save_strategy="no" if settings.save_steps is None else "steps",
-        save_steps=settings.save_steps or 500,
+        seed=config.seed or 0,
+        save_strategy="no" if config.save_steps is None else "steps",
+        save_steps=config.save_steps or 500,
         save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,
