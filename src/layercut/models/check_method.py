@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from layercut.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -60,3 +63,9 @@ def check_lengths(view: DecoderView, **lengths: int) -> None:
                 f"{section}.seq_len is {length}, but the model's context is {view.context} tokens. "
                 "Lower it."
             )
+
+
+def draw_probe_ids(view: DecoderView, n_sequences: int, seq_len: int) -> Tensor:
+    """The same random token ids at every call, (n_sequences, seq_len), to try a model on."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(view.vocabulary_size, (n_sequences, seq_len), generator=generator)

@@ -23,6 +23,7 @@ from layercut.checkpoints.families import (
     EXPERT_DOWN_PROJECTIONS,
 )
 from layercut.errors import ModelError
+from layercut.models.check_method import draw_probe_ids
 from layercut.models.hooks import capture
 from layercut.models.view import DecoderView, LayerInputs
 
@@ -132,9 +133,7 @@ def check_exact(view: DecoderView, layers: Iterable[int]) -> None:
         ModelError: something stands between the MLP's output and the residual stream.
     """
     wanted = set(layers)
-    rows = view.vocabulary_size
-    generator = torch.Generator().manual_seed(0)
-    inputs = view.embed(torch.randint(rows, (1, PROBE_TOKENS), generator=generator))
+    inputs = view.embed(draw_probe_ids(view, 1, PROBE_TOKENS))
     hidden = inputs.hidden
     probe = torch.ones(view.hidden_size, device=hidden.device, dtype=hidden.dtype)
     probe[::2] = 2  # a power of two: rounds nothing in any dtype

@@ -19,6 +19,7 @@ from layercut.checkpoints.config_edit import read_config
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.patch import rescale_queries
 from layercut.errors import PlanError, VerificationError
+from layercut.models.check_method import draw_probe_ids
 from layercut.models.hooks import prepare_for_inference
 from layercut.models.view import DecoderView
 from layercut.types import PruningPlan, WeightPatch
@@ -66,18 +67,15 @@ def apply(view: DecoderView, plan: PruningPlan, patch: WeightPatch | None = None
 def _compute_identity_logits(view: DecoderView, plan: PruningPlan, patch: WeightPatch) -> Tensor:
     """Logits of the patched dense model with the dropped layers as the identity."""
     with view.skipping(plan.dropped), view.patched(patch.tensors):
-        logits: Tensor = view.model(_check_ids(view), use_cache=False).logits
+        logits: Tensor = view.model(
+            draw_probe_ids(view, *CHECK_SHAPE).to(view.device), use_cache=False
+        ).logits
     return logits
-
-
-def _check_ids(view: DecoderView) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(view.vocabulary_size, CHECK_SHAPE, generator=generator).to(view.device)
 
 
 @torch.no_grad()
 def _check_logits(view: DecoderView, model: nn.Module, expected: Tensor) -> None:
-    logits = model(_check_ids(view), use_cache=False).logits
+    logits = model(draw_probe_ids(view, *CHECK_SHAPE).to(view.device), use_cache=False).logits
     # Some experts' sums have no fixed order; queries that were rescaled are rounded once more.
     eps = torch.finfo(expected.dtype).eps
     scaled = view.layout.index_scaled

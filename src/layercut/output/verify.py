@@ -26,6 +26,7 @@ from layercut.checkpoints.safetensors_file import Content, StoredTensor, keep_sl
 from layercut.checkpoints.shard_writer import view_bytes
 from layercut.errors import ModelError, VerificationError
 from layercut.machine import available_memory_bytes
+from layercut.models.check_method import draw_probe_ids
 from layercut.models.layer_source import compute_logits, open_streamed
 from layercut.models.surgery import rounding_of_rescaled
 from layercut.models.view import DecoderView
@@ -69,7 +70,7 @@ def verify_checkpoint(
             ).model
     except ModelError as error:
         raise VerificationError(f"the written checkpoint does not reload: {error}") from error
-    ids = check_ids(view).to(view.device)
+    ids = draw_probe_ids(view, *CHECK_SHAPE).to(view.device)
     with torch.no_grad():
         expected = view.model(ids, use_cache=False).logits
         logits = written(ids, use_cache=False).logits
@@ -123,7 +124,7 @@ def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPla
         VerificationError: the logits differ.
     """
     dense = open_streamed(source, layout)
-    ids = check_ids(dense)
+    ids = draw_probe_ids(dense, *CHECK_SHAPE)
     with dense.skipping(plan.dropped):
         expected = compute_logits(dense, ids)
     del dense
@@ -131,12 +132,6 @@ def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPla
     # Queries that took a factor for their layer's new number are rounded once more.
     rounding = rounding_of_rescaled(expected) if layout.index_scaled else 0.0
     _compare_logits(written, expected, "the source's", rounding)
-
-
-def check_ids(view: DecoderView) -> Tensor:
-    """Random token ids to compare models on, (batch, seq)."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(view.vocabulary_size, CHECK_SHAPE, generator=generator)
 
 
 def sha256(tensor: Content) -> str:

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     field_validator,
     model_validator,
@@ -62,14 +61,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _not_available(value: Any) -> Any:
-    if value:
-        raise ValueError("is not available in this version of layercut")
-    return value
-
-
 Device = Annotated[str, AfterValidator(_device)]
-NotYet = BeforeValidator(_not_available)
 # strict=False: YAML has lists, not tuples; the items stay strict.
 Layers = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False), AfterValidator(_distinct)

@@ -29,10 +29,10 @@ from layercut.training.finetune_trainer import CompletionTrainer
 from layercut.training.lora_adapters import adapted_names, adapters_on, detach
 from layercut.training.progress_callback import TrainingMonitor
 from layercut.training.resume import (
+    config_hash,
     last_checkpoint,
     model_hash,
     rows_hash,
-    config_hash,
     trainer_folder,
 )
 from layercut.training.trainers import build_arguments, build_quietly

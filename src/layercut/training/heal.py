@@ -23,7 +23,7 @@ from layercut.training.distillation_loss import Divergence
 from layercut.training.heal_trainer import BestCheckpointCallback, HealTrainer, TrainingSchedule
 from layercut.training.heal_windows import check_windows, hold_out
 from layercut.training.lora_adapters import adapters_on, detach
-from layercut.training.resume import last_checkpoint, model_hash, config_hash, trainer_folder
+from layercut.training.resume import config_hash, last_checkpoint, model_hash, trainer_folder
 from layercut.training.trainers import build_arguments, build_quietly
 
 

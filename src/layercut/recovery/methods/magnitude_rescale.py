@@ -23,6 +23,7 @@ from torch import Tensor
 from layercut import progress
 from layercut.engine.residual_stream import ResidualStream, start_dense_stream
 from layercut.errors import ModelError, NumericsError
+from layercut.models.check_method import draw_probe_ids
 from layercut.models.output_projections import (
     PROBE_TOKENS,
     PROBE_TOLERANCE,
@@ -134,8 +135,7 @@ def check_scale_free(view: DecoderView, layers: Iterable[int]) -> None:
         ModelError: a layer or the final norm depends on the scale of the stream.
     """
     wanted = set(layers)
-    rows = view.vocabulary_size
-    ids = torch.randint(rows, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = draw_probe_ids(view, 1, PROBE_TOKENS)
     inputs = view.embed(ids)
     hidden = inputs.hidden
     for layer in range(view.n_layers):
