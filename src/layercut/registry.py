@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -90,9 +90,9 @@ def available(stage: Stage) -> tuple[str, ...]:
     """Names of the methods of a stage, sorted; imports none of them.
 
     Raises:
-        RecipeError: a file declares no method, or another stage's, or has a name taken twice.
+        RecipeError: a file declares no method, or wrongly, or has a name taken twice.
     """
-    return tuple(sorted(_find_files(stage)))
+    return tuple(sorted(_find_methods(stage)))
 
 
 def check_files() -> None:
@@ -106,12 +106,12 @@ def check_files() -> None:
 
 
 def describe(stage: Stage, name: str) -> Method:
-    """What a method's file declares.
+    """What a method's file declares, but for its ``check``; the file is not imported.
 
     Raises:
-        RecipeError: there is no such method, or its file is not complete.
+        RecipeError: there is no such method; the closest name is suggested.
     """
-    return _load(stage, name)[0]
+    return _find_method(stage, name)[1]
 
 
 def resolve(
@@ -160,74 +160,82 @@ def check_stores(name: str) -> None:
 
 
 def _load(stage: Stage, name: str) -> tuple[Method, type[MethodOptions], Callable[..., Any]]:
-    files = _find_files(stage)
-    if name not in files:
-        hint = suggestion(name, files)
-        raise RecipeError(
-            f"unknown {stage} method '{name}'{hint} (known: {', '.join(sorted(files))})"
-        )
-    contents = vars(importlib.import_module(f"layercut.{stage}.methods.{name.replace('-', '_')}"))
+    path = _find_method(stage, name)[0]
+    contents = vars(importlib.import_module(f"layercut.{stage}.methods.{path.stem}"))
     method, options = contents["METHOD"], contents.get("Options")
     function = contents.get(FUNCTIONS[stage])
     if not isinstance(method, Method):
-        raise RecipeError(f"{files[name]}: METHOD is not a layercut.registry.Method. Make it one.")
+        raise RecipeError(f"{path}: METHOD is not a layercut.registry.Method. Make it one.")
     if not (isinstance(options, type) and issubclass(options, MethodOptions)):
-        raise RecipeError(f"{files[name]} has no class Options of MethodOptions. Add one.")
+        raise RecipeError(f"{path} has no class Options of MethodOptions. Add one.")
     if not callable(function):
-        raise RecipeError(f"{files[name]} has no function {FUNCTIONS[stage]}. Add it.")
+        raise RecipeError(f"{path} has no function {FUNCTIONS[stage]}. Add it.")
     return method, options, function
 
 
-def _find_files(stage: Stage) -> dict[str, Path]:
-    """Name → file of every method in the folders of ``layercut.STAGE.methods``."""
+def _find_method(stage: Stage, name: str) -> tuple[Path, Method]:
+    methods = _find_methods(stage)
+    if name not in methods:
+        hint = suggestion(name, methods)
+        raise RecipeError(
+            f"unknown {stage} method '{name}'{hint} (known: {', '.join(sorted(methods))})"
+        )
+    return methods[name]
+
+
+def _find_methods(stage: Stage) -> dict[str, tuple[Path, Method]]:
+    """Name → file and declaration of every method in the folders of ``layercut.STAGE.methods``."""
     package = importlib.import_module(f"layercut.{stage}.methods")
-    files: dict[str, Path] = {}
+    methods: dict[str, tuple[Path, Method]] = {}
     for folder in package.__path__:
         for module in pkgutil.iter_modules([folder]):
             if module.name.startswith("_"):
                 continue
             path = Path(folder) / f"{module.name}.py"
             name = module.name.replace("_", "-")
-            if name in files:
+            if name in methods:
                 raise RecipeError(
-                    f"{path}: there is a {stage} method '{name}' already, in {files[name]}. "
+                    f"{path}: there is a {stage} method '{name}' already, in {methods[name][0]}. "
                     "Rename one of the files."
                 )
-            _check_declaration(path, stage)
-            files[name] = path
-    return files
+            methods[name] = path, _read_declaration(path, stage)
+    return methods
 
 
-def _check_declaration(path: Path, stage: Stage) -> None:
-    """Refuse a file that does not say ``METHOD = Method(…)`` of this stage; it is not imported."""
-    example = f"declare METHOD = Method(…), as the other files of {stage}/methods do."
+def _read_declaration(path: Path, stage: Stage) -> Method:
+    """``METHOD = Method(…)`` of a file that is not imported; its values but ``check`` are literals.
+
+    Importing all files would bring in torch, which recipes and ``--help`` do not wait for.
+    """
     try:
         body = ast.parse(path.read_text(encoding="utf-8")).body
     except (OSError, SyntaxError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read as a method file ({error}). Mend it.") from error
     for statement in body:
-        if not isinstance(statement, ast.Assign | ast.AnnAssign):
-            continue
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        if not any(isinstance(t, ast.Name) and t.id == "METHOD" for t in targets):
-            continue
-        keywords = statement.value.keywords if isinstance(statement.value, ast.Call) else []
-        for keyword in keywords:
-            if keyword.arg == "stage" and isinstance(keyword.value, ast.Constant):
-                _check_stage(path, keyword.value.value, stage)
-        return
-    raise RecipeError(f"{path} does not say what it is: {example[0].upper()}{example[1:]}")
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="METHOD")], value=ast.Call(keywords=keywords)):
+                return _evaluate(path, stage, keywords)
+    raise RecipeError(
+        f"{path} does not say what it is: declare METHOD = Method(…), as the other files of "
+        f"{stage}/methods do."
+    )
 
 
-def _check_stage(path: Path, declared: Any, stage: Stage) -> None:
-    stages = get_args(Stage)
-    if declared is not None and declared not in stages:
-        hint = suggestion(str(declared), cast(tuple[str, ...], stages))
+def _evaluate(path: Path, stage: Stage, keywords: list[ast.keyword]) -> Method:
+    try:
+        values = {str(k.arg): ast.literal_eval(k.value) for k in keywords if k.arg != "check"}
+        method = Method(**values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{path}: METHOD cannot be read ({error}). Give it literals.") from error
+    if method.stage not in (None, *FUNCTIONS):
+        hint = suggestion(str(method.stage), FUNCTIONS)
         raise RecipeError(
-            f"{path} declares the unknown stage '{declared}'{hint} (known: {', '.join(stages)})"
+            f"{path} declares the unknown stage '{method.stage}'{hint} (known: "
+            f"{', '.join(FUNCTIONS)})"
         )
-    if declared not in (None, stage):
+    if method.stage not in (None, stage):
         raise RecipeError(
-            f"{path} declares the stage '{declared}' but lies among the methods of {stage}. "
+            f"{path} declares the stage '{method.stage}' but lies among the methods of {stage}. "
             "Move the file, or correct METHOD."
         )
+    return method

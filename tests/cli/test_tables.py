@@ -164,6 +164,6 @@ def test_a_loop_that_starts_again_restarts_the_bar() -> None:
     assert task.finished
     live.step(0, 4)
     live.step(1, 4)
-    assert (task.complete_row, task.total, task.finished) == (1, 4, False)
+    assert (task.completed, task.total, task.finished) == (1, 4, False)
     live.stage("save")
     assert task.finished

@@ -52,7 +52,7 @@ def add_folder(monkeypatch: pytest.MonkeyPatch, package, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1\n", r"mine\.py does not say what it is: Declare METHOD = Method"),
+        ("x = 1\n", r"mine\.py does not say what it is: declare METHOD = Method"),
         (
             COMPLETE.format("stage='scorin'"),
             r"mine\.py declares the unknown stage 'scorin'; did you mean 'scoring'",
@@ -61,6 +61,9 @@ def add_folder(monkeypatch: pytest.MonkeyPatch, package, folder: Path) -> None:
             COMPLETE.format("stage='recovery'"),
             r"mine\.py declares the stage 'recovery' but lies among the methods of sc",
         ),
+        ("METHOD = 1\n", r"mine\.py does not say what it is"),
+        ("METHOD = Method(rounds=ROUNDS)\n", r"mine\.py: METHOD cannot be read .*literals"),
+        ("METHOD = Method(stors=False)\n", r"mine\.py: METHOD cannot be read .*'stors'"),
         ("def broken(:\n", r"mine\.py cannot be read as a method file"),
     ],
 )
@@ -90,7 +93,7 @@ def test_a_name_that_is_taken_is_refused_with_both_files(
     [
         (("class Options(MethodOptions)", "class Others(MethodOptions)"), "has no class Options"),
         (("def score", "def scores"), "has no function score"),
-        (("METHOD = Method({})", "METHOD = 1"), "METHOD is not a layercut.registry.Method"),
+        (("METHOD = Method({})", "METHOD = dict()"), "METHOD is not a layercut.registry.Method"),
     ],
 )
 def test_a_file_that_lacks_a_name_is_refused_when_it_is_used(

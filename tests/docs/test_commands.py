@@ -1,9 +1,14 @@
 """Every command and every Python block of the README and the quickstart, run as it stands.
 
 The blocks of a page run in order, in one temporary folder that has a copy of ``recipes/``. The
-usual test runs the pages' own commands on less work, by what is set from outside: `LAYERCUT_CACHE`
-names a cache whose "converted" SmolLM2-135M is a tiny random Llama, and `SMALL` shortens texts. The
-slow test changes nothing.
+usual test runs the same commands on less work, by what is set from outside:
+
+- ``LAYERCUT_CACHE`` names a cache whose converted SmolLM2-135M is a tiny random Llama of `LAYERS`;
+- `SMALL` shortens the texts of recipes, and no GPU is seen;
+- ``layercut`` and ``python`` are forks of one process that has imported torch (`warm_programs`).
+
+The slow test changes nothing: the real model, real processes and every token. It needs about
+half an hour on one core.
 """
 
 from __future__ import annotations
@@ -83,7 +88,7 @@ PAGES = [
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path)
 
 
-def read_chunks(page: Page) -> list[re.Match[str]]:
+def find_blocks(page: Page) -> list[re.Match[str]]:
     return list(BLOCK.finditer((ROOT / page.path).read_text(encoding="utf-8")))
 
 
@@ -96,15 +101,15 @@ def environment_of(**settings: str) -> dict[str, str]:
 def run_blocks(page: Page, folder: Path, programs: Path, environment: dict[str, str]) -> None:
     """Run the page's blocks in ``folder`` with the ``layercut`` and ``python`` of ``programs``."""
     shutil.copytree(ROOT / "recipes", folder / "recipes")
-    environment |= {"PATH": os.pathsep.join([str(programs), os.environ["PATH"]])}
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
     commands = {"sh": ["sh", "-ec"], "python": [str(programs / "python"), "-c"]}
-    for block in read_chunks(page):
+    for block in find_blocks(page):
         if block["reason"] is not None or block["language"] not in commands:
             continue
         done = subprocess.run(
             [*commands[block["language"]], block["code"]],
             cwd=folder,
-            env=environment,
+            env=environment | {"PATH": path},
             capture_output=True,
             text=True,
         )
@@ -115,7 +120,7 @@ def run_blocks(page: Page, folder: Path, programs: Path, environment: dict[str, 
 
 @every_page
 def test_every_block_is_run_or_says_why_not(page: Page) -> None:
-    blocks = read_chunks(page)
+    blocks = find_blocks(page)
     fences = re.findall(r"^\s*```", (ROOT / page.path).read_text(encoding="utf-8"), re.MULTILINE)
     assert len(fences) == 2 * len(blocks)
     assert {block["language"] for block in blocks} <= LANGUAGES

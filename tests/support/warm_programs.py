@@ -51,6 +51,8 @@ def serve(environment: dict[str, str]) -> Iterator[Path]:
         command = [sys.executable, __file__, str(number)]
         # Leaving closes the process's standard input, which ends it; so does this one's end.
         with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[number], env=environment):
+            # Were it open here too, a call would wait for a process that has failed.
+            listener.close()
             yield Path(name)
 
 
@@ -90,13 +92,10 @@ def _run(argv: list[str], folder: str, environment: dict[str, str]) -> int:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = argv
-    try:
-        if Path(argv[0]).name == "layercut":
-            return main()
-        exec(argv[argv.index("-c") + 1], {"__name__": "__main__"})
-        return 0
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    if Path(argv[0]).name == "layercut":
+        return main()
+    exec(argv[argv.index("-c") + 1], {"__name__": "__main__"})
+    return 0
 
 
 def _serve_until_end_of_input(listener: socket.socket) -> None:

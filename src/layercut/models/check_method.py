@@ -43,6 +43,19 @@ def check_method(
         LayercutError: what the method's own check raises; ModelError for an unsuitable family.
     """
     check_model(call, view)
+    check_options(call, view, batches, n_drop)
+
+
+def check_options(
+    call: MethodCall, view: DecoderView, batches: CalibrationBatches, n_drop: int
+) -> None:
+    """Refuse what the method's own check refuses; `check_method` less the family.
+
+    A score is not computed where `selection.drop` names the layers, so that any family may go.
+
+    Raises:
+        LayercutError: what the check raises.
+    """
     if call.method.check is not None:
         call.method.check(view, batches, call.options, n_drop)
 

@@ -14,7 +14,7 @@ from layercut.data.sources import read_texts
 from layercut.engine.loss import check_vocabulary
 from layercut.evaluation.evaluate import check_tasks
 from layercut.evaluation.harness import check_harness
-from layercut.models.check_method import check_lengths, check_method, check_model
+from layercut.models.check_method import check_lengths, check_model, check_options
 from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.pipeline.finetune_stage import FinetuneJob, prepare_finetune
@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> Job:
     if search_size:
         split(batches)
     for call in (scoring, recovery):
-        check_method(call, view, batches, request.n_drop)
+        check_options(call, view, batches, request.n_drop)
     return Job(
         recipe=recipe,
         output_dir=output_dir,
