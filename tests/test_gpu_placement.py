@@ -1,6 +1,6 @@
 """Nothing of the machine's memory meets what is on a GPU, and both give the same.
 
-Left out is what trains in transformers' trainer, which chooses the place itself.
+tests/contracts has every score and recovery but those that train, where the trainer chooses the place.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ from layercut.engine.residual_stream import accumulation_device
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
 from layercut.recovery.layer_fit import mask_held_out_rows, refit_layers
-from layercut.recovery.runtime_maps import applied_maps
 from layercut.registry import available, describe
-from layercut.scoring.score import score
 from layercut.selection.select import select
 from layercut.types import CalibrationBatches
 from pretended_gpu import CPU, GPU, pretended_gpu
-from repairs import fitted_maps
 
 STORED = {name for name in available("recovery") if describe("recovery", name).stores}
 AT_RUN_TIME = {*available("recovery")} - STORED
@@ -81,38 +78,3 @@ def test_priced_cuts_on_a_gpu(view: DecoderView, batches: CalibrationBatches, fr
         gpu.put(view.model)
         plan, _ = select(view, batches, strategy="priced-cuts", drop_layers=2)
     assert plan == expected
-
-
-@pytest.mark.parametrize("method", sorted({*available("scoring")} - {"igia"}))
-def test_scores_on_a_gpu(view: DecoderView, batches: CalibrationBatches, method: str):
-    expected = score(view, batches, method=method)
-    with pretended_gpu() as gpu:
-        gpu.put(view.model)
-        assert score(view, batches, method=method).values == expected.values
-
-
-@pytest.mark.parametrize("method", sorted(STORED - {"refit", "sign-merge"}))
-def test_recoveries_on_a_gpu(view: DecoderView, batches: CalibrationBatches, method: str):
-    plan = plan_of(2, 3)
-    expected = fit(view, plan, None, batches, method=method)
-    with pretended_gpu() as gpu:
-        gpu.put(view.model)
-        patch = fit(view, plan, None, batches, method=method)
-    assert expected.tensors.keys() == patch.tensors.keys()
-    assert expected.tensors or method == "none"
-    for name, tensor in expected.tensors.items():
-        torch.testing.assert_close(patch.tensors[name], tensor, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("method", sorted(AT_RUN_TIME))
-def test_matrices_in_the_cut_on_a_gpu(view: DecoderView, batches: CalibrationBatches, method: str):
-    plan = plan_of(2, 3)
-    expected = fitted_maps(view, plan, batches, method)
-    with pretended_gpu() as gpu:
-        gpu.put(view.model)
-        repair = fitted_maps(view, plan, batches, method)
-        with applied_maps(view, plan, repair):
-            view.token_losses(batches.input_ids)
-    assert expected.maps.keys() == repair.maps.keys()
-    for layer, matrix in expected.maps.items():
-        torch.testing.assert_close(repair.maps[layer], matrix, rtol=0, atol=0)

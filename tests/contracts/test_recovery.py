@@ -59,7 +59,8 @@ def test_repairs_are_pure_repeatable_and_of_kept_weights_or_refused_early(
         assert model_hash(view) == before
         return
     repair = fit_repair(view, PLAN, None, batches, call)
-    assert_equal(fit_repair(view, PLAN, None, batches, call), repair)
+    if not call.method.needs_tasks or view.layout.model_type == "llama":  # training takes seconds
+        assert_equal(fit_repair(view, PLAN, None, batches, call), repair)
     assert model_hash(view) == before and not view.skipped
     assert isinstance(repair, WeightPatch) == call.method.stores
     assert repair.method == method
@@ -75,15 +76,17 @@ def test_repairs_are_pure_repeatable_and_of_kept_weights_or_refused_early(
     assert model_hash(view) == before
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if describe("recovery", m).shares_dense_stream]
+)
 def test_a_shared_dense_stream_changes_nothing(
     view: DecoderView, batches: CalibrationBatches, method: str
 ):
     call = cheap_call("recovery", method)
     dense = ResidualStream(view, batches, remember=True)
     alone = fit_repair(view, PLAN, None, batches, call)
-    assert_equal(fit_repair(view, PLAN, None, batches, call, dense=dense), alone)
-    assert_equal(fit_repair(view, PLAN, None, batches, call, dense=dense), alone)
+    for _ in range(2):
+        assert_equal(fit_repair(view, PLAN, None, batches, call, dense=dense), alone)
 
 
 @pytest.mark.parametrize("method", METHODS)

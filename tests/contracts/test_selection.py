@@ -27,15 +27,16 @@ def request_of(view: DecoderView, strategy: str, **settings: object) -> Request:
     return resolve_request(view, scoring=call, strategy=strategy, **settings)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
+def family_view(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    return open_family(tmp_path_factory.mktemp(request.param), request.param)
+
+
 @pytest.mark.parametrize("strategy", METHODS)
 def test_plans_are_pure_repeatable_and_of_the_size_asked_for_or_refused(
-    tmp_path_factory: pytest.TempPathFactory,
-    batches: CalibrationBatches,
-    strategy: str,
-    family: str,
+    family_view: DecoderView, batches: CalibrationBatches, strategy: str
 ):
-    view = open_family(tmp_path_factory.mktemp(family), family)
+    view, family = family_view, family_view.layout.model_type
     before = model_hash(view)
     request = request_of(view, strategy, drop_layers=2, protect=[3])
     try:
