@@ -1,6 +1,6 @@
 """Nothing of the machine's memory meets what is on a GPU, and both give the same.
 
-tests/contracts has every score and recovery but those that train, where the trainer chooses the place.
+tests/contracts has every score and recovery but those that train: their trainer chooses the place.
 """
 
 from __future__ import annotations

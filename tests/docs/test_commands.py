@@ -7,8 +7,8 @@ usual test runs the same commands on less work, by what is set from outside:
 - `SMALL` shortens the texts of recipes, and no GPU is seen;
 - ``layercut`` and ``python`` are forks of one process that has imported torch (`warm_programs`).
 
-The slow test changes nothing: the real model, real processes and every token. It needs about
-half an hour on one core.
+The slow test changes nothing: the real model, real processes and every token, so it takes tens of
+minutes.
 """
 
 from __future__ import annotations
