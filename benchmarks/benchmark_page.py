@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from layercut.comparison.entries import OURS, PUBLISHED
-from layercut.comparison.result import Comparison, Row, change
-from layercut.evaluation.evaluate import BY_LENGTH
-from layercut.results import Provenance
+from layercut.comparison.result import Comparison
+from layercut.comparison.row import Row
+from layercut.evaluation.accuracy import paired_change
+from layercut.evaluation.evaluate import BY_LENGTH, collect_outcomes
+from layercut.results import Estimate, Provenance
 
 HEAD = """\
 # Every method side by side
@@ -28,7 +31,8 @@ def read(path: Path) -> Comparison:
     """What a comparison's ``compare.json`` holds."""
     content = json.loads(path.read_text(encoding="utf-8"))
     origin = Provenance(**{k: content[k] for k in ("layercut", "versions", "hardware", "command")})
-    return Comparison(content["settings"], origin, content["dense"], tuple(content["rows"]))
+    rows = tuple(map(Row.from_json, content["rows"]))
+    return Comparison(content["settings"], origin, Row.from_json(content["dense"]), rows)
 
 
 def page(results: Sequence[Comparison]) -> str:
@@ -37,7 +41,7 @@ def page(results: Sequence[Comparison]) -> str:
     for result in sorted(results, key=n_tokens, reverse=True):
         parts += [f"## {n_tokens(result):,} calibration tokens\n", origin(result)]
         parts += [perplexity(result), against_peers(result)]
-        if result.dense["accuracy"]:
+        if result.dense.evaluation.accuracy:
             parts.append(accuracy(result))
         parts += [healed(result), failed(result)]
     parts.append(sources(results))
@@ -52,14 +56,14 @@ def n_tokens(result: Comparison) -> int:
 
 def origin(result: Comparison) -> str:
     dense = ", ".join(
-        f"{name} {f['value']:.2f} ± {f['stderr']:.2f} ({f['n_tokens']:,} tokens)"
-        for name, f in result.dense["perplexity"].items()
+        f"{name} {e.value:.2f} ± {e.stderr:.2f} ({e.n:,} tokens)"
+        for name, e in result.dense.evaluation.perplexity.items()
     )
     hardware = result.provenance.hardware
     versions = ", ".join(f"{k} {v}" for k, v in result.provenance.versions.items())
-    model = f"{result.dense['model']}, {result.dense['n_parameters']:,} parameters"
+    model = f"{result.dense.model}, {result.dense.evaluation.n_parameters:,} parameters"
     text = f"{result.settings['calibration']['data']}; seed {result.settings['seed']}"
-    forward = f"{result.dense['forward_seconds']:.0f} s"
+    forward = f"{result.dense.forward_seconds:.0f} s"
     return f"""\
 - Model: {model}. Dense perplexity: {dense}.
 - Calibration: {text}.
@@ -75,18 +79,21 @@ def perplexity(result: Comparison) -> str:
     for row in ran(result):
         if is_healed(row):
             continue
-        ratios = [with_error(row, text) for text in result.texts]
+        assert row.fidelity and row.generation
         beside = [
-            f"{100 * row['fidelity']['agreement']['value']:.1f}",
-            f"{row['fidelity']['kl']['value']:.3f}",
-            f"{100 * row['generation']['loop']['value']:.0f}",
+            f"{100 * row.fidelity.agreement.value:.1f}",
+            f"{row.fidelity.kl.value:.3f}",
+            f"{100 * row.generation.loop.value:.0f}",
         ]
-        cost = [f"{row['total_seconds']:,.0f}", f"{sum(row['passes'].values()):,.1f}", threads(row)]
-        lines.append(line([str(row["layers"]), row["method"], *ratios, *beside, *cost]))
-    first = result.texts[0]
+        ratios = ratios_with_errors(row, result)
+        passes = sum(row.passes(result.dense).values())
+        cost = [f"{row.total_seconds:,.0f}", f"{passes:,.1f}", threads(row)]
+        lines.append(line([str(row.layers), row.method, *ratios, *beside, *cost]))
+    first, dense = result.texts[0], result.dense.generation
+    assert dense
     return "\n".join(lines) + (
         f"\n\nAgreement, KL and loops (the share of greedy continuations that repeats itself; "
-        f"{100 * result.dense['generation']['loop']['value']:.0f} % when dense) are on {first}.\n"
+        f"{100 * dense.loop.value:.0f} % when dense) are on {first}.\n"
     )
 
 
@@ -97,21 +104,21 @@ def against_peers(result: Comparison) -> str:
     lines = table_head([*titles, "seconds, SLEB / ours"])
     n_head = len(lines)
     rows = [row for row in ran(result) if not is_healed(row)]
-    for size in sorted({row["layers"] for row in rows}):
-        here = {row["method"]: row for row in rows if row["layers"] == size}
+    for size in sorted({row.layers for row in rows}):
+        here = {row.method: row for row in rows if row.layers == size}
         ours, published = here.get(OURS.name), peers(result, size)
         if ours is None or not published:
             continue
         peer = here[published[0]]
-        mine, its = ours["ratio"][first], peer["ratio"][first]
+        mine, its = (row.ratios(result.dense)[first] for row in (ours, peer))
         sleb = here.get("sleb")
-        times = f"{sleb['total_seconds'] / ours['total_seconds']:.1f}" if sleb else "–"
-        cells = [str(size), f"{mine:.3f}", f"{its:.3f} ({peer['method']})"]
+        times = f"{(sleb.total_seconds or 0) / (ours.total_seconds or 1):.1f}" if sleb else "–"
+        cells = [str(size), f"{mine:.3f}", f"{its:.3f} ({peer.method})"]
         lines.append(line([*cells, f"{(mine - 1) / (its - 1):.2f}", times]))
     if len(lines) == n_head:
         return ""
     note = f"Perplexity over dense on {first}; seconds to the repaired model"
-    if any(row["method"] == "sleb" for row in rows):
+    if any(row.method == "sleb" for row in rows):
         note += ", SLEB's with the first and last layer, which it scores and never drops"
     note = f"{note}.{unmeasured(rows)}"
     return "\n".join(["### Ours and the best published peer", "", *lines, "", note, ""])
@@ -120,8 +127,8 @@ def against_peers(result: Comparison) -> str:
 def unmeasured(rows: Sequence[Row]) -> str:
     """What the best peer was chosen from where that is not all of them, size by size."""
     found = ""
-    for size in sorted({row["layers"] for row in rows}):
-        here = {row["method"] for row in rows if row["layers"] == size}
+    for size in sorted({row.layers for row in rows}):
+        here = {row.method for row in rows if row.layers == size}
         missing = [peer.name for peer in PUBLISHED if peer.name not in here]
         there = [peer.name for peer in PUBLISHED if peer.name in here]
         if len(missing) > len(there):
@@ -134,62 +141,60 @@ def unmeasured(rows: Sequence[Row]) -> str:
 def peers(result: Comparison, size: int) -> list[str]:
     """The published methods that ran at this size, the lowest perplexity first."""
     names = {preset.name for preset in PUBLISHED}
-    return [
-        row["method"] for row in ran(result) if row["layers"] == size and row["method"] in names
-    ]
+    return [row.method for row in ran(result) if row.layers == size and row.method in names]
 
 
 def accuracy(result: Comparison) -> str:
-    tasks = [name for name in result.dense["accuracy"] if not name.endswith(BY_LENGTH)]
+    tasks = [name for name in result.dense.evaluation.accuracy if not name.endswith(BY_LENGTH)]
     lines = ["### Zero-shot accuracy, %", ""]
     lines += table_head(
         ["layers", "method", *tasks, "mean", "mean − dense, points", "ours − it, points"]
     )
     for row in (result.dense, *ran(result)):
-        if any(task not in row["accuracy"] for task in tasks):
+        if any(task not in row.evaluation.accuracy for task in tasks):
             continue
-        figures = [row["accuracy"][task] for task in tasks]
-        cells = [f"{100 * f['value']:.1f} ± {100 * f['stderr']:.1f}" for f in figures]
-        mean = f"{100 * sum(f['value'] for f in figures) / len(figures):.1f}"
-        changes = [row["accuracy_change"][task] for task in tasks if row["layers"]]
+        estimates = [row.evaluation.accuracy[task] for task in tasks]
+        cells = [f"{100 * e.value:.1f} ± {100 * e.stderr:.1f}" for e in estimates]
+        mean = f"{100 * sum(e.value for e in estimates) / len(estimates):.1f}"
+        to_dense = row.accuracy_changes(result.dense)
+        changes = [to_dense[task] for task in tasks if row.layers]
         last = [mean_change(changes), mean_change(to_ours(result, row, tasks))]
-        lines.append(line([str(row["layers"]), row["method"], *cells, mean, *last]))
-    rows = max(f["n_rows"] for f in result.dense["accuracy"].values())
+        lines.append(line([str(row.layers), row.method, *cells, mean, *last]))
+    rows = max(e.n for e in result.dense.evaluation.accuracy.values())
     return "\n".join(lines) + (
         f"\n\nAt most {rows} rows of each task, a fixed draw; ± is one standard error, that of "
         "differences paired by row. Of the peers, at least the three with the lowest perplexity.\n"
     )
 
 
-def to_ours(result: Comparison, row: Row, tasks: Sequence[str]) -> list[dict[str, float]]:
+def to_ours(result: Comparison, row: Row, tasks: Sequence[str]) -> list[Estimate]:
     """Accuracy of ours minus this row's at the same size, task by task, paired by row."""
     for ours in ran(result):
-        if (ours["method"], ours["layers"]) == (OURS.name, row["layers"]) and ours is not row:
-            pairs = [(row["outcomes"][t], ours["outcomes"].get(t, "")) for t in tasks]
-            if all(len(its) == len(mine) for its, mine in pairs):
-                return [change(its, mine) for its, mine in pairs]
+        if (ours.method, ours.layers) == (OURS.name, row.layers) and ours is not row:
+            its, mine = (collect_outcomes(each.evaluation) for each in (row, ours))
+            if all(len(its[task]) == len(mine.get(task, ())) for task in tasks):
+                return [paired_change(its[task], mine[task]) for task in tasks]
     return []
 
 
 def healed(result: Comparison) -> str:
     """Healed models beside the dense one healed in the same way."""
-    rows = [row for row in ran(result) if "heal" in row]
+    rows = [(row, row.heal) for row in ran(result) if row.heal]
     if not rows:
         return ""
     lines = ["### After a heal: perplexity over dense", ""]
     over = [f"{name} over dense, healed" for name in result.texts]
     cost = ["seconds", "threads", "steps", "tokens"]
     lines += table_head(["layers", "method", "healed on", *result.texts, *over, *cost])
-    for row in rows:
-        alike = dense_healed_as(row, rows)
-        ratios = [with_error(row, text) for text in result.texts]
+    for row, took in rows:
+        alike = dense_healed_as(row, result.rows)
+        ratios = ratios_with_errors(row, result)
         ratios += [shown(over_dense(row, alike, text)) for text in result.texts]
-        took = row["heal"]
         cost = [f"{took['train_seconds']:,.0f}", threads(row)]
         cost += [str(took["n_steps"]), f"{took['n_tokens']:,}"]
-        cells = [str(row["layers"]), row["method"], heal_text(row), *ratios]
+        cells = [str(row.layers), row.method, heal_text(took), *ratios]
         lines.append(line([*cells, *cost]))
-    shares = {row["heal"]["settings"]["label_weight"] for row in rows}
+    shares = {took["settings"]["label_weight"] for _, took in rows}
     share = " or ".join(f"{100 * weight:.0f}" for weight in sorted(shares))
     return "\n".join(lines) + (
         "\n\nDistilled from the dense model on texts that are in no table; WikiText-2 valid is "
@@ -198,44 +203,48 @@ def healed(result: Comparison) -> str:
     )
 
 
-def heal_text(row: Row) -> str:
+def heal_text(took: Mapping[str, Any]) -> str:
     """The files that a heal trained on, without their folders."""
-    data = row["heal"]["settings"]["data"]
+    data = took["settings"]["data"]
     return " + ".join(Path(source).name for source in ([data] if isinstance(data, str) else data))
 
 
 def dense_healed_as(row: Row, rows: Sequence[Row]) -> Row | None:
     """The dense model healed with the settings of this healed row."""
-    settings = row["heal"]["settings"]
-    alike = (r for r in rows if r["layers"] == 0 and r["heal"]["settings"] == settings)
+    assert row.heal
+    settings = row.heal["settings"]
+    alike = (r for r in rows if r.layers == 0 and r.heal and r.heal["settings"] == settings)
     return next(alike, None)
 
 
 def over_dense(row: Row, dense: Row | None, text: str) -> float | None:
     """Its perplexity over that of the healed dense model, where both were measured."""
-    both = row["ratio"].get(text), dense["ratio"].get(text) if dense else None
-    return None if None in both else both[0] / both[1]
+    return row.ratios(dense).get(text) if dense else None
 
 
-def mean_change(changes: Sequence[dict[str, float]]) -> str:
+def mean_change(changes: Sequence[Estimate]) -> str:
     """Mean over tasks, whose errors are independent: √Σ se² / n."""
     if not changes:
         return ""
-    mean = sum(change["value"] for change in changes) / len(changes)
-    error = sum(change["stderr"] ** 2 for change in changes) ** 0.5 / len(changes)
+    mean = sum(change.value for change in changes) / len(changes)
+    error = sum(change.stderr**2 for change in changes) ** 0.5 / len(changes)
     return f"{100 * mean:+.1f} ± {100 * error:.1f}".replace("-", "−")
 
 
 def threads(row: Row) -> str:
     """On how many threads the row was measured, where it tells."""
-    return str(row.get("measured_with", {}).get("threads", "–"))
+    return str(row.measured_with["threads"]) if row.measured_with else "–"
 
 
-def with_error(row: Row, text: str) -> str:
-    """The ratio and its standard error over windows, where that is known and no rubble."""
-    ratio = row["ratio"].get(text)
-    error = row.get("ratio_stderr", {}).get(text)
-    return shown(ratio) if error is None or ratio >= 1000 else f"{ratio:.3f} ± {error:.3f}"
+def ratios_with_errors(row: Row, result: Comparison) -> list[str]:
+    """Text by text the ratio and its standard error over windows, if known and no rubble."""
+    ratios, errors = row.ratios(result.dense), row.ratio_errors(result.dense)
+    return [
+        f"{ratios[text]:.3f} ± {errors[text]:.3f}"
+        if text in errors and ratios[text] < 1000
+        else shown(ratios.get(text))
+        for text in result.texts
+    ]
 
 
 def shown(ratio: float | None) -> str:
@@ -246,10 +255,10 @@ def shown(ratio: float | None) -> str:
 
 
 def failed(result: Comparison) -> str:
-    reasons = [row for row in result.rows if row["reason"] is not None]
+    reasons = [row for row in result.rows if row.reason is not None]
     if not reasons:
         return ""
-    lines = [f"- {row['method']}, {row['layers']} layers: {row['reason']}" for row in reasons]
+    lines = [f"- {row.method}, {row.layers} layers: {row.reason}" for row in reasons]
     return "\n".join(["### Could not run", "", *lines, ""])
 
 
@@ -259,20 +268,20 @@ def sources(results: Sequence[Comparison]) -> str:
         "",
         *table_head(["method", "pair", "source", "reading"]),
     ]
-    known = {row["method"]: row for result in results for row in result.rows if row["pair"]}
+    known = {row.method: row for result in results for row in result.rows if row.pair}
     for name in sorted(known):
         row = known[name]
-        lines.append(line([name, f"`{row['pair']}`", row["source"], row["reading"]]))
+        lines.append(line([name, f"`{row.pair}`", row.source, row.reading]))
     return "\n".join([*lines, ""])
 
 
 def is_healed(row: Row) -> bool:
     """Whether it is a healed model; the dense one without labels is only named so."""
-    return "heal" in row or not row["layers"]
+    return row.heal is not None or not row.layers
 
 
 def ran(result: Comparison) -> list[Row]:
-    return [row for row in result.rows if row["reason"] is None]
+    return [row for row in result.rows if row.reason is None]
 
 
 def table_head(titles: Sequence[str]) -> list[str]:

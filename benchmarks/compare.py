@@ -4,7 +4,7 @@ Run  python benchmarks/compare.py --data ../shared/data [--output runs] [--sizes
          [--methods published] [--tokens 131072] [--test-tokens 16896] [--task-rows 500]
          [--heal-minutes 15] [--page-only]
 Calibrates on WikiText-2 valid, the C4 sample and the embedded docs, as benchmarks/quality.py does;
-judges on WikiText-2 test (detokenised, windows of 512), speeches and reviews. Ours is also healed
+measures on WikiText-2 test (detokenised, windows of 512), speeches and reviews. Ours is also healed
 at every size, and the dense model in the same way, on WikiText-2 valid and as much of C4. The
 zero-shot tasks, at most --task-rows rows of each by a fixed draw, are for dense, ours and the three
 peers with the lowest perplexity at the middle size. Finished rows stay in --output, in a folder
@@ -77,19 +77,19 @@ def main() -> None:
     view = layercut.load(MODEL)
     batches = mixed_batches(arguments.data, view, arguments.tokens, arguments.seed)
     del view
-    judged = settings
+    with_tasks = settings
     if arguments.task_rows:
         sources = drawn(arguments.data, arguments.output, arguments.task_rows)
-        judged = {**settings, "evaluation": {**settings["evaluation"], "tasks": sources}}
+        with_tasks = {**settings, "evaluation": {**settings["evaluation"], "tasks": sources}}
     names = [entry.name for entry in parse_methods(arguments.methods)]
     result = None
     if OURS.name in names:  # all at once, because every further call would recover it again
         names.remove(OURS.name)
-        result = part({**judged, **heal_of(arguments)}, [OURS.name], arguments, batches)
+        result = part({**with_tasks, **heal_of(arguments)}, [OURS.name], arguments, batches)
     result = part(settings, names, arguments, batches) or result
     if result is not None and arguments.task_rows:
         best = peers(result, sorted(arguments.sizes)[len(arguments.sizes) // 2])[:N_PEERS]
-        part(judged, best, arguments, batches)
+        part(with_tasks, best, arguments, batches)
 
 
 def heal_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -160,10 +160,10 @@ def drawn(data: Path, output: Path, n_rows: int) -> dict[str, str]:
 def summary(result: Comparison, name: str) -> str:
     """Ratios to dense on every text, size by size."""
     return "; ".join(
-        f"{row['layers']}: "
-        + (row["reason"] or " ".join(f"{r:.3f}" for r in row["ratio"].values()))
+        f"{row.layers}: "
+        + (row.reason or " ".join(f"{r:.3f}" for r in row.ratios(result.dense).values()))
         for row in result.rows
-        if row["method"] == name
+        if row.method == name
     )
 
 

@@ -99,8 +99,9 @@ class Generation:
     """Greedy continuations and what they look like; errors are over prompts.
 
     Attributes:
-        tokens: the continuations, (n_prompts, n_new).
+        tokens: the continuations, (n_prompts, new_tokens); ``None`` when read from a file.
         prompt_tokens: tokens of each prompt.
+        new_tokens: tokens of each continuation.
         distinct: for n = 1, 2, 3: the share of n-grams that are different.
         loop: the share of a continuation that its longest loop takes up.
         common_prefix: tokens before the first that differs from the reference's.
@@ -108,8 +109,9 @@ class Generation:
         reference: the other model's continuations of the same prompts, where they are at hand.
     """
 
-    tokens: Tensor
+    tokens: Tensor | None
     prompt_tokens: int
+    new_tokens: int
     distinct: tuple[Estimate, Estimate, Estimate]
     loop: Estimate
     common_prefix: Estimate | None = None
@@ -123,7 +125,7 @@ class Generation:
         if self.common_prefix is not None and self.agreement is not None:
             estimates |= {"common_prefix": self.common_prefix, "agreement": self.agreement}
         content: dict[str, Any] = {k: e.to_json("n_prompts") for k, e in estimates.items()}
-        content |= {"prompt_tokens": self.prompt_tokens, "new_tokens": self.tokens.shape[1]}
+        content |= {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens}
         return content | ({"reference": self.reference.to_json()} if self.reference else {})
 
 

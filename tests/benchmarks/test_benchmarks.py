@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 import layercut
+from layercut.comparison.row import Row
 from layercut.data.tasks import TaskRow
 from layercut.models.view import DecoderView
 from layercut.recipe.finetune import FinetuneConfig
+from layercut.results import Estimate, Evaluation
 from layercut.training import early_steps
 from layercut.training.finetune import check_rows
 from layercut.types import CalibrationBatches
@@ -144,29 +146,32 @@ def test_the_page_shows_ours_beside_the_best_peer_and_healed(
     }
     result = layercut.compare(settings, tmp_path / "out", batches=batches)
     page = benchmark("benchmark_page").page([result])
-    of = {row["method"]: row for row in result.rows}
-    best = min(("sleb", "uidl"), key=lambda name: of[name]["ratio"]["fox"])
-    mine, its = (of[name]["ratio"]["fox"] for name in ("ours", best))
+    of = {row.method: row for row in result.rows}
+    ratios = {name: row.ratios(result.dense)["fox"] for name, row in of.items()}
+    best = min(("sleb", "uidl"), key=ratios.__getitem__)
+    mine, its = ratios["ours"], ratios[best]
     peers = page.partition("### Ours and")[2].partition("## ")[0]
     assert f"| {its:.3f} ({best}) | {(mine - 1) / (its - 1):.2f} |" in peers
     healed = page.partition("### After a heal")[2].partition("## ")[0]
-    dense = of["dense, healed 2 steps, 50 % labels"]["ratio"]["fox"]
-    row = of["ours, healed 2 steps, 50 % labels"]
-    ratio, error = row["ratio"]["fox"], row["ratio_stderr"]["fox"]
-    figures = f"{ratio:.3f} ± {error:.3f} | {ratio / dense:.3f}"
-    name = "ours, healed 2 steps, 50 % labels | text.txt + more.txt"
-    assert f"| 1 | {name} | {figures} |" in healed
+    dense = ratios["dense, healed 2 steps, 50 % labels"]
+    name = "ours, healed 2 steps, 50 % labels"
+    ratio, error = ratios[name], of[name].ratio_errors(result.dense)["fox"]
+    numbers = f"{ratio:.3f} ± {error:.3f} | {ratio / dense:.3f}"
+    assert f"| 1 | {name} | text.txt + more.txt | {numbers} |" in healed
     assert "healed" not in page.partition("### Perplexity")[2].partition("## ")[0]
 
 
 def test_a_healed_row_is_divided_by_the_dense_model_healed_alike(benchmark: Any):
     module = benchmark("benchmark_page")
-    short, long = ({"settings": {"steps": steps}} for steps in (2, 9))
     rows = [
-        {"layers": 0, "heal": short, "ratio": {"fox": 0.8}},
-        {"layers": 0, "heal": long, "ratio": {"fox": 0.5}},
-        {"layers": 3, "heal": long, "ratio": {"fox": 1.5}},
-        {"layers": 3, "heal": {"settings": {"steps": 1}}, "ratio": {"fox": 2.0}},
+        Row(
+            key="",
+            method="",
+            layers=layers,
+            heal={"settings": {"steps": steps}},
+            evaluation=Evaluation(6, 1, perplexity={"fox": Estimate(perplexity, 0.0, 1)}),
+        )
+        for layers, steps, perplexity in ((0, 2, 8.0), (0, 9, 5.0), (3, 9, 15.0), (3, 1, 20.0))
     ]
     alike = module.dense_healed_as(rows[2], rows)
     assert alike is rows[1]

@@ -1,4 +1,4 @@
-"""Contestants that are healed, and the dense model beside them."""
+"""Entries that are healed, and the dense model beside them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_heal_is_a_row_of_its_own_and_dense_is_healed_beside_it(
     settings |= {"methods": ["shortgpt", "block-influence+ghost"], "drop_layers": [2]}
     settings |= {"heal": heal, "heal_methods": ["shortgpt"]}
     result = layercut.compare(settings, tmp_path / "out")
-    rows = {(row["method"], row["layers"]): row for row in result.rows}
+    rows = {(row.method, row.layers): row for row in result.rows}
     assert set(rows) == {
         ("dense, healed 2 steps", 0),
         ("shortgpt", 2),
@@ -34,10 +34,11 @@ def test_a_heal_is_a_row_of_its_own_and_dense_is_healed_beside_it(
         ("block-influence+ghost", 2),
     }
     healed = rows["shortgpt, healed 2 steps", 2]
-    assert rows["dense, healed 2 steps", 0]["ratio"] == {"fox": 1.0}
-    assert healed["dropped"] == rows["shortgpt", 2]["dropped"]
-    assert healed["n_parameters"] == rows["shortgpt", 2]["n_parameters"]
-    assert healed["seconds"]["heal"] == healed["heal"]["train_seconds"] > 0
+    assert rows["dense, healed 2 steps", 0].ratios(result.dense) == {"fox": 1.0}
+    pruned = rows["shortgpt", 2]
+    assert healed.dropped == pruned.dropped
+    assert healed.evaluation.n_parameters == pruned.evaluation.n_parameters
+    assert healed.seconds["heal"] == healed.heal["train_seconds"] > 0
     before = (tmp_path / "out/rows.jsonl").read_bytes()
     layercut.compare(settings, tmp_path / "out")
     assert (tmp_path / "out/rows.jsonl").read_bytes() == before
@@ -48,10 +49,10 @@ def test_a_heal_that_learns_the_text_trains_the_dense_model_too(
 ):
     heal = {"steps": 2, "seq_len": 16, "batch_size": 2, "held_out": 2, "evaluations": 1}
     settings |= {"methods": ["shortgpt"], "drop_layers": [2], "heal": {**heal, "label_weight": 1.0}}
-    rows = {row["method"]: row for row in layercut.compare(settings, tmp_path / "out").rows}
-    healed = rows["dense, healed 2 steps, 100 % labels"]
-    assert healed["heal"]["n_steps"] == 2
-    assert healed["ratio"]["fox"] != 1.0
+    result = layercut.compare(settings, tmp_path / "out")
+    healed = {row.method: row for row in result.rows}["dense, healed 2 steps, 100 % labels"]
+    assert healed.heal["n_steps"] == 2
+    assert healed.ratios(result.dense)["fox"] != 1.0
 
 
 def test_a_heal_that_was_cut_off_goes_on_from_its_checkpoint(
@@ -76,12 +77,12 @@ def test_a_heal_that_was_cut_off_goes_on_from_its_checkpoint(
     result = layercut.compare(settings, tmp_path / "out")
     assert not (tmp_path / "out/healing").exists()
     healed, expected = (
-        {row["method"]: row for row in found.rows}["shortgpt, healed 6 steps"]
+        {row.method: row for row in found.rows}["shortgpt, healed 6 steps"]
         for found in (result, whole)
     )
-    assert healed["heal"]["resumed_at"] == 2
-    assert healed["heal"]["losses"] == expected["heal"]["losses"]
-    assert healed["ratio"] == expected["ratio"]
+    assert healed.heal["resumed_at"] == 2
+    assert healed.heal["losses"] == expected.heal["losses"]
+    assert healed.ratios(result.dense) == expected.ratios(whole.dense)
 
 
 def test_a_heal_that_failed_is_tried_again(
@@ -96,12 +97,12 @@ def test_a_heal_that_failed_is_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr("layercut.training.heal.heal", fail)
         first = layercut.compare(settings, tmp_path / "out")
-    failed = {row["method"]: row for row in first.rows}["shortgpt, healed 2 steps"]
-    assert failed["reason"] == "the held-out loss is nan at step 1."
+    failed = {row.method: row for row in first.rows}["shortgpt, healed 2 steps"]
+    assert failed.reason == "the held-out loss is nan at step 1."
     second = layercut.compare(settings, tmp_path / "out")
-    healed = {row["method"]: row for row in second.rows}["shortgpt, healed 2 steps"]
-    assert healed["reason"] is None
-    assert healed["heal"]["settings"]["steps"] == healed["heal"]["n_steps"] == 2
+    healed = {row.method: row for row in second.rows}["shortgpt, healed 2 steps"]
+    assert healed.reason is None
+    assert healed.heal["settings"]["steps"] == healed.heal["n_steps"] == 2
     assert len(second.rows) == len(first.rows)
 
 

@@ -1,4 +1,4 @@
-"""Figures within one dense model, against the single stages on a model that is really cut."""
+"""Estimates within one dense model, against the single stages on a model that is really cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import layercut
 from comparisons import comparison_of
 from conftest import save_tiny
 from layercut.comparison.entries import PRESETS
-from layercut.comparison.result import cells, complete_row, titles
+from layercut.comparison.result import cells, titles
+from layercut.comparison.row import Row
 from layercut.data.calibration import evaluation_windows
 from layercut.errors import OutputError, RecipeError
 from layercut.evaluation import harness
@@ -38,19 +39,19 @@ def test_a_row_equals_the_single_stages_on_a_model_that_is_cut(
         "ours": ({"protect": [0]}, "refit"),
     }
     for row in result.rows:
-        how, recovery = ways[row["method"]]
+        how, recovery = ways[row.method]
         cut = reload(view)
-        plan, evidence = layercut.select(cut, batches, drop_layers=row["layers"], **how)
+        plan, evidence = layercut.select(cut, batches, drop_layers=row.layers, **how)
         patch = layercut.fit(cut, plan, evidence, batches, method=recovery)
         layercut.apply(cut, plan, patch)
         known = {key: settings["evaluation"][key] for key in ("text", "tasks")}
-        figures = layercut.evaluate(cut, **known, seq_len=32, max_tokens=128, speed=False)
-        assert row["dropped"] == list(plan.dropped)
-        assert row["n_parameters"] == cut.n_parameters
-        assert row["perplexity"]["fox"]["value"] == pytest.approx(
-            figures.perplexity["fox"].value, rel=1e-5
+        evaluation = layercut.evaluate(cut, **known, seq_len=32, max_tokens=128, speed=False)
+        assert row.dropped == plan.dropped
+        assert row.evaluation.n_parameters == cut.n_parameters
+        assert row.evaluation.perplexity["fox"].value == pytest.approx(
+            evaluation.perplexity["fox"].value, rel=1e-5
         )
-        assert row["accuracy"]["parity"]["value"] == figures.accuracy["parity"].value
+        assert row.evaluation.accuracy["parity"] == evaluation.accuracy["parity"]
 
 
 def test_the_error_of_a_ratio_is_paired_by_window(
@@ -63,13 +64,16 @@ def test_the_error_of_a_ratio_is_paired_by_window(
     source = settings["evaluation"]["text"]["fox"]
     windows = evaluation_windows(source, view.tokenizer, detokenize=False, **cut)
     before = view.token_losses(windows).mean(dim=1)
-    with view.skipping(row["dropped"]):
+    with view.skipping(row.dropped):
         change = view.token_losses(windows).mean(dim=1) - before
     error = float(change.std()) / len(change) ** 0.5
-    assert row["ratio_stderr"]["fox"] == pytest.approx(row["ratio"]["fox"] * error, rel=0.01)
+    ratio = row.ratios(result.dense)["fox"]
+    assert row.ratio_errors(result.dense)["fox"] == pytest.approx(ratio * error, rel=0.01)
     # A row from before losses were kept has a ratio and no error.
-    del row["losses"]
-    assert complete_row(row, result.dense)["ratio_stderr"] == {}
+    content = row.to_json()
+    del content["losses"]
+    assert Row.from_json(content).ratios(result.dense) == {"fox": ratio}
+    assert Row.from_json(content).ratio_errors(result.dense) == {}
 
 
 def test_speeds_and_windows_are_told_where_they_were_measured(
@@ -82,7 +86,7 @@ def test_speeds_and_windows_are_told_where_they_were_measured(
     for row, told in zip(result.rows, shown, strict=True):
         assert float(told["Prefill, tokens/s"].replace(",", "")) > 0
         # Without layer 0 the library's cache does not know how many tokens it has seen.
-        assert (told["Decoding, tokens/s"] == "–") == (0 in row["dropped"])
+        assert (told["Decoding, tokens/s"] == "–") == (0 in row.dropped)
     assert "fox: 4 windows of 32 tokens" in (tmp_path / "out/report.html").read_text()
 
 
@@ -91,9 +95,9 @@ def test_every_preset_runs(settings: dict[str, Any], tmp_path: Path):
     settings["model"] = str(save_tiny(tmp_path / "deep", num_hidden_layers=10))
     settings |= {"methods": ["published"], "drop_layers": [2]}
     result = layercut.compare(settings, tmp_path / "out")
-    assert [row["reason"] for row in result.rows if row["reason"] is not None] == []
-    assert {row["method"] for row in result.rows} == set(PRESETS)
-    assert all(len(row["dropped"]) == 2 for row in result.rows)
+    assert [row.reason for row in result.rows if row.reason is not None] == []
+    assert {row.method for row in result.rows} == set(PRESETS)
+    assert all(len(row.dropped) == 2 for row in result.rows)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm_eval is not installed")
@@ -104,8 +108,8 @@ def test_tasks_of_the_harness_are_measured_and_added_once(settings: dict[str, An
     evaluation = {**settings["evaluation"], "harness": [task], "harness_limit": 4}
     result = layercut.compare({**settings, "evaluation": evaluation}, tmp_path / "out")
     (row,) = result.rows
-    assert row["harness"]["parity"]["acc"]["n_rows"] == 4
-    assert row["accuracy_change"]["parity (acc)"]["n_rows"] == 4
+    assert row.evaluation.harness["parity"]["acc"].n == 4
+    assert row.accuracy_changes(result.dense)["parity (acc)"].n == 4
     assert "Zero-shot, parity" in titles(result)
     before = (tmp_path / "out/rows.jsonl").read_bytes()
     layercut.compare({**settings, "evaluation": evaluation}, tmp_path / "out")
@@ -140,11 +144,12 @@ def test_what_cannot_be_folded_pays_for_its_extra_matrices(
     settings: dict[str, Any], tmp_path: Path, recovery: str
 ):
     settings |= {"methods": ["shortgpt", f"block-influence+{recovery}"], "drop_layers": [1]}
-    rows = {row["pair"]: row for row in layercut.compare(settings, tmp_path / "out").rows}
-    plain, repaired = rows["block-influence+none"], rows[f"block-influence+{recovery}"]
+    rows = layercut.compare(settings, tmp_path / "out").rows
+    by_pair = {row.pair: row.evaluation for row in rows}
+    plain, repaired = by_pair["block-influence+none"], by_pair[f"block-influence+{recovery}"]
     # One cut, one 16 × 16 matrix; a multiplication and an addition for each of its entries.
-    assert repaired["n_parameters"] == plain["n_parameters"] + 256
-    assert repaired["flops_per_token"] == plain["flops_per_token"] + 512
+    assert repaired.n_parameters == plain.n_parameters + 256
+    assert repaired.flops_per_token == plain.flops_per_token + 512
 
 
 def test_warnings_are_sentences_of_the_result(settings: dict[str, Any], tmp_path: Path):
@@ -161,8 +166,8 @@ def test_files_hold_every_row(settings: dict[str, Any], tmp_path: Path):
     assert json.loads((out / "compare.json").read_text()) == result.to_json()
     with (out / "compare.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["dense"] + [row["method"] for row in result.rows]
-    assert float(rows[1]["ratio.fox"]) == result.rows[0]["ratio"]["fox"]
+    assert [row["method"] for row in rows] == ["dense"] + [row.method for row in result.rows]
+    assert float(rows[1]["ratio.fox"]) == result.rows[0].ratios(result.dense)["fox"]
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 3
     assert "http" not in page.replace("http://www.w3.org", "")

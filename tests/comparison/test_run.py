@@ -53,7 +53,7 @@ def test_a_measured_row_survives_what_could_not_be_added(
 
     monkeypatch.setattr("layercut.comparison.measure.decode_tokens_per_second", once)
     second = layercut.compare({**settings, "speed": True}, tmp_path / "out")
-    assert timeless(second.rows) == timeless(first.rows)
+    assert timeless(second) == timeless(first)
     assert any("shortgpt, 1 layers, stays as it was" in told for told in second.warnings)
 
 
@@ -95,7 +95,7 @@ def test_a_scoring_is_made_once_and_booked_to_all(
     assert len(made) == len(set(made)) == 2  # the intact model, and SLEB's second round
     store = Store(tmp_path / "out")
     seconds = [record["seconds"] for record in store.scores.known.values()]
-    spent = {(row["method"], row["layers"]): row["seconds"]["score"] for row in result.rows}
+    spent = {(row.method, row.layers): row.seconds["score"] for row in result.rows}
     assert spent["sleb", 1] == spent["shortened-llama-ppl", 2] == seconds[0]
     assert spent["sleb", 2] == pytest.approx(sum(seconds))
     made.clear()
@@ -119,12 +119,12 @@ def test_dense_activations_are_booked_to_all_who_read_them(
     settings |= {"methods": ["block-influence+ghost", "block-influence+linear-patch"]}
     settings["drop_layers"] = [1]
     first, second = sorted(
-        layercut.compare(settings, tmp_path / "out").rows, key=lambda row: row["pair"]
+        layercut.compare(settings, tmp_path / "out").rows, key=lambda row: row.pair
     )
-    assert first["dropped"] == second["dropped"]
-    n_read = second["dropped"][0] + 1  # up to the layer behind the cut; then every layer is read
-    assert first["seconds"]["recover"] < 100
-    assert second["seconds"]["recover"] > 100 * n_read
+    assert first.dropped == second.dropped
+    n_read = second.dropped[0] + 1  # up to the layer behind the cut; then every layer is read
+    assert first.seconds["recover"] < 100
+    assert second.seconds["recover"] > 100 * n_read
 
 
 def test_dense_activations_are_shared(
@@ -145,7 +145,7 @@ def test_dense_activations_are_shared(
     monkeypatch.setattr("layercut.comparison.runner.SHARED_BYTES", 0)
     apart = layercut.compare(settings, tmp_path / "apart")
     assert n_shared < len(walked) - n_shared
-    assert timeless(shared.rows) == timeless(apart.rows)
+    assert timeless(shared) == timeless(apart)
 
 
 def test_a_second_call_goes_on_behind_the_rows_that_are_there(
@@ -157,7 +157,7 @@ def test_a_second_call_goes_on_behind_the_rows_that_are_there(
     first = (parts / "rows.jsonl").read_bytes()
     result = layercut.compare(settings, parts)
     assert (parts / "rows.jsonl").read_bytes().startswith(first)
-    assert timeless(result.rows) == timeless(whole.rows)
+    assert timeless(result) == timeless(whole)
     before = (parts / "rows.jsonl").read_bytes()
     layercut.compare(settings, parts)
     assert (parts / "rows.jsonl").read_bytes() == before
@@ -170,7 +170,7 @@ def test_a_text_is_added_to_finished_rows(settings: dict[str, Any], tmp_path: Pa
     evaluation = settings["evaluation"]
     evaluation = {**evaluation, "text": {**evaluation["text"], "other": str(other)}}
     second = layercut.compare({**settings, "evaluation": evaluation}, tmp_path / "out")
-    for before, after in zip(timeless(first.rows), timeless(second.rows), strict=True):
+    for before, after in zip(timeless(first), timeless(second), strict=True):
         assert after["perplexity"]["fox"] == before["perplexity"]["fox"]
         assert after["ratio"].keys() == {"fox", "other"}
 
@@ -189,7 +189,7 @@ def test_a_method_that_cannot_run_is_a_row_that_says_why(tmp_path: Path, setting
     settings["model"] = str(save_tiny(tmp_path / "olmo2", "olmo2"))
     settings["methods"] = ["ours", "shortgpt", "block-influence+projection"]
     result = layercut.compare(settings, tmp_path / "out")
-    reasons = {(row["method"], row["layers"]): row["reason"] for row in result.rows}
+    reasons = {(row.method, row.layers): row.reason for row in result.rows}
     assert reasons["shortgpt", 1] is None
     assert "norm" in reasons["ours", 2]
     assert "norm" in reasons["block-influence+projection", 1]
@@ -263,4 +263,4 @@ def test_a_killed_run_keeps_its_rows(settings: dict[str, Any], tmp_path: Path):
     known = Store(out).rows.known
     assert {key: known[key] for key in kept} == kept
     whole = layercut.compare(settings, tmp_path / "whole")
-    assert timeless(result.rows) == timeless(whole.rows)
+    assert timeless(result) == timeless(whole)

@@ -148,7 +148,7 @@ def test_the_two_files_of_the_docs_are_used_by_run_and_compare(
         shared | {"drop_layers": [2], "methods": ["relative-change@each+output-scale"]},
         tmp_path / "compare",
     ).rows
-    assert [row["reason"] for row in rows] == [None]
+    assert [row.reason for row in rows] == [None]
     for name in ("scoring.methods.relative_change", "recovery.methods.output_scale"):
         sys.modules.pop(f"layercut.{name}", None)
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from layercut.comparison.result import Comparison
+
 TEXT = "The quick brown fox jumps over the lazy dog. " * 200
 
 
@@ -32,7 +34,8 @@ def comparison_of(model: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def timeless(rows: Any) -> list[dict[str, Any]]:
-    """Rows without what differs from run to run."""
+def timeless(result: Comparison) -> list[dict[str, Any]]:
+    """Rows as in ``compare.json``, without what differs from run to run."""
     timed = {"seconds", "passes", "total_seconds"}
+    rows: list[dict[str, Any]] = result.to_json()["rows"]
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]

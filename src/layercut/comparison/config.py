@@ -14,7 +14,7 @@ from layercut.recipe.heal import HealConfig
 from layercut.recipe.recipe import CalibrationConfig, Device
 
 
-def _methods(names: tuple[str, ...]) -> tuple[str, ...]:
+def _check_methods(names: tuple[str, ...]) -> tuple[str, ...]:
     try:
         parse_methods(names)
     except RecipeError as error:
@@ -22,12 +22,14 @@ def _methods(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+def _sort_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(sizes)))
 
 
-Sizes = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), AfterValidator(_ascending)]
-Methods = Annotated[tuple[Name, ...], Field(strict=False, min_length=1), AfterValidator(_methods)]
+Sizes = Annotated[tuple[Count, ...], Field(strict=False, min_length=1), AfterValidator(_sort_sizes)]
+Methods = Annotated[
+    tuple[Name, ...], Field(strict=False, min_length=1), AfterValidator(_check_methods)
+]
 
 
 class ComparisonConfig(Config):
@@ -48,21 +50,21 @@ class ComparisonConfig(Config):
         default=True, description="also measure the loss without each layer, one pass each"
     )
     heal: HealConfig | None = Field(
-        default=None, description="distil contestants from the dense model, for a short budget"
+        default=None, description="distil entries from the dense model, for a short time"
     )
     heal_methods: Methods | None = Field(
-        default=None, description="the contestants that are healed as well; null: all of them"
+        default=None, description="the entries that are healed as well; null: all of them"
     )
     speed: bool = Field(default=False, description="measure tokens per second")
 
     @model_validator(mode="after")
-    def _healed_take_part(self) -> Self:
+    def _check_heal_methods(self) -> Self:
         if self.heal_methods is None:
             return self
         if self.heal is None:
             raise ValueError("heal_methods names who is healed, but heal has no minutes or steps")
-        pairs = {contestant.pair for contestant in parse_methods(self.methods)}
-        absent = [c.name for c in parse_methods(self.heal_methods) if c.pair not in pairs]
+        pairs = {entry.pair for entry in parse_methods(self.methods)}
+        absent = [e.name for e in parse_methods(self.heal_methods) if e.pair not in pairs]
         if absent:
             raise ValueError(f"heal_methods: {', '.join(absent)} is not among the methods; add it")
         return self

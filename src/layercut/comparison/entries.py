@@ -217,7 +217,7 @@ def parse_methods(names: Sequence[str]) -> tuple[Entry, ...]:
     """
     entries = [entry for name in names for entry in _expand(name)]
     if not entries:
-        raise RecipeError("methods names no contestant. Name one, or published.")
+        raise RecipeError("methods is empty. Name one, or published.")
     by_pair: dict[str, Entry] = {}
     for entry in entries:
         by_pair.setdefault(entry.pair, entry)

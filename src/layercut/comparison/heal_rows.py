@@ -1,4 +1,4 @@
-"""Contestants that are healed after their recovery, and the dense model in the same way.
+"""Entries that are healed after their recovery, and the dense model in the same way.
 
 A heal changes weights, so it has a copy of its own, which is really cut; the dense model teaches.
 What healing the dense model brings is adaptation to the text, not recovery: it stands beside them.
@@ -8,12 +8,14 @@ model's divergence from itself is 0, and so is its gradient.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layercut.comparison.config import ComparisonConfig
-from layercut.comparison.measure import EMPTY, Judge
+from layercut.comparison.measure import RowEvaluator
 from layercut.comparison.plans import NOT_APPLICABLE
+from layercut.comparison.row import Row
 from layercut.comparison.store import digest
 from layercut.models.load import reload
 from layercut.models.surgery import apply
@@ -24,17 +26,11 @@ from layercut.types import CalibrationBatches, PruningPlan, WeightPatch
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
-COPIED_KEYS = ("pair", "source", "reading", "layers", "dropped", "cuts", "reason")
+COPIED_KEYS = ("pair", "source", "reading", "layers", "dropped", "cuts")
+DENSE_UNCHANGED = "the dense model as it is: distilled from itself alone, it would not change"
 
 
-DENSE_UNCHANGED = {
-    "pair": "",
-    "source": "",
-    "reading": "the dense model as it is: distilled from itself alone, it would not change",
-}
-
-
-class Healer:
+class RowHealer:
     """The text and budget of every heal.
 
     Attributes:
@@ -66,57 +62,57 @@ class Healer:
         seed = settings.seed % 2**32
         self.view = view
         self.work_dir = work_dir
-        own = settings.heal.seed
-        self.settings = settings.heal.model_copy(update={"seed": seed if own is None else own})
+        heal_seed = seed if settings.heal.seed is None else settings.heal.seed
+        self.settings = settings.heal.model_copy(update={"seed": heal_seed})
         self.windows = heal_windows(
             self.settings, settings.calibration, batches, view.tokenizer, seed=seed
         )
         check_windows(view, self.windows, self.settings)
-        shown = self.settings.model_dump(mode="json", exclude={"data", "text_column"})
-        self.digest = digest(shown, self.windows.tolist())
+        content = self.settings.model_dump(mode="json", exclude={"data", "text_column"})
+        self.digest = digest(content, self.windows.tolist())
 
     @property
-    def budget(self) -> str:
+    def length(self) -> str:
         """Behind the name of what it healed: other heals are other rows."""
-        spent = f"{self.settings.steps} steps"
+        length = f"{self.settings.steps} steps"
         if self.settings.minutes is not None:
-            spent = f"{self.settings.minutes:g} min"
+            length = f"{self.settings.minutes:g} min"
         share = self.settings.label_weight
-        return f"{spent}, {100 * share:g} % labels" if share else spent
+        return f"{length}, {100 * share:g} % labels" if share else length
 
-    def row(
-        self, old: dict[str, Any], cut: tuple[PruningPlan, WeightPatch] | None, judge: Judge
-    ) -> dict[str, Any]:
-        """The healed model's row.
+    def heal_row(
+        self,
+        row: Row,
+        key: str,
+        cut: tuple[PruningPlan, WeightPatch] | None,
+        evaluator: RowEvaluator,
+    ) -> Row:
+        """The healed model's row: its estimates, or the reason why there are none.
 
         Args:
-            old: the row of the same model before.
-            cut: what makes it from the dense one; ``None`` for that one itself.
-            judge: of all rows.
-
-        Returns:
-            The figures, or the reason why there are none.
+            row: of the same model before.
+            key: of the healed row.
+            cut: what makes the model from the dense one; ``None`` for that one itself.
+            evaluator: of all rows.
         """
         from layercut.training.heal import heal
 
-        method = f"{old['method']}, healed {self.budget}"
+        method = f"{row.method}, healed {self.length}"
         if cut is None and self.settings.label_weight == 0:
-            return old | {"method": method, "seconds": {"heal": 0.0}} | DENSE_UNCHANGED
+            return replace(
+                row, key=key, method=method, seconds={"heal": 0.0}, reading=DENSE_UNCHANGED
+            )
         copy = reload(self.view)
         if cut is not None:
             apply(copy, *cut)
-        begun = {"pair": "", "source": "", "reading": "", **EMPTY}
-        begun |= {key: old[key] for key in COPIED_KEYS if key in old}
-        begun["method"] = method
+        start = Row(key=key, method=method, **{name: getattr(row, name) for name in COPIED_KEYS})
         try:
-            healing = heal(copy, self.view, self.windows, self.settings, work_dir=self.work_dir)
-            measured = judge.measure(EMPTY, copy)
+            result = heal(copy, self.view, self.windows, self.settings, work_dir=self.work_dir)
+            measured = evaluator.measure(start, copy)
         except NOT_APPLICABLE as error:
-            return begun | {"reason": str(error)}
-        return {
-            **begun,
-            "n_parameters": copy.n_parameters,
-            "seconds": {**old.get("seconds", {}), "heal": healing.train_seconds},
-            "heal": {**healing.to_json(), "settings": self.settings.model_dump(mode="json")},
-            **measured,
-        }
+            return replace(start, reason=str(error))
+        return replace(
+            measured,
+            seconds={**(row.seconds or {}), "heal": result.train_seconds},
+            heal={**result.to_json(), "settings": self.settings.model_dump(mode="json")},
+        )

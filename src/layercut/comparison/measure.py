@@ -1,6 +1,6 @@
-"""One contestant's model, measured within the dense one: layers skipped, weights swapped.
+"""One entry's model, measured within the dense one: layers skipped, weights swapped.
 
-Nothing is cut: the model stays dense, so that every contestant meets the same weights. What a row
+Nothing is cut: the model stays dense, so that every entry meets the same weights. What a row
 lacks is measured, what it has stays: texts and tasks can be added to a finished comparison.
 """
 
@@ -11,17 +11,18 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from layercut.comparison.result import SPEEDS
+from layercut.comparison.row import Row
 from layercut.data.calibration import evaluation_windows
 from layercut.data.sources import is_detokenized
 from layercut.data.tasks import read_rows
 from layercut.evaluation.accuracy import texts_of
-from layercut.evaluation.evaluate import collect_outcomes, evaluate
+from layercut.evaluation.evaluate import evaluate
 from layercut.evaluation.fidelity import DenseReference, compare_to_dense
 from layercut.evaluation.flops import flops_per_token
 from layercut.evaluation.generation import (
@@ -33,23 +34,18 @@ from layercut.evaluation.generation import (
 )
 from layercut.evaluation.speed import decode_tokens_per_second, prefill_tokens_per_second
 from layercut.recipe.evaluation import EvaluationConfig
-from layercut.results import Generation
-from layercut.types import CalibrationBatches
+from layercut.results import Evaluation, Generation
+from layercut.types import CalibrationBatches, LayerSet
 from layercut.version import __version__
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
 TIMED_TOKENS = 8192
-TIMES = 3
-EMPTY: dict[str, Any] = {"perplexity": {}, "accuracy": {}}
-"""What a row starts with."""
-
-DIGITS = 5
-"""Of a window's loss in nats; its error is a thousand times as large."""
+N_TIMED_PASSES = 3
 
 
-class Judge:
+class RowEvaluator:
     """Measures whatever ``view`` is at the moment, by one set of texts and tasks.
 
     Attributes:
@@ -87,7 +83,7 @@ class Judge:
         }
         self._windows: Tensor | None = None
         self._reference: DenseReference | None = None
-        self._continued: Tensor | None = None
+        self._continuations: Tensor | None = None
         for name, source in section.text.items():
             windows = evaluation_windows(
                 source,
@@ -105,101 +101,102 @@ class Judge:
         for name, source in section.tasks.items():
             rows = read_rows(source)
             texts_of(view, rows)
-            told = [[r.prompt, r.choices, r.answer, r.ending, list(r.messages)] for r in rows]
-            self.contents["tasks"][name] = _hash(told)
+            parts = [[r.prompt, r.choices, r.answer, r.ending, list(r.messages)] for r in rows]
+            self.contents["tasks"][name] = _hash(parts)
 
-    def see_dense(self) -> None:
+    def record_dense(self) -> None:
         """Keep what the dense model predicts and writes; call it while ``view`` is dense."""
         if self._windows is None or self._reference is not None:
             return
         self._reference = DenseReference(self.view, self._windows)
-        self._continued = self._generated(self.view, None).tokens
+        self._continuations = self._generate(self.view, None).tokens
 
-    def missing(self, row: Mapping[str, Any]) -> bool:
-        """Whether ``row`` lacks a figure that this judge measures."""
-        wanted = [("perplexity", self.section.text), ("accuracy", self.section.tasks)]
-        lacking = any(name not in row[part] for part, names in wanted for name in names)
-        unseen = self._windows is not None and "generation" not in row
-        unasked = self._needs_harness(row)
-        return lacking or unseen or unasked or (self.speed and any(s not in row for s in SPEEDS))
+    def is_complete(self, row: Row) -> bool:
+        """Whether ``row`` has every estimate that is measured here."""
+        known = row.evaluation
+        return (
+            self.section.text.keys() <= known.perplexity.keys()
+            and self.section.tasks.keys() <= known.accuracy.keys()
+            and (self._windows is None or row.generation is not None)
+            and not self._needs_harness(known)
+            and not self._needs_speed(known)
+        )
 
-    def measure(self, row: Mapping[str, Any], view: DecoderView | None = None) -> dict[str, Any]:
-        """What ``row`` lacks, together with what it has.
+    def measure(self, row: Row, view: DecoderView | None = None) -> Row:
+        """``row`` with what it lacked.
 
         Args:
-            row: the figures so far.
-            view: another model than the judge's own.
+            row: with the estimates so far.
+            view: another model than the evaluator's own.
 
         Raises:
             NumericsError: a loss is not finite.
         """
         view = view or self.view
-        text = {n: s for n, s in self.section.text.items() if n not in row["perplexity"]}
-        tasks = {n: s for n, s in self.section.tasks.items() if n not in row["accuracy"]}
-        figures = evaluate(
+        known, section = row.evaluation, self.section
+        new = evaluate(
             view,
-            text=text,
-            tasks=tasks,
-            seq_len=self.section.seq_len,
-            max_tokens=self.section.max_tokens,
-            detokenize=self.section.detokenize,
+            text={n: s for n, s in section.text.items() if n not in known.perplexity},
+            tasks={n: s for n, s in section.tasks.items() if n not in known.accuracy},
+            seq_len=section.seq_len,
+            max_tokens=section.max_tokens,
+            detokenize=section.detokenize,
             speed=False,
-            harness=self.section.harness if self._needs_harness(row) else (),
-            harness_limit=self.section.harness_limit,
-            harness_batch_size=self.section.harness_batch_size,
+            harness=section.harness if self._needs_harness(known) else (),
+            harness_limit=section.harness_limit,
+            harness_batch_size=section.harness_batch_size,
         )
-        found = figures.to_json()
-        measured = {
-            "perplexity": {**row["perplexity"], **found["perplexity"]},
-            "accuracy": {**row["accuracy"], **found["accuracy"]},
-            "flops_per_token": flops_per_token(view),
-            "measured_with": row.get("measured_with")
-            or {"layercut": __version__, "threads": torch.get_num_threads()},
-            "losses": row.get("losses", {})
-            | {n: [round(x, DIGITS) for x in f.losses] for n, f in figures.perplexity.items()},
-            "outcomes": row.get("outcomes", {})
-            | {n: "".join("01"[o] for o in f) for n, f in collect_outcomes(figures).items()},
-        }
-        if figures.harness:
-            measured["harness"] = {**row.get("harness", {}), **found["harness"]}
-        if self._windows is not None and "generation" not in row:
-            measured |= self._compare_to_dense(view)
-        if self.speed and any(speed not in row for speed in SPEEDS):
-            decode = decode_tokens_per_second(view) if can_cache(view) else None
-            measured |= zip(SPEEDS, (prefill_tokens_per_second(view), decode), strict=True)
-        return measured
+        evaluation = replace(
+            known,
+            n_parameters=new.n_parameters,
+            perplexity={**known.perplexity, **new.perplexity},
+            accuracy={**known.accuracy, **new.accuracy},
+            harness={**known.harness, **new.harness},
+            flops_per_token=flops_per_token(view),
+        )
+        if self._windows is not None and row.generation is None:
+            assert self._reference is not None
+            first = next(iter(section.text))
+            fidelity = compare_to_dense(view, self._reference, self._windows)
+            generation = self._generate(view, self._continuations)
+            evaluation = replace(
+                evaluation, fidelity={first: fidelity}, generation={first: generation}
+            )
+        if self._needs_speed(known):
+            evaluation = replace(
+                evaluation,
+                prefill_tokens_per_second=prefill_tokens_per_second(view),
+                decode_tokens_per_second=decode_tokens_per_second(view)
+                if can_cache(view)
+                else None,
+            )
+        tools = {"layercut": __version__, "threads": torch.get_num_threads()}
+        return replace(row, evaluation=evaluation, measured_with=row.measured_with or tools)
 
-    def _needs_harness(self, row: Mapping[str, Any]) -> bool:
+    def _needs_harness(self, known: Evaluation) -> bool:
         """Whether a task of the harness is still to be measured; all of them are, together."""
-        return any(task not in row.get("harness", {}) for task in self.harness)
+        return not set(self.harness) <= known.harness.keys()
 
-    def _compare_to_dense(self, view: DecoderView) -> dict[str, Any]:
-        """Predictions on the first text and what is written after its starts, against dense."""
-        assert self._windows is not None and self._reference is not None
-        fidelity = compare_to_dense(view, self._reference, self._windows)
-        return {
-            "fidelity": fidelity.to_json(),
-            "generation": self._generated(view, self._continued).to_json(),
-        }
+    def _needs_speed(self, known: Evaluation) -> bool:
+        return self.speed and known.prefill_tokens_per_second is None
 
-    def _generated(self, view: DecoderView, reference: Tensor | None) -> Generation:
+    def _generate(self, view: DecoderView, reference: Tensor | None) -> Generation:
         assert self._windows is not None
         length = min(PROMPT_TOKENS, self.view.context // 2)
         prompts = choose_prompts(self._windows, prompt_tokens=length)
         new_tokens = min(NEW_TOKENS, self.view.context - length)
         return generation_check(view, prompts, reference, new_tokens=new_tokens)
 
-    def n_parameters(self, dropped: tuple[int, ...]) -> int:
-        """Parameters without those of the dropped layers alone; tied ones counted once."""
-        gone = {
-            id(p) for layer in dropped for p in self.view.layers[layer].parameters()
-        } - self._find_shared_parameters(dropped)
-        return sum(p.numel() for p in self.view.model.parameters() if id(p) not in gone)
+    def count_parameters(self, dropped: LayerSet) -> int:
+        """Parameters without those of the dropped layers alone; tied ones counted once.
 
-    def _find_shared_parameters(self, dropped: tuple[int, ...]) -> set[int]:
-        """Parameters of kept layers, which some families share with dropped ones."""
-        kept = (layer for i, layer in enumerate(self.view.layers) if i not in dropped)
-        return {id(p) for layer in kept for p in layer.parameters()}
+        Some families share parameters of kept layers with dropped ones.
+        """
+        kept, only_dropped = set[int](), set[int]()
+        for i, layer in enumerate(self.view.layers):
+            (only_dropped if i in dropped else kept).update(map(id, layer.parameters()))
+        only_dropped -= kept
+        return sum(p.numel() for p in self.view.model.parameters() if id(p) not in only_dropped)
 
 
 @torch.no_grad()
@@ -209,13 +206,13 @@ def forward_seconds(view: DecoderView, batches: CalibrationBatches) -> float:
     The median of three passes over at most TIMED_TOKENS of it, scaled: time grows linearly.
     """
     timed = batches.input_ids[: max(1, TIMED_TOKENS // batches.seq_len)]
-    runs = []
-    for _ in range(TIMES):
+    durations = []
+    for _ in range(N_TIMED_PASSES):
         start = time.perf_counter()
         for ids in timed.split(batches.micro_batch):
             view.token_losses(ids)
-        runs.append(time.perf_counter() - start)
-    return statistics.median(runs) * batches.input_ids.numel() / timed.numel()
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations) * batches.input_ids.numel() / timed.numel()
 
 
 def _hash(content: Any) -> str:

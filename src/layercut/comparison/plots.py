@@ -1,6 +1,6 @@
 """The plots of a comparison's page.
 
-Lines never differ by colour alone: every contestant has its own pair of colour and marker.
+Lines never differ by colour alone: every entry has its own pair of colour and marker.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from layercut.comparison.rank_correlation import ranks
-from layercut.comparison.result import LAYER_LOSS, Comparison, Row
+from layercut.comparison.result import LAYER_LOSS, Comparison
 from layercut.report.plots import WIDTH
 from layercut.report.svg import GRID, LINES, MUTED, SHADES, SURFACE, inline_svg, style
 
@@ -37,27 +37,29 @@ LEAST_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One contestant's points.
+    """One entry's points.
 
     Attributes:
-        name: of the contestant.
-        points: its rows, by size.
+        name: of the entry.
+        points: (layers dropped, ratio to dense, seconds), by size.
         mark: how they are drawn.
     """
 
     name: str
-    points: tuple[Row, ...]
+    points: tuple[tuple[int, float, float], ...]
     mark: Mapping[str, Any]
 
 
 def collect_lines(result: Comparison, text: str) -> tuple[Line, ...]:
-    """The contestants that ran, at most MOST_LINES, in the order of their best place."""
-    rows = [row for row in result.rows if row["layers"] and text in row.get("ratio", {})]
-    names: list[str] = []
-    for size in sorted({row["layers"] for row in rows}, reverse=True):
-        names += [row["method"] for row in rows if row["layers"] == size]
-    found = []
-    for index, name in enumerate(list(dict.fromkeys(names))[:MOST_LINES]):
+    """The entries that ran, at most MOST_LINES, in the order of their best place."""
+    points: dict[str, list[tuple[int, float, float]]] = {}
+    for row in sorted(result.rows, key=lambda row: -row.layers):
+        ratio = row.ratios(result.dense).get(text)
+        if row.layers and ratio is not None:
+            point = (row.layers, ratio, row.total_seconds or 0.0)
+            points.setdefault(row.method, []).insert(0, point)
+    lines = []
+    for index, name in enumerate(list(points)[:MOST_LINES]):
         colour = LINES[index % len(LINES)]
         turn = index // len(LINES)
         mark = {
@@ -69,9 +71,8 @@ def collect_lines(result: Comparison, text: str) -> tuple[Line, ...]:
             "markeredgecolor": SURFACE,
             "markeredgewidth": 0.6,
         }
-        points = tuple(row for row in rows if row["method"] == name)
-        found.append(Line(name, points, mark))
-    return tuple(found)
+        lines.append(Line(name, tuple(points[name]), mark))
+    return tuple(lines)
 
 
 def plot_by_layers(result: Comparison, text: str) -> str:
@@ -81,28 +82,27 @@ def plot_by_layers(result: Comparison, text: str) -> str:
         plot = Plot(figsize=(WIDTH, 3.4 + 0.12 * len(lines)), layout="constrained")
         axis = plot.subplots()
         for line in reversed(lines):  # the best is drawn over the others
-            sizes = [row["layers"] for row in line.points]
-            axis.plot(sizes, [_shown(row, text) for row in line.points], **line.mark)
-        sizes = sorted({row["layers"] for line in lines for row in line.points})
-        axis.set_xticks(sizes)
+            sizes, ratios, _ = zip(*line.points, strict=True)
+            axis.plot(sizes, [min(ratio, HIGHEST) for ratio in ratios], **line.mark)
+        axis.set_xticks(_sizes(lines))
         axis.set_xlabel("layers dropped")
         axis.set_ylabel(f"perplexity over dense, {text}")
-        _ratio_axis(axis, lines, text)
+        _set_ratio_axis(axis, lines)
         handles = list(reversed(axis.get_lines()))
         names = [line.name for line in lines]
         plot.legend(handles, names, loc="outside right upper", fontsize=9)
-        told = "; ".join(
-            f"{line.name} "
-            + ", ".join(f"{r['layers']}: {r['ratio'][text]:.2f}" for r in line.points)
+        description = "; ".join(
+            f"{line.name} " + ", ".join(f"{size}: {ratio:.2f}" for size, ratio, _ in line.points)
             for line in lines
         )
-        return inline_svg(plot, "by-layers", f"Perplexity over dense by layers dropped. {told}.")
+        title = f"Perplexity over dense by layers dropped. {description}."
+        return inline_svg(plot, "by-layers", title)
 
 
 def plot_by_seconds(result: Comparison, text: str) -> str:
     """The same perplexity against what a method takes alone, one panel per size."""
     lines = collect_lines(result, text)
-    sizes = sorted({row["layers"] for line in lines for row in line.points})
+    sizes = _sizes(lines)
     columns = min(len(sizes), 3)
     n_rows = -(-len(sizes) // columns)
     legend_rows = -(-len(lines) // 4)
@@ -112,9 +112,9 @@ def plot_by_seconds(result: Comparison, text: str) -> str:
         panels = plot.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
         for axis, n_dropped in zip(panels, sizes, strict=False):
             for line in reversed(lines):
-                for row in (r for r in line.points if r["layers"] == n_dropped):
-                    spent = max(row["total_seconds"], LEAST_SECONDS)
-                    axis.plot(spent, _shown(row, text), **{**line.mark, "linestyle": ""})
+                for _, ratio, seconds in (p for p in line.points if p[0] == n_dropped):
+                    place = max(seconds, LEAST_SECONDS), min(ratio, HIGHEST)
+                    axis.plot(*place, **{**line.mark, "linestyle": ""})
             axis.set_xscale("log")
             axis.margins(0.12)
             axis.set_title(f"{n_dropped} layers", fontsize=10, loc="left")
@@ -122,12 +122,12 @@ def plot_by_seconds(result: Comparison, text: str) -> str:
             axis.xaxis.set_major_locator(LogLocator())
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_xlabel("seconds")
-            _ratio_axis(axis, lines, text)
+            _set_ratio_axis(axis, lines)
         for axis in panels[len(sizes) :]:
             axis.set_visible(False)
         for axis in panels[::columns]:
             axis.set_ylabel(f"perplexity over dense, {text}")
-        handles = [axis_line(line) for line in lines]
+        handles = [legend_handle(line) for line in lines]
         plot.legend(
             handles,
             [line.name for line in lines],
@@ -135,11 +135,12 @@ def plot_by_seconds(result: Comparison, text: str) -> str:
             ncols=4,
             fontsize=9,
         )
-        told = f"{len(lines)} methods at {', '.join(map(str, sizes))} layers; the table has them."
-        return inline_svg(plot, "by-seconds", f"Perplexity over dense against seconds. {told}")
+        contents = f"{len(lines)} methods at {', '.join(map(str, sizes))} layers"
+        title = f"Perplexity over dense against seconds. {contents}; the table has them."
+        return inline_svg(plot, "by-seconds", title)
 
 
-def scores(result: Comparison) -> str:
+def plot_scores(result: Comparison) -> str:
     """Rank of every layer under every score, the true loss on top."""
     correlations = result.correlations()
     names = sorted(
@@ -152,7 +153,7 @@ def scores(result: Comparison) -> str:
         plot = Plot(figsize=(WIDTH, 0.32 * len(names) + 1.0), layout="constrained")
         axis = plot.subplots()
         for row, name in enumerate(names):
-            _heat_row(axis, row, result.scores[name])
+            _draw_ranks(axis, row, result.scores[name])
             if name in correlations:
                 axis.text(n_layers - 0.2, row, f"{correlations[name]:+.2f}", va="center")
         if correlations:
@@ -166,36 +167,36 @@ def scores(result: Comparison) -> str:
         axis.set_xlabel("layer of the input model; dark: the layer counts least")
         for spine in axis.spines.values():
             spine.set_visible(False)
-        told = "; ".join(f"{name} {value:+.2f}" for name, value in correlations.items())
-        return inline_svg(plot, "scores", f"Ranks of the layers. Spearman's correlation: {told}.")
+        values = "; ".join(f"{name} {value:+.2f}" for name, value in correlations.items())
+        return inline_svg(plot, "scores", f"Ranks of the layers. Spearman's correlation: {values}.")
 
 
-def axis_line(line: Line) -> Line2D:
+def legend_handle(line: Line) -> Line2D:
     """A legend's handle of ``line`` without the line itself."""
     return Line2D([], [], **{**line.mark, "linestyle": ""})
 
 
-def _heat_row(axis: Axes, row: int, values: Sequence[float]) -> None:
+def _draw_ranks(axis: Axes, row: int, values: Sequence[float]) -> None:
     for layer, rank in enumerate(ranks(values)):
         shade = SHADES[min(int(rank * len(SHADES) / len(values)), len(SHADES) - 1)]
         cell = (layer - 0.47, row - 0.44)
         axis.add_patch(Rectangle(cell, 0.94, 0.88, facecolor=shade, linewidth=0))
 
 
-def _shown(row: Row, text: str) -> float:
-    return float(min(row["ratio"][text], HIGHEST))
+def _sizes(lines: Sequence[Line]) -> list[int]:
+    return sorted({size for line in lines for size, *_ in line.points})
 
 
-def _ratio_axis(axis: Axes, lines: Sequence[Line], text: str) -> None:
+def _set_ratio_axis(axis: Axes, lines: Sequence[Line]) -> None:
     """A logarithmic axis from a little below the best to a little above the worst shown."""
-    shown = [_shown(row, text) for line in lines for row in line.points]
-    lowest, highest = min(shown) / 1.06, max(shown) * 1.1
+    heights = [min(ratio, HIGHEST) for line in lines for _, ratio, _ in line.points]
+    lowest, highest = min(heights) / 1.06, max(heights) * 1.1
     axis.set_yscale("log")
     axis.set_ylim(lowest, highest)
-    apart = (highest / lowest) ** (1 / MOST_TICKS)
+    factor = (highest / lowest) ** (1 / MOST_TICKS)
     ticks: list[float] = []
     for tick in TICKS:
-        if lowest <= tick <= highest and (not ticks or tick >= ticks[-1] * apart):
+        if lowest <= tick <= highest and (not ticks or tick >= ticks[-1] * factor):
             ticks.append(tick)
     names = [f"≥ {tick:g}" if tick == HIGHEST else f"× {tick:g}" for tick in ticks]
     axis.set_yticks(ticks, names)

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 def ranks(values: Sequence[float]) -> list[float]:
     """Rank of every value from 0, the lowest; equal values share their mean rank."""
     order = sorted(range(len(values)), key=values.__getitem__)
-    found = [0.0] * len(values)
+    mean_ranks = [0.0] * len(values)
     start = 0
     while start < len(order):
         stop = start
         while stop < len(order) and values[order[stop]] == values[order[start]]:
             stop += 1
         for index in order[start:stop]:
-            found[index] = (start + stop - 1) / 2
+            mean_ranks[index] = (start + stop - 1) / 2
         start = stop
-    return found
+    return mean_ranks
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""The rows of a comparison as figures: relative to dense, as cells of a table, as files."""
+"""All rows of a comparison: gathered and sorted, as cells of a table, as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -8,23 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from layercut.comparison.rank_correlation import spearman
+from layercut.comparison.row import DENSE, SPEEDS, Row
 from layercut.comparison.store import Store
-from layercut.evaluation.accuracy import paired_change
-from layercut.results import Provenance, estimate_mean
+from layercut.results import Estimate, Provenance
 
-Row = dict[str, Any]
-DENSE = "dense"
 LAYER_LOSS = "loss without the layer"
 MISSING = "–"
 LAYERS = "Layers"
-SPEEDS = {
-    "prefill_tokens_per_second": "Prefill, tokens/s",
-    "decode_tokens_per_second": "Decoding, tokens/s",
-}
-"""What a comparison measures with ``speed``, and its columns' titles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +26,7 @@ class Comparison:
         settings: of the last call.
         provenance: versions, machine and command of the last call.
         dense: the intact model's row.
-        rows: one per contestant and size, by size and then by perplexity; those that could not
+        rows: one per entry and size, by size and then by perplexity; those that could not
             run are last, with their ``reason``.
         scores: name → one score per layer of the intact model, higher = keep.
         warnings: what the user should know of the last call, in full sentences.
@@ -53,12 +44,14 @@ class Comparison:
     @property
     def texts(self) -> tuple[str, ...]:
         """Names of the texts, in the order in which they were first measured."""
-        return tuple(self.dense["perplexity"])
+        return tuple(self.dense.evaluation.perplexity)
 
     @property
     def speeds(self) -> tuple[str, ...]:
-        """Which of ``SPEEDS`` some row has."""
-        return tuple(key for key in SPEEDS if any(key in row for row in (self.dense, *self.rows)))
+        """The keys of ``SPEEDS``, if some row has them."""
+        evaluations = (row.evaluation for row in (self.dense, *self.rows))
+        known = any(e.prefill_tokens_per_second is not None for e in evaluations)
+        return tuple(SPEEDS) if known else ()
 
     @property
     def truth(self) -> tuple[float, ...] | None:
@@ -69,12 +62,11 @@ class Comparison:
         """Score → Spearman's correlation with the loss without each layer."""
         if self.truth is None:
             return {}
-        found = {
-            name: spearman(values, self.truth)
+        return {
+            name: correlation
             for name, values in self.scores.items()
-            if name != LAYER_LOSS
+            if name != LAYER_LOSS and (correlation := spearman(values, self.truth)) is not None
         }
-        return {name: value for name, value in found.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
         """Content of ``compare.json``."""
@@ -85,8 +77,8 @@ class Comparison:
             "versions": dict(self.provenance.versions),
             "hardware": dict(self.provenance.hardware),
             "settings": dict(self.settings),
-            "dense": self.dense,
-            "rows": list(self.rows),
+            "dense": self.dense.to_json(),
+            "rows": [row.to_json(self.dense) for row in self.rows],
             "scores": {name: list(values) for name, values in self.scores.items()},
             "correlations": self.correlations(),
             "warnings": list(self.warnings),
@@ -98,9 +90,8 @@ def gather_results(
     store: Store, settings: Mapping[str, Any], origin: Provenance, dense: Row
 ) -> Comparison:
     """All that the folder holds, relative to its dense row."""
-    text = next(iter(dense["perplexity"]), None)
-    stored = [row for row in store.rows.known.values() if row["method"] != DENSE]
-    rows = sort_rows([complete_row(row, dense) for row in stored], text)
+    stored = [Row.from_json(record) for record in store.rows.known.values()]
+    rows = sort_rows([row for row in stored if row.method != DENSE], dense)
     scores = {}
     for record in store.scores.known.values():
         if not record["skipped"]:
@@ -111,152 +102,94 @@ def gather_results(
     return Comparison(settings, origin, dense, rows, scores, windows=windows)
 
 
-def complete_row(row: Row, dense: Row) -> Row:
-    """A stored row with what follows from it and the dense one.
-
-    ``ratio``: perplexity over the dense one, ``ratio_stderr``: its error over windows, where both
-    rows have the windows' losses; ``accuracy_change``: paired by row, with its error; ``passes``:
-    its seconds in units of one forward pass over the calibration text.
-    """
-    if row["reason"] is not None:
-        return row
-    ratio = {
-        name: figure["value"] / dense["perplexity"][name]["value"]
-        for name, figure in row["perplexity"].items()
-        if name in dense["perplexity"]
-    }
-    errors = {
-        name: value * error
-        for name, value in ratio.items()
-        if (error := _paired_error(row, dense, name)) is not None
-    }
-    changes = {}
-    for name, outcomes in row["outcomes"].items():
-        # Of other rows, after a task's file had changed, there is no pair.
-        if len(before := dense["outcomes"].get(name, "")) == len(outcomes):
-            changes[name] = change(before, outcomes)
-    passes = {stage: s / dense["forward_seconds"] for stage, s in row["seconds"].items()}
-    return row | {
-        "ratio": ratio,
-        "ratio_stderr": errors,
-        "accuracy_change": changes,
-        "passes": passes,
-        "total_seconds": sum(row["seconds"].values()),
-    }
-
-
-def _paired_error(row: Row, dense: Row, text: str) -> float | None:
-    """Standard error of the difference of mean losses, s_d / √n over windows, in nats.
-
-    Both models read the same windows, whose difficulty cancels out; times the ratio it is the
-    ratio's error (delta method).
-    """
-    after, before = (r.get("losses", {}).get(text, ()) for r in (row, dense))
-    if len(after) != len(before) or len(after) < 2:
-        return None
-    after, before = (torch.tensor(losses, dtype=torch.float64) for losses in (after, before))
-    return estimate_mean(after - before).stderr
-
-
-def change(before: str, after: str) -> dict[str, float]:
-    """The change in accuracy between a row's and another's ``outcomes`` of one task, paired."""
-    first, second = (tuple(bit == "1" for bit in outcomes) for outcomes in (before, after))
-    return paired_change(first, second).to_json("n_rows")
-
-
-def sort_rows(rows: Sequence[Row], text: str | None) -> tuple[Row, ...]:
-    """By size, then the best perplexity first, then those that could not run."""
-
-    def place(row: Row) -> tuple[int, float]:
-        ratio = row.get("ratio", {}).get(text, float("inf"))
-        return row["layers"], ratio
-
-    return tuple(sorted(rows, key=place))
+def sort_rows(rows: Sequence[Row], dense: Row) -> tuple[Row, ...]:
+    """By size, then the best perplexity on the first text, then those that could not run."""
+    text = next(iter(dense.evaluation.perplexity), "")
+    return tuple(sorted(rows, key=lambda r: (r.layers, r.ratios(dense).get(text, float("inf")))))
 
 
 def titles(result: Comparison) -> list[str]:
     """Titles of the table's columns; `cells` fills them."""
-    found = ["Method", LAYERS]
-    found += [f"Perplexity, {name}" for name in result.texts] + [f"× {n}" for n in result.texts]
-    if result.texts:
-        found += ["Same token, %", "KL, nats", "Loops, %"]
-    found += [f"Accuracy, {name}" for name in result.dense["accuracy"]]
-    found += [f"Zero-shot, {name}" for name in result.dense.get("harness", {})]
-    found += ["Parameters, M", "MFLOPs per token"]
-    found += [SPEEDS[speed] for speed in result.speeds]
-    return [*found, "Seconds", "Passes"]
+    dense = result.dense.evaluation
+    return [
+        "Method",
+        LAYERS,
+        *(f"Perplexity, {name}" for name in result.texts),
+        *(f"× {name}" for name in result.texts),
+        *(("Same token, %", "KL, nats", "Loops, %") if result.texts else ()),
+        *(f"Accuracy, {name}" for name in dense.accuracy),
+        *(f"Zero-shot, {name}" for name in dense.harness),
+        *("Parameters, M", "MFLOPs per token"),
+        *(SPEEDS[speed] for speed in result.speeds),
+        *("Seconds", "Passes"),
+    ]
 
 
 def cells(result: Comparison, row: Row) -> list[str]:
-    """One row as text, one cell per title; a row that could not run has its reason instead."""
-    name = row["method"]
-    found = [name, str(row["layers"])]
-    found += [_figure(row["perplexity"].get(text), 2) for text in result.texts]
-    ratios = row.get("ratio", dict.fromkeys(result.texts, 1.0))
-    errors = row.get("ratio_stderr", {})
-    found += [_ratio(ratios.get(text), errors.get(text)) for text in result.texts]
+    """A row that ran as text, one cell per title."""
+    dense, measured = result.dense, row.evaluation
+    ratios = row.ratios(dense)
+    errors = {} if row is dense else row.ratio_errors(dense)
+    texts = [_format_estimate(measured.perplexity.get(text), 2) for text in result.texts]
+    texts += [_format_ratio(ratios.get(text), errors.get(text)) for text in result.texts]
     if result.texts:
-        fidelity = row.get("fidelity")
-        found.append(f"{100 * fidelity['agreement']['value']:.1f}" if fidelity else MISSING)
-        found.append(f"{fidelity['kl']['value']:.3f}" if fidelity else MISSING)
-        written = row.get("generation")
-        found.append(f"{100 * written['loop']['value']:.0f}" if written else MISSING)
-    for task in result.dense["accuracy"]:
-        found.append(_points(row["accuracy"].get(task)))
-    for task in result.dense.get("harness", {}):
+        fidelity, generation = row.fidelity, row.generation
+        texts.append(_format(100 * fidelity.agreement.value if fidelity else None, 1))
+        texts.append(_format(fidelity.kl.value if fidelity else None, 3))
+        texts.append(_format(100 * generation.loop.value if generation else None, 0))
+    tasks = [measured.accuracy.get(task) for task in dense.evaluation.accuracy]
+    for task in dense.evaluation.harness:
         # Not every task has an accuracy; the first metric is the one that it is known by.
-        metrics = row.get("harness", {}).get(task, {})
-        found.append(_points(metrics.get("acc", next(iter(metrics.values()), None))))
-    found.append(f"{row['n_parameters'] / 1e6:,.1f}")
-    flops = row["flops_per_token"]
-    found.append(MISSING if flops is None else f"{flops / 1e6:,.0f}")
-    for speed in result.speeds:
-        value = row.get(speed)
-        found.append(MISSING if value is None else f"{value:,.1f}")
-    spent = row.get("total_seconds")
-    found.append(MISSING if spent is None else f"{spent:,.1f}")
-    found.append(MISSING if spent is None else f"{sum(row['passes'].values()):,.1f}")
-    return found
-
-
-def _points(figure: Mapping[str, Any] | None) -> str:
-    return _figure(figure and {k: 100 * figure[k] for k in ("value", "stderr")}, 1)
+        metrics = measured.harness.get(task, {})
+        tasks.append(metrics.get("acc", next(iter(metrics.values()), None)))
+    flops = measured.flops_per_token
+    seconds = row.total_seconds
+    return [
+        row.method,
+        str(row.layers),
+        *texts,
+        *(_format_estimate(accuracy, 1, scale=100) for accuracy in tasks),
+        _format(measured.n_parameters / 1e6, 1),
+        _format(None if flops is None else flops / 1e6, 0),
+        *(_format(getattr(measured, speed), 1) for speed in result.speeds),
+        _format(seconds, 1),
+        _format(None if seconds is None else sum(row.passes(dense).values()), 1),
+    ]
 
 
 def to_csv(result: Comparison) -> str:
-    """Every figure of every row, one column each; ``reason`` where there is none."""
-    flat = [_flat(row) for row in (result.dense, *result.rows)]
-    columns = list(dict.fromkeys(name for row in flat for name in row))
+    """Every number of every row, one column each; ``reason`` where there is none."""
+    contents = [result.dense.to_json(), *(row.to_json(result.dense) for row in result.rows)]
+    lines = [_flatten(content) for content in contents]
+    columns = list(dict.fromkeys(name for line in lines for name in line))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows(lines)
     return buffer.getvalue()
 
 
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in row.items():
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
         if name in ("outcomes", "losses", "notes", "key"):
             continue
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
+            flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = (
-                " ".join(map(str, value))
-                if isinstance(value, list) and name == "dropped"
-                else value
-            )
-    return found
+            flat[f"{prefix}{name}"] = " ".join(map(str, value)) if name == "dropped" else value
+    return flat
 
 
-def _ratio(ratio: float | None, error: float | None) -> str:
-    if ratio is None:
+def _format(value: float | None, digits: int) -> str:
+    return MISSING if value is None else f"{value:,.{digits}f}"
+
+
+def _format_ratio(ratio: float | None, error: float | None) -> str:
+    return _format(ratio, 3) if error is None else f"{ratio:,.3f} ± {error:.3f}"
+
+
+def _format_estimate(estimate: Estimate | None, digits: int, scale: float = 1) -> str:
+    if estimate is None:
         return MISSING
-    return f"{ratio:,.3f}" if error is None else f"{ratio:,.3f} ± {error:.3f}"
-
-
-def _figure(figure: Mapping[str, Any] | None, digits: int) -> str:
-    if not figure:
-        return MISSING
-    return f"{figure['value']:,.{digits}f} ± {figure['stderr']:.{digits}f}"
+    return f"{scale * estimate.value:,.{digits}f} ± {scale * estimate.stderr:.{digits}f}"

@@ -1,4 +1,4 @@
-"""The whole comparison: choose, recover and judge every entry at every size."""
+"""The whole comparison: choose, recover and measure every entry at every size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from layercut import progress
 from layercut.comparison.config import ComparisonConfig
 from layercut.comparison.entries import parse_methods
-from layercut.comparison.measure import Judge
+from layercut.comparison.measure import RowEvaluator
 from layercut.comparison.report import write_files
 from layercut.comparison.result import Comparison, gather_results
 from layercut.comparison.runner import ComparisonRunner
@@ -60,15 +60,15 @@ def compare(
     if not isinstance(settings, ComparisonConfig):
         settings = validate(ComparisonConfig, dict(settings), "comparison")
     output_dir = Path(output_dir)
-    told: list[str] = []
-    with warnings_into(told):
-        result = _compare(settings, output_dir, batches, overwrite, provenance(command))
-    result = replace(result, warnings=tuple(told))
+    sentences: list[str] = []
+    with warnings_into(sentences):
+        result = _run_entries(settings, output_dir, batches, overwrite, provenance(command))
+    result = replace(result, warnings=tuple(sentences))
     write_files(result, output_dir)
     return result
 
 
-def _compare(
+def _run_entries(
     settings: ComparisonConfig,
     folder: Path,
     batches: CalibrationBatches | None,
@@ -78,42 +78,44 @@ def _compare(
     """Everything but the files that are made from the rows."""
     entries = parse_methods(settings.methods)
     check_folder(folder, overwrite=overwrite)
-    harness = settings.evaluation.harness
-    rows = harness_rows(harness, settings.evaluation.harness_limit)
+    harness = harness_rows(settings.evaluation.harness, settings.evaluation.harness_limit)
     progress.stage("load")
     view = load(
         settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
     )
-    drawn = {} if batches is not None else {"calibration": settings.calibration.seq_len}
-    check_lengths(view, **drawn, evaluation=settings.evaluation.seq_len)
+    lengths = {} if batches is not None else {"calibration": settings.calibration.seq_len}
+    check_lengths(view, **lengths, evaluation=settings.evaluation.seq_len)
     for size in settings.drop_layers:
         check_request(view.n_layers, drop_layers=size)
-    judge = Judge(view, settings.evaluation, rows, speed=settings.speed)
+    evaluator = RowEvaluator(view, settings.evaluation, harness, speed=settings.speed)
     if batches is None:
         batches = calibration_batches(settings.calibration, view.tokenizer, seed=settings.seed)
     check_vocabulary(view, batches.input_ids)
     with open_store(folder, overwrite=overwrite) as store:
-        store.claim(identity(view, batches, judge, settings))
-        before = model_hash(view)
-        runner = ComparisonRunner(view, batches, store, judge, settings)
-        dense = runner.dense()
+        store.claim(describe_identity(view, batches, evaluator, settings))
+        dense_hash = model_hash(view)
+        runner = ComparisonRunner(view, batches, store, evaluator, settings)
+        dense = runner.measure_dense()
         for entry in entries:
-            runner.run(entry)
+            runner.run_entry(entry)
         if settings.layer_losses:
-            runner.layer_losses()
-        assert model_hash(view) == before, "the model is no longer dense"
-        shown = settings.model_dump(mode="json", exclude={"layer_losses"})
-        shown["calibration"] = {
+            runner.measure_layer_losses()
+        assert model_hash(view) == dense_hash, "the model is no longer dense"
+        content = settings.model_dump(mode="json", exclude={"layer_losses"})
+        content["calibration"] = {
             "data": batches.source,
             "n_sequences": batches.n_sequences,
             "seq_len": batches.seq_len,
             "gradient_batch": batches.gradient_batch,
         }
-        return gather_results(store, shown, origin, dense)
+        return gather_results(store, content, origin, dense)
 
 
-def identity(
-    view: DecoderView, batches: CalibrationBatches, judge: Judge, settings: ComparisonConfig
+def describe_identity(
+    view: DecoderView,
+    batches: CalibrationBatches,
+    evaluator: RowEvaluator,
+    settings: ComparisonConfig,
 ) -> dict[str, Any]:
     """What every record of a folder depends on, texts and tasks by their content."""
     return {
@@ -132,6 +134,6 @@ def identity(
         "evaluation": {
             "seq_len": settings.evaluation.seq_len,
             "max_tokens": settings.evaluation.max_tokens,
-            **judge.contents,
+            **evaluator.contents,
         },
     }

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
 
 from layercut import progress, registry
 from layercut.comparison.config import ComparisonConfig
 from layercut.comparison.entries import Entry, LayerChoice, parse_methods
-from layercut.comparison.heal_rows import Healer
-from layercut.comparison.measure import EMPTY, Judge, forward_seconds
+from layercut.comparison.heal_rows import RowHealer
+from layercut.comparison.measure import RowEvaluator, forward_seconds
 from layercut.comparison.plans import NOT_APPLICABLE, CachedPlan, PlanCache
-from layercut.comparison.result import DENSE
+from layercut.comparison.row import DENSE, Row
 from layercut.comparison.store import HEALING, Store, digest
 from layercut.engine.residual_stream import ResidualStream, history_bytes
 from layercut.models.check_method import check_method
@@ -30,17 +30,16 @@ SHARED_BYTES = 4 * 1024**3
 recovery walks through the dense model anew."""
 
 
-def start_row(entry: Entry, size: int) -> dict[str, Any]:
+def start_row(entry: Entry, size: int, key: str) -> Row:
     """A row before anything is known but what it is about."""
-    return {
-        "method": entry.name,
-        "pair": entry.pair,
-        "source": entry.source,
-        "reading": entry.reading,
-        "layers": size,
-        "dropped": [],
-        **EMPTY,
-    }
+    return Row(
+        key=key,
+        method=entry.name,
+        pair=entry.pair,
+        source=entry.source,
+        reading=entry.reading,
+        layers=size,
+    )
 
 
 class ComparisonRunner:
@@ -51,45 +50,48 @@ class ComparisonRunner:
         view: DecoderView,
         batches: CalibrationBatches,
         store: Store,
-        judge: Judge,
+        evaluator: RowEvaluator,
         settings: ComparisonConfig,
     ) -> None:
         self.view = view
         self.batches = batches
         self.store = store
-        self.judge = judge
+        self.evaluator = evaluator
         self.settings = settings
         self.stream: ResidualStream | None = None
         self.healer = None
         if settings.heal is not None:
-            self.healer = Healer(view, batches, settings, store.folder / HEALING)
-        named = parse_methods(settings.heal_methods or settings.methods)
-        self.healed_pairs = {entry.pair for entry in named}
+            self.healer = RowHealer(view, batches, settings, store.folder / HEALING)
+        healed = parse_methods(settings.heal_methods or settings.methods)
+        self.healed_pairs = {entry.pair for entry in healed}
         self.plans = PlanCache(view, batches, store, seed=settings.seed)
 
-    def dense(self) -> dict[str, Any]:
+    def measure_dense(self) -> Row:
         """The row of the intact model, and the unit that costs are told in."""
-        key = digest(DENSE)
-        row = self.store.rows.get(key)
-        if row is not None and not self.judge.missing(row):
+        row = self.store.find_row(digest(DENSE))
+        if row is not None and self.evaluator.is_complete(row):
             return row
         progress.stage("measure the dense model")
-        self.judge.see_dense()
+        self.evaluator.record_dense()
         if row is None:
-            row = {"method": DENSE, "layers": 0, "dropped": [], "reason": None, **EMPTY}
-            row["model"] = self.view.name
-            row["forward_seconds"] = forward_seconds(self.view, self.batches)
-            row["n_parameters"] = self.judge.n_parameters(())
-        return self.store.rows.add(key, row | self.judge.measure(row))
+            seconds = forward_seconds(self.view, self.batches)
+            row = Row(
+                key=digest(DENSE),
+                method=DENSE,
+                layers=0,
+                model=self.view.name,
+                forward_seconds=seconds,
+            )
+        return self.store.add_row(self.evaluator.measure(row))
 
-    def run(self, entry: Entry) -> None:
-        """Choose for all sizes, then recover and judge each; finished rows are passed over."""
+    def run_entry(self, entry: Entry) -> None:
+        """Choose for all sizes, then recover and measure each; finished rows are passed over."""
         keys = {size: self._key(entry, size) for size in self.settings.drop_layers}
-        rows = {size: self.store.rows.get(key) for size, key in keys.items()}
-        todo = [size for size, row in rows.items() if row is None or self._is_incomplete(row)]
+        known = {size: self.store.find_row(key) for size, key in keys.items()}
+        todo = [size for size, row in known.items() if row is None or self._is_unfinished(row)]
         if not todo:
             return
-        self.judge.see_dense()
+        self.evaluator.record_dense()
         progress.stage(f"{entry.name}: choose layers")
         recovery = registry.resolve("recovery", entry.recovery, seed=self.settings.seed)
         try:
@@ -99,36 +101,33 @@ class ComparisonRunner:
         else:
             plans = self.plans.choose(entry.choice, todo, recovery)
         for size in todo:
-            row = rows[size] or start_row(entry, size)
-            plan, repair = plans[size], None
+            old, plan = known[size], plans[size]
+            row, repair = old or start_row(entry, size, keys[size]), None
             if isinstance(plan, str):
-                done: dict[str, Any] = {"reason": plan}
+                row = replace(row, reason=plan)
             else:
-                done, repair = self._recover_and_measure(entry, recovery, plan, row)
-            known = rows[size]
-            if done["reason"] is not None and known is not None and known["reason"] is None:
+                row, repair = self._recover_and_measure(entry, recovery, plan, row)
+            if row.reason is not None and old is not None and old.reason is None:
                 warnings.warn(
-                    f"{entry.name}, {size} layers, stays as it was: {done['reason']}", stacklevel=2
+                    f"{entry.name}, {size} layers, stays as it was: {row.reason}", stacklevel=2
                 )
                 continue
-            row = self.store.rows.add(keys[size], row | done)
+            row = self.store.add_row(row)
             if isinstance(plan, CachedPlan) and isinstance(repair, WeightPatch):
                 self._heal(entry, plan.plan, repair, row)
 
-    def _heal(
-        self, entry: Entry, plan: PruningPlan, patch: WeightPatch, row: dict[str, Any]
-    ) -> None:
+    def _heal(self, entry: Entry, plan: PruningPlan, patch: WeightPatch, row: Row) -> None:
         """The same model healed, and the dense one with it, each a row of its own."""
         if self.healer is None or entry.pair not in self.healed_pairs:
             return
-        for old, cut in ((self.dense(), None), (row, (plan, patch))):
-            key = digest(old["key"], self.healer.digest)
-            if not self._is_finished(key):
-                progress.stage(f"{old['method']}: heal and measure, {old['layers']} layers dropped")
-                self.store.rows.add(key, self.healer.row(old, cut, self.judge))
+        for old, cut in ((self.measure_dense(), None), (row, (plan, patch))):
+            key = digest(old.key, self.healer.digest)
+            if not self._has_run(key):
+                progress.stage(f"{old.method}: heal and measure, {old.layers} layers dropped")
+                self.store.add_row(self.healer.heal_row(old, key, cut, self.evaluator))
                 remove_claimed(self.healer.work_dir)
 
-    def layer_losses(self) -> None:
+    def measure_layer_losses(self) -> None:
         """The calibration loss without each layer: what every score estimates."""
         progress.stage("measure the loss without each layer")
         choice = LayerChoice(scoring="perplexity")
@@ -139,38 +138,38 @@ class ComparisonRunner:
                 warnings.warn(f"the loss without each layer is not known: {error}", stacklevel=2)
 
     def _recover_and_measure(
-        self, entry: Entry, recovery: MethodCall, cached: CachedPlan, row: dict[str, Any]
-    ) -> tuple[dict[str, Any], WeightPatch | RuntimeMaps | None]:
+        self, entry: Entry, recovery: MethodCall, cached: CachedPlan, row: Row
+    ) -> tuple[Row, WeightPatch | RuntimeMaps | None]:
         plan = cached.plan
         progress.stage(f"{entry.name}: recover and measure {len(plan.dropped)} layers")
-        layers = {"dropped": list(plan.dropped), "cuts": [list(cut) for cut in plan.cuts]}
+        row = replace(row, dropped=plan.dropped, cuts=plan.cuts)
         try:
-            wanted = recovery.method.needs_gradient_log
-            evidence = self.plans.evidence(entry.choice, gradients=wanted)
+            needs_gradients = recovery.method.needs_gradient_log
+            evidence = self.plans.evidence(entry.choice, gradients=needs_gradients)
             dense = self._shared_stream(recovery)
             start = time.perf_counter() + self._saved_seconds()
             repair = fit_repair(self.view, plan, evidence, self.batches, recovery, dense=dense)
-            seconds = {
-                **cached.seconds,
-                "recover": time.perf_counter() + self._saved_seconds() - start,
-            }
+            recover_seconds = time.perf_counter() + self._saved_seconds() - start
             with pruned_in_memory(self.view, plan, repair):
-                measured = self.judge.measure(row)
+                row = self.evaluator.measure(row)
         except NOT_APPLICABLE as error:
-            return {**layers, "reason": str(error)}, None
+            return replace(row, reason=str(error)), None
         n_maps = len(repair.maps) if isinstance(repair, RuntimeMaps) else 0
-        extra = n_maps * self.view.hidden_size**2
-        if measured["flops_per_token"] is not None:
-            measured["flops_per_token"] += 2 * extra
-        done = {
-            **layers,
-            "reason": None,
-            "notes": dict(repair.notes),
-            "n_parameters": self.judge.n_parameters(plan.dropped) + extra,
-            "seconds": row.get("seconds", seconds),
-            **measured,
-        }
-        return done, repair
+        n_extra = n_maps * self.view.hidden_size**2
+        flops = row.evaluation.flops_per_token
+        evaluation = replace(
+            row.evaluation,
+            n_parameters=self.evaluator.count_parameters(plan.dropped) + n_extra,
+            flops_per_token=None if flops is None else flops + 2 * n_extra,
+        )
+        row = replace(
+            row,
+            reason=None,
+            notes=dict(repair.notes),
+            seconds=row.seconds or {**cached.seconds, "recover": recover_seconds},
+            evaluation=evaluation,
+        )
+        return row, repair
 
     def _shared_stream(self, recovery: MethodCall) -> ResidualStream | None:
         """The dense model's stream with its history, for recoveries that share it, if it fits."""
@@ -183,20 +182,20 @@ class ComparisonRunner:
         """Seconds that entries did not spend because others had."""
         return 0.0 if self.stream is None else self.stream.saved_seconds
 
-    def _is_incomplete(self, row: Mapping[str, Any]) -> bool:
+    def _is_unfinished(self, row: Row) -> bool:
         """What could not run is tried again: that it cannot shows early, and versions change."""
         unhealed = (
             self.healer is not None
-            and row["pair"] in self.healed_pairs
-            and registry.describe("recovery", row["pair"].rpartition("+")[2]).stores
-            and not self._is_finished(digest(row["key"], self.healer.digest))
+            and row.pair in self.healed_pairs
+            and registry.describe("recovery", row.pair.rpartition("+")[2]).stores
+            and not self._has_run(digest(row.key, self.healer.digest))
         )
-        return row["reason"] is not None or unhealed or self.judge.missing(row)
+        return row.reason is not None or unhealed or not self.evaluator.is_complete(row)
 
-    def _is_finished(self, key: str) -> bool:
+    def _has_run(self, key: str) -> bool:
         """Whether there is a healed row that is more than the reason why there is none."""
-        row = self.store.rows.get(key)
-        return row is not None and row["reason"] is None
+        row = self.store.find_row(key)
+        return row is not None and row.reason is None
 
     def _key(self, entry: Entry, size: int) -> str:
         """Everything of a row that the folder's identity leaves open."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from layercut.comparison.row import Row
 from layercut.errors import OutputError
 from layercut.training.resume import remove_claimed
 
@@ -76,7 +77,7 @@ class Store:
 
     Attributes:
         folder: the comparison's output folder.
-        rows: one per contestant and size.
+        rows: one per entry and size.
         plans: layers per choice and size, with what choosing took.
         scores: every scoring of the model, with the layers that were skipped.
         identity: what the records belong to, nested mappings of JSON values.
@@ -89,6 +90,15 @@ class Store:
         if (folder / IDENTITY_FILE).is_file():
             text = (folder / IDENTITY_FILE).read_text(encoding="utf-8")
             self.identity = json.loads(text)
+
+    def find_row(self, key: str) -> Row | None:
+        """The finished row of this key, if there is one."""
+        record = self.rows.get(key)
+        return None if record is None else Row.from_json(record)
+
+    def add_row(self, row: Row) -> Row:
+        """Write a finished row; as it will be read."""
+        return Row.from_json(self.rows.add(row.key, row.to_json()))
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Make the folder that of ``identity``, or go on in it.
@@ -163,14 +173,14 @@ def open_store(folder: Path, *, overwrite: bool) -> Iterator[Store]:
 
 def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """``key: old value, now new value`` for every key whose value differs in both."""
-    found = []
+    differences = []
     for key in old.keys() & new.keys():
         before, now, name = old[key], new[key], f"{prefix}{key}"
         if isinstance(before, Mapping) and isinstance(now, Mapping):
-            found += find_differences(before, now, f"{name}.")
+            differences += find_differences(before, now, f"{name}.")
         elif before != now:
-            found.append(f"{name} {before} there, {now} now")
-    return sorted(found)
+            differences.append(f"{name} {before} there, {now} now")
+    return sorted(differences)
 
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

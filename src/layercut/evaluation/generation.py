@@ -85,6 +85,7 @@ def generation_check(
     return Generation(
         tokens=tokens,
         prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
         distinct=(distinct[0], distinct[1], distinct[2]),
         loop=loop,
         common_prefix=common,
