@@ -223,7 +223,7 @@ def test_layer_losses_that_fail_leave_the_rest(
     settings |= {"methods": ["shortgpt"], "drop_layers": [1], "layer_losses": True}
     result = layercut.compare(settings, tmp_path / "out")
     assert result.truth is None
-    assert result.rows[0]["reason"] is None
+    assert result.rows[0].reason is None
     assert any("loss without each layer is not known" in told for told in result.warnings)
     assert (tmp_path / "out/report.html").is_file()
 

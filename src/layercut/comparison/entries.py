@@ -39,17 +39,6 @@ class LayerChoice:
         last = range(max(0, n_layers - self.keep_last), n_layers)
         return {*range(min(self.keep_first, n_layers)), *last}
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything that decides which layers go."""
-        return {
-            "scoring": self.scoring,
-            "strategy": self.strategy,
-            "rounds": self.rounds,
-            "keep_first": self.keep_first,
-            "keep_last": self.keep_last,
-            "options": dict(self.options),
-        }
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:

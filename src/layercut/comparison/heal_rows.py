@@ -80,24 +80,23 @@ class RowHealer:
         share = self.settings.label_weight
         return f"{length}, {100 * share:g} % labels" if share else length
 
+    def key_of(self, row: Row) -> str:
+        """The key of the row that this heal makes of ``row``."""
+        return digest(row.key, self.digest)
+
     def heal_row(
-        self,
-        row: Row,
-        key: str,
-        cut: tuple[PruningPlan, WeightPatch] | None,
-        evaluator: RowEvaluator,
+        self, row: Row, cut: tuple[PruningPlan, WeightPatch] | None, evaluator: RowEvaluator
     ) -> Row:
         """The healed model's row: its estimates, or the reason why there are none.
 
         Args:
             row: of the same model before.
-            key: of the healed row.
             cut: what makes the model from the dense one; ``None`` for that one itself.
             evaluator: of all rows.
         """
         from layercut.training.heal import heal
 
-        method = f"{row.method}, healed {self.length}"
+        key, method = self.key_of(row), f"{row.method}, healed {self.length}"
         if cut is None and self.settings.label_weight == 0:
             return replace(
                 row, key=key, method=method, seconds={"heal": 0.0}, reading=DENSE_UNCHANGED

@@ -134,18 +134,12 @@ class RowEvaluator:
         """
         view = view or self.view
         known, section = row.evaluation, self.section
-        new = evaluate(
-            view,
-            text={n: s for n, s in section.text.items() if n not in known.perplexity},
-            tasks={n: s for n, s in section.tasks.items() if n not in known.accuracy},
-            seq_len=section.seq_len,
-            max_tokens=section.max_tokens,
-            detokenize=section.detokenize,
-            speed=False,
-            harness=section.harness if self._needs_harness(known) else (),
-            harness_limit=section.harness_limit,
-            harness_batch_size=section.harness_batch_size,
-        )
+        missing = section.model_dump() | {
+            "text": {n: s for n, s in section.text.items() if n not in known.perplexity},
+            "tasks": {n: s for n, s in section.tasks.items() if n not in known.accuracy},
+            "harness": section.harness if self._needs_harness(known) else (),
+        }
+        new = evaluate(view, **missing, speed=False)
         evaluation = replace(
             known,
             n_parameters=new.n_parameters,

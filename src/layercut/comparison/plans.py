@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from layercut import progress, registry
@@ -151,7 +151,7 @@ class PlanCache:
                     recovery=recovery,
                     scorer=self.scores,
                 )
-                key = digest(choice.to_json(), self.seed, sorted(request.protect), size)
+                key = digest(asdict(choice), self.seed, sorted(request.protect), size)
                 record = self.store.plans.get(key)
                 if record is None:
                     if plan_of_size is None:

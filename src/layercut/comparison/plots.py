@@ -113,8 +113,8 @@ def plot_by_seconds(result: Comparison, text: str) -> str:
         for axis, n_dropped in zip(panels, sizes, strict=False):
             for line in reversed(lines):
                 for _, ratio, seconds in (p for p in line.points if p[0] == n_dropped):
-                    place = max(seconds, LEAST_SECONDS), min(ratio, HIGHEST)
-                    axis.plot(*place, **{**line.mark, "linestyle": ""})
+                    x, y = max(seconds, LEAST_SECONDS), min(ratio, HIGHEST)
+                    axis.plot(x, y, **{**line.mark, "linestyle": ""})
             axis.set_xscale("log")
             axis.margins(0.12)
             axis.set_title(f"{n_dropped} layers", fontsize=10, loc="left")
@@ -127,14 +127,9 @@ def plot_by_seconds(result: Comparison, text: str) -> str:
             axis.set_visible(False)
         for axis in panels[::columns]:
             axis.set_ylabel(f"perplexity over dense, {text}")
-        handles = [legend_handle(line) for line in lines]
-        plot.legend(
-            handles,
-            [line.name for line in lines],
-            loc="outside lower center",
-            ncols=4,
-            fontsize=9,
-        )
+        handles = [Line2D([], [], **{**line.mark, "linestyle": ""}) for line in lines]
+        names = [line.name for line in lines]
+        plot.legend(handles, names, loc="outside lower center", ncols=4, fontsize=9)
         contents = f"{len(lines)} methods at {', '.join(map(str, sizes))} layers"
         title = f"Perplexity over dense against seconds. {contents}; the table has them."
         return inline_svg(plot, "by-seconds", title)
@@ -169,11 +164,6 @@ def plot_scores(result: Comparison) -> str:
             spine.set_visible(False)
         values = "; ".join(f"{name} {value:+.2f}" for name, value in correlations.items())
         return inline_svg(plot, "scores", f"Ranks of the layers. Spearman's correlation: {values}.")
-
-
-def legend_handle(line: Line) -> Line2D:
-    """A legend's handle of ``line`` without the line itself."""
-    return Line2D([], [], **{**line.mark, "linestyle": ""})
 
 
 def _draw_ranks(axis: Axes, row: int, values: Sequence[float]) -> None:

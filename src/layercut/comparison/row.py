@@ -8,8 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from layercut.evaluation.accuracy import paired_change
-from layercut.evaluation.evaluate import collect_outcomes
+from layercut.evaluation.evaluate import add_changes, collect_outcomes
 from layercut.results import Estimate, Evaluation, Fidelity, Generation, estimate_mean, harness_name
 from layercut.types import Cut, LayerSet
 
@@ -44,8 +43,8 @@ class Row:
         seconds: stage → wall-clock seconds, as if the method ran alone.
         measured_with: version and threads; ``None`` in rows that are older than windows' losses.
         heal: what the heal took and brought, with its settings.
-        model: its name, told by the dense row.
-        forward_seconds: of one pass over the calibration text, told by the dense row.
+        model: its name; of the dense row alone.
+        forward_seconds: of one pass over the calibration text; of the dense row alone.
         evaluation: all that was measured; its number of layers is not stored, and 0.
     """
 
@@ -107,17 +106,9 @@ class Row:
                 errors[name] = ratio * estimate_mean(change).stderr
         return errors
 
-    def accuracy_changes(self, dense: Row) -> dict[str, Estimate]:
-        """Change in accuracy from the dense model, paired by row.
-
-        Of other rows, after a task's file had changed, there is no pair.
-        """
-        before = collect_outcomes(dense.evaluation)
-        return {
-            name: paired_change(before[name], after)
-            for name, after in collect_outcomes(self.evaluation).items()
-            if len(before.get(name, ())) == len(after)
-        }
+    def accuracy_changes(self, dense: Row) -> Mapping[str, Estimate]:
+        """Change in accuracy from the dense model, paired by row."""
+        return add_changes(self.evaluation, dense.evaluation).accuracy_change
 
     def to_json(self, dense: Row | None = None) -> dict[str, Any]:
         """A line of ``rows.jsonl``; of ``compare.json`` with what follows from the dense row."""
@@ -175,29 +166,23 @@ class Row:
 
 
 def _read_evaluation(row: Mapping[str, Any]) -> Evaluation:
-    losses, outcomes = row.get("losses", {}), row.get("outcomes", {})
-    right = {task: tuple(bit == "1" for bit in bits) for task, bits in outcomes.items()}
-    text = next(iter(row["perplexity"]), "")
+    texts, tasks, losses = row["perplexity"], row["accuracy"], row.get("losses", {})
+    right = {n: tuple(bit == "1" for bit in bits) for n, bits in row.get("outcomes", {}).items()}
+    first = next(iter(texts), "")
     return Evaluation(
         n_layers=0,
         n_parameters=row.get("n_parameters", 0),
-        perplexity={
-            name: _estimate(values, losses=tuple(losses.get(name, ())))
-            for name, values in row["perplexity"].items()
-        },
-        accuracy={
-            name: _estimate(values, outcomes=right.get(name, ()))
-            for name, values in row["accuracy"].items()
-        },
+        perplexity={n: _estimate(e, losses=tuple(losses.get(n, ()))) for n, e in texts.items()},
+        accuracy={n: _estimate(e, outcomes=right.get(n, ())) for n, e in tasks.items()},
         harness={
             task: {
-                name: _estimate(values, outcomes=right.get(harness_name(task, name), ()))
-                for name, values in metrics.items()
+                n: _estimate(e, outcomes=right.get(harness_name(task, n), ()))
+                for n, e in metrics.items()
             }
             for task, metrics in row.get("harness", {}).items()
         },
-        fidelity={text: _read_fidelity(row["fidelity"])} if "fidelity" in row else {},
-        generation={text: _read_generation(row["generation"])} if "generation" in row else {},
+        fidelity={first: _read_fidelity(row["fidelity"])} if "fidelity" in row else {},
+        generation={first: _read_generation(row["generation"])} if "generation" in row else {},
         flops_per_token=row.get("flops_per_token"),
         prefill_tokens_per_second=row.get("prefill_tokens_per_second"),
         decode_tokens_per_second=row.get("decode_tokens_per_second"),

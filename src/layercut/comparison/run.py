@@ -21,7 +21,6 @@ from layercut.evaluation.harness import harness_rows
 from layercut.machine import provenance
 from layercut.models.check_method import check_lengths
 from layercut.models.load import load
-from layercut.models.view import DecoderView
 from layercut.recipe.validation import validate
 from layercut.results import Provenance, warnings_into
 from layercut.selection.select import check_request
@@ -92,7 +91,7 @@ def _run_entries(
         batches = calibration_batches(settings.calibration, view.tokenizer, seed=settings.seed)
     check_vocabulary(view, batches.input_ids)
     with open_store(folder, overwrite=overwrite) as store:
-        store.claim(describe_identity(view, batches, evaluator, settings))
+        store.claim(describe_identity(evaluator, batches, settings))
         dense_hash = model_hash(view)
         runner = ComparisonRunner(view, batches, store, evaluator, settings)
         dense = runner.measure_dense()
@@ -112,12 +111,10 @@ def _run_entries(
 
 
 def describe_identity(
-    view: DecoderView,
-    batches: CalibrationBatches,
-    evaluator: RowEvaluator,
-    settings: ComparisonConfig,
+    evaluator: RowEvaluator, batches: CalibrationBatches, settings: ComparisonConfig
 ) -> dict[str, Any]:
     """What every record of a folder depends on, texts and tasks by their content."""
+    view = evaluator.view
     return {
         "schema": 1,
         "model": view.name,

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from layercut import progress, registry
 from layercut.comparison.config import ComparisonConfig
@@ -68,7 +68,8 @@ class ComparisonRunner:
 
     def measure_dense(self) -> Row:
         """The row of the intact model, and the unit that costs are told in."""
-        row = self.store.find_row(digest(DENSE))
+        key = digest(DENSE)
+        row = self.store.find_row(key)
         if row is not None and self.evaluator.is_complete(row):
             return row
         progress.stage("measure the dense model")
@@ -76,11 +77,7 @@ class ComparisonRunner:
         if row is None:
             seconds = forward_seconds(self.view, self.batches)
             row = Row(
-                key=digest(DENSE),
-                method=DENSE,
-                layers=0,
-                model=self.view.name,
-                forward_seconds=seconds,
+                key=key, method=DENSE, layers=0, model=self.view.name, forward_seconds=seconds
             )
         return self.store.add_row(self.evaluator.measure(row))
 
@@ -121,10 +118,9 @@ class ComparisonRunner:
         if self.healer is None or entry.pair not in self.healed_pairs:
             return
         for old, cut in ((self.measure_dense(), None), (row, (plan, patch))):
-            key = digest(old.key, self.healer.digest)
-            if not self._has_run(key):
+            if not self._has_run(self.healer.key_of(old)):
                 progress.stage(f"{old.method}: heal and measure, {old.layers} layers dropped")
-                self.store.add_row(self.healer.heal_row(old, key, cut, self.evaluator))
+                self.store.add_row(self.healer.heal_row(old, cut, self.evaluator))
                 remove_claimed(self.healer.work_dir)
 
     def measure_layer_losses(self) -> None:
@@ -188,7 +184,7 @@ class ComparisonRunner:
             self.healer is not None
             and row.pair in self.healed_pairs
             and registry.describe("recovery", row.pair.rpartition("+")[2]).stores
-            and not self._has_run(digest(row.key, self.healer.digest))
+            and not self._has_run(self.healer.key_of(row))
         )
         return row.reason is not None or unhealed or not self.evaluator.is_complete(row)
 
@@ -201,7 +197,7 @@ class ComparisonRunner:
         """Everything of a row that the folder's identity leaves open."""
         revision = registry.describe("recovery", entry.recovery).revision
         extra = [revision] if revision > 1 else []
-        return digest(entry.choice.to_json(), entry.recovery, size, *extra)
+        return digest(asdict(entry.choice), entry.recovery, size, *extra)
 
 
 @contextmanager

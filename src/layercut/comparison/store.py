@@ -23,7 +23,7 @@ from layercut.training.resume import remove_claimed
 IDENTITY_FILE = "settings.json"
 RECORDS = ("rows", "plans", "scores")
 HEALING = "healing"
-"""Checkpoints of the heal that is running; gone when its row is there."""
+"""Checkpoints of the heal that is running; removed when its row is there."""
 
 WRITTEN = (
     IDENTITY_FILE,

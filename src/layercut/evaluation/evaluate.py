@@ -112,9 +112,13 @@ def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Estima
 
 
 def add_changes(after: Evaluation, before: Evaluation) -> Evaluation:
-    """``after`` with the change in accuracy of every task that ``before`` answered as well."""
+    """``after`` with the change in accuracy of every task of whose rows ``before`` tells as well.
+
+    Of other rows, after a task's file had changed, there is no pair.
+    """
     old, new = collect_outcomes(before), collect_outcomes(after)
-    changes = {name: paired_change(old[name], rows) for name, rows in new.items() if name in old}
+    pairs = {n: (old[n], rows) for n, rows in new.items() if len(old.get(n, ())) == len(rows)}
+    changes = {name: paired_change(*pair) for name, pair in pairs.items()}
     return replace(after, accuracy_change=changes)
 
 
