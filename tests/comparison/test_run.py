@@ -18,12 +18,12 @@ import pytest
 import layercut
 from comparisons import comparison_of, timeless
 from conftest import save_tiny
+from layercut import registry
 from layercut.comparison import plans
 from layercut.comparison.store import Store
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError, OutputError, PlanError, RecipeError
 from layercut.models.view import DecoderView
-from layercut.recovery.methods import refit
 from layercut.registry import MethodCall
 
 
@@ -63,8 +63,13 @@ def test_rows_of_an_earlier_revision_are_measured_anew(
     settings |= {"methods": ["block-influence+refit"], "drop_layers": [1]}
     layercut.compare(settings, tmp_path / "out")
     n_rows = len(Store(tmp_path / "out").rows.known)
-    revised = replace(refit.METHOD, revision=refit.METHOD.revision + 1)
-    monkeypatch.setattr(refit, "METHOD", revised)
+    describe = registry.describe
+
+    def describe_revised(stage: registry.Stage, name: str) -> registry.Method:
+        method = describe(stage, name)
+        return replace(method, revision=method.revision + 1) if name == "refit" else method
+
+    monkeypatch.setattr(registry, "describe", describe_revised)
     layercut.compare(settings, tmp_path / "out")
     assert len(Store(tmp_path / "out").rows.known) == n_rows + 1
 

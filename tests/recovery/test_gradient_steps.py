@@ -123,7 +123,7 @@ def test_halves_change_places_also_after_a_step_not_made(
         learnt.append(arguments[3])
         return original(*arguments, **options)
 
-    monkeypatch.setattr(gradient_steps, "divergence_gradients", remember)
+    monkeypatch.setattr(gradient_steps, "compute_divergence_gradients", remember)
     given = iter([5.0, 6.0, 6.0, 6.0, 6.0, 5.0, 4.0, 4.5])
     monkeypatch.setattr(gradient_steps, "mean_loss", lambda *_: next(given))
     _, lengths = take_steps(view, plan_of(2), {}, batches.input_ids, n_steps=2, micro_batch=2)

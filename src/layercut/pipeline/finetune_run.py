@@ -34,7 +34,7 @@ def finetune_checkpoint(
     *,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
-    command: str = "layercut.tune_checkpoint(…)",
+    command: str = "layercut.finetune_checkpoint(…)",
 ) -> RunResult:
     """Fine-tune a model without pruning it, and write it to ``output_dir``.
 
