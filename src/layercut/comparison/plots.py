@@ -26,7 +26,7 @@ MOST_LINES = 20
 """More cannot be told apart; the best at any size are shown, and every preset's table row is."""
 
 HIGHEST = 30
-"""Ratios beyond are all rubble; drawn at this one, they leave room to tell the others apart."""
+"""Larger ratios are drawn at this one: they leave room for those of usable models."""
 
 TICKS = (0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2, 2.5, 3, 4, 5, 7, 10, 15, 20, HIGHEST)
 MOST_TICKS = 12

@@ -15,7 +15,7 @@ class EvaluationConfig(Config):
     text: dict[str, Name] = Field(
         default={"speeches": "embedded:speeches"},
         description="name: source; the perplexity of each: wikitext2, ptb or c4 from the Hub, or "
-        "any source that calibration.data takes",
+        "any source that calibration.data takes but rows:",
     )
     tasks: dict[str, Name] = Field(
         default={},

@@ -105,7 +105,8 @@ class ScoringConfig(Config):
     """How layers are scored."""
 
     method: Annotated[str, _known("scoring")] = Field(
-        default="residual-sensitivity", description="a file of layercut/scoring, with - for _"
+        default="residual-sensitivity",
+        description="a file of layercut/scoring/methods, with - for _",
     )
     options: Options = Field(default={}, description="that method's own options")
 
@@ -114,7 +115,8 @@ class SelectionConfig(Config):
     """Which layers go, given their scores."""
 
     strategy: Annotated[str, _known("selection")] = Field(
-        default="priced-cuts", description="how scores become a plan: a file of layercut/selection"
+        default="priced-cuts",
+        description="how scores become a plan: a file of layercut/selection/methods",
     )
     drop_layers: Count | None = Field(
         default=None,
@@ -158,7 +160,7 @@ class RecoveryConfig(Config):
     """How kept weights make up for the dropped layers."""
 
     method: Annotated[str, _known("recovery")] = Field(
-        default="refit", description="a file of layercut/recovery, with - for _"
+        default="refit", description="a file of layercut/recovery/methods, with - for _"
     )
     options: Options = Field(default={}, description="that method's own options")
 

@@ -4,11 +4,9 @@ Source   ours; docs/methods.md#gradient-steps. Orthogonalised gradients: Muon, a
 Formula  W ← W − η ‖W‖_F/√r · U Vᵀ,  with U S Vᵀ = ∂/∂W mean_t KL(q_t ‖ p_t), r = min(out, in)
          q, p: next-token distributions of the dense and of the pruned model; η is the length of
          the step as a part of ‖W‖_F, the same for all weights
-Rule     sequences in two halves: the gradient is taken on one half, η is halved or doubled from
-         ETA on while that lowers the cross-entropy on the other half; then the halves change
-         places. A step that does not lower it is not made. Where the pruned model was fitted to
-         the sequences, its gradient there says little: give it others.
-         A model's divergence from itself has no gradient: no step learns the text itself.
+Rule     the gradient is taken on one half of the sequences, η is halved or doubled from ETA on
+         while that lowers the cross-entropy on the other half; then the halves change places.
+         A step that does not lower it is not made. Give it sequences that nothing was fitted to
 Cost     per step a dense forward and a pruned forward-backward pass over one half, about five
          forward passes over the other, and r³ per weight
 """

@@ -4,7 +4,7 @@ Source   arXiv:2601.19503 §3.2; which layers are merged is a reading (docs/meth
 Formula  Ŵ_j = W_j where F_j is among its ⌈keep·numel⌉ largest entries, else 0
          W_k ← W_k + Σ_j Ŵ_j ⊙ [sign(Ŵ_j) = sign(W_k)], the sign of the original W_k
          j: merged dropped layers; k: the closest kept layer before j; F_j (out, in): mean squared
-         simulated gradient of W_j (scoring/igia.py)
+         simulated gradient of W_j (scoring/methods/igia.py)
 Rule     merge all: every dropped layer; beyond-safe: all but the n_safe lowest-scored ones
 Cost     none with scoring igia, whose record is used; else the t steps of an early run
 Limits   needs a kept layer before every cut, and weights of equal shape in both layers

@@ -1,6 +1,6 @@
 """Layer importance from the angle by which a layer turns the residual stream (UIDL).
 
-Source   arXiv:2403.17887 §3; whole blocks of layers are chosen by selection/block.py
+Source   arXiv:2403.17887 §3; whole blocks of layers are chosen by selection/methods/block.py
 Formula  s_l = mean_t arccos(cos(h_{l,t}, h_{l+1,t})) / π
          h_l (tokens, d): residual stream entering layer l; t: the last token of every sequence
          [paper], or all tokens
