@@ -22,7 +22,7 @@ check: $(STAMP) ## formatting, lint, types and tests
 install: $(STAMP) ## create .venv with everything pinned (the other targets do it when needed)
 
 clean: ## remove .venv, runs/demo and tool caches
-	rm -rf .venv runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs/demo build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is removed first and written last, so an interrupted installation leaves none, and the
 # next call starts from an empty environment. The embedded model and data come without their
