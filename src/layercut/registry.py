@@ -11,7 +11,7 @@ import ast
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -213,20 +213,43 @@ def _read_declaration(path: Path, stage: Stage) -> Method:
         raise RecipeError(f"{path} cannot be read as a method file ({error}). Mend it.") from error
     for statement in body:
         match statement:
-            case ast.Assign(targets=[ast.Name(id="METHOD")], value=ast.Call(keywords=keywords)):
-                return _evaluate(path, stage, keywords)
+            case (
+                ast.Assign(targets=[ast.Name(id="METHOD")], value=ast.Call() as call)
+                | ast.AnnAssign(target=ast.Name(id="METHOD"), value=ast.Call() as call)
+            ):
+                return _evaluate(path, stage, call)
     raise RecipeError(
         f"{path} does not say what it is: declare METHOD = Method(…), as the other files of "
         f"{stage}/methods do."
     )
 
 
-def _evaluate(path: Path, stage: Stage, keywords: list[ast.keyword]) -> Method:
-    try:
-        values = {str(k.arg): ast.literal_eval(k.value) for k in keywords if k.arg != "check"}
-        method = Method(**values)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{path}: METHOD cannot be read ({error}). Give it literals.") from error
+def _evaluate(path: Path, stage: Stage, call: ast.Call) -> Method:
+    known = {field.name: field.default for field in fields(Method)}
+    values: dict[str, Any] = {}
+    for keyword in call.keywords:
+        name = str(keyword.arg)
+        if name not in known:
+            hint = suggestion(name, known)
+            raise RecipeError(f"{path}: METHOD has an unknown field '{name}'{hint}")
+        if name == "check":
+            continue
+        try:
+            values[name] = ast.literal_eval(keyword.value)
+        except ValueError:
+            raise RecipeError(
+                f"{path}: METHOD's {name} is not a literal, and the file is read without being "
+                "imported. Write the value itself."
+            ) from None
+        default = known[name]
+        if type(values[name]) is not (str if default is None else type(default)):
+            raise RecipeError(f"{path}: METHOD's {name} cannot be {values[name]!r}. Correct it.")
+    if call.args or values.get("rounds", "each") not in get_args(Rounds):
+        raise RecipeError(
+            f"{path}: METHOD takes keywords alone, and rounds is one of "
+            f"{', '.join(get_args(Rounds))}. Correct it."
+        )
+    method = Method(**values)
     if method.stage not in (None, *FUNCTIONS):
         hint = suggestion(str(method.stage), FUNCTIONS)
         raise RecipeError(

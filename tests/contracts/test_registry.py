@@ -10,13 +10,15 @@ import pytest
 
 import layercut.recovery.methods
 import layercut.scoring.methods
-from conftest import save_tiny
+from conftest import plan_of, save_tiny
 from layercut import registry
 from layercut.comparison.run import compare
-from layercut.errors import RecipeError
+from layercut.errors import LayercutError, RecipeError
+from layercut.models.view import DecoderView
 from layercut.pipeline.run import run
 from layercut.recipe.recipe import load_recipe
 from layercut.registry import FUNCTIONS, Method, available, describe, resolve
+from layercut.types import CalibrationBatches
 
 DOCS = Path(__file__).parents[2] / "docs"
 EVERY = [(stage, name) for stage in FUNCTIONS for name in available(stage)]
@@ -62,8 +64,13 @@ def add_folder(monkeypatch: pytest.MonkeyPatch, package, folder: Path) -> None:
             r"mine\.py declares the stage 'recovery' but lies among the methods of sc",
         ),
         ("METHOD = 1\n", r"mine\.py does not say what it is"),
-        ("METHOD = Method(rounds=ROUNDS)\n", r"mine\.py: METHOD cannot be read .*literals"),
-        ("METHOD = Method(stors=False)\n", r"mine\.py: METHOD cannot be read .*'stors'"),
+        ("METHOD = Method(stores='no')\n", r"mine\.py: METHOD's stores cannot be 'no'"),
+        ("METHOD: Method = Method(rounds='eech')\n", r"mine\.py: METHOD .* rounds is one of"),
+        ("METHOD = Method(rounds=ROUNDS)\n", r"mine\.py: METHOD's rounds is not a literal"),
+        (
+            "METHOD = Method(stors=False)\n",
+            r"mine\.py: METHOD has an unknown field 'stors'; did you mean 'stores'",
+        ),
         ("def broken(:\n", r"mine\.py cannot be read as a method file"),
     ],
 )
@@ -156,3 +163,65 @@ def test_the_two_files_of_the_docs_are_used_by_run_and_compare(
 def test_an_unknown_method_is_refused_with_the_closest_name():
     with pytest.raises(RecipeError, match="unknown scoring method 'igai'; did you mean 'igia'"):
         registry.describe("scoring", "igai")
+
+
+BROKEN = {
+    "two": ("return LayerScores((1.0, 2.0))", "gave 2 scores for 6 layers"),
+    "nothing": ("return None", "returned a NoneType where its METHOD promises a WeightPatch"),
+    "dropped": (
+        "return WeightPatch({'model.layers.2.mlp.down_proj.weight': "
+        "view.model.model.layers[2].mlp.down_proj.weight}, 'x')",
+        "changes model.layers.2.mlp.down_proj.weight, which the pruned model does not have",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_a_method_returns_wrongly_is_refused_with_its_name(
+    view: DecoderView,
+    batches: CalibrationBatches,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+):
+    body, message = BROKEN[fault]
+    stage = "scoring" if fault == "two" else "recovery"
+    arguments = "view, batches, options" if fault == "two" else "view, plan, evidence, *rest"
+    text = COMPLETE.replace("def score(view, batches, options): ...", "").format("")
+    text += "from layercut.types import LayerScores, WeightPatch\n"
+    text += f"def {FUNCTIONS[stage]}({arguments}):\n    {body}\n"
+    (tmp_path / f"wrong_{fault}.py").write_text(text, encoding="utf-8")
+    package = layercut.scoring.methods if fault == "two" else layercut.recovery.methods
+    add_folder(monkeypatch, package, tmp_path)
+    with pytest.raises(LayercutError, match=f"wrong-{fault}' {message}"):
+        if fault == "two":
+            layercut.score(view, batches, method="wrong-two")
+        else:
+            layercut.fit(view, plan_of(2), None, batches, method=f"wrong-{fault}")
+
+
+def test_a_score_that_changes_the_model_ends_a_comparison_before_any_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = COMPLETE.replace("def score(view, batches, options): ...", "").format("")
+    text += (
+        "from layercut.types import LayerScores\n"
+        "def score(view, batches, options):\n"
+        "    view.model.model.embed_tokens.weight.data.add_(1)\n"
+        "    return LayerScores((0.0,) * view.n_layers)\n"
+    )
+    (tmp_path / "vandal.py").write_text(text, encoding="utf-8")
+    add_folder(monkeypatch, layercut.scoring.methods, tmp_path)
+    prose = tmp_path / "text.txt"
+    prose.write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    content = {
+        "model": str(save_tiny(tmp_path / "model")),
+        "calibration": {"data": str(prose), "n_sequences": 4, "seq_len": 32},
+        "evaluation": {"text": {"fox": str(prose)}, "seq_len": 32, "max_tokens": 256},
+        "drop_layers": [2],
+        "methods": ["vandal+none"],
+    }
+    with pytest.raises(RuntimeError, match=r"vandal\+none changed the model's weights"):
+        compare(content, tmp_path / "out")
+    rows = (tmp_path / "out" / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 1 and '"method": "dense"' in rows[0]

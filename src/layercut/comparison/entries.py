@@ -97,9 +97,14 @@ def layer_choices() -> dict[str, LayerChoice]:
     """Name → which layers go: every score as its file declares, every selection that has a score of
     its own, and the published variants.
     """
-    choices = {}
+    choices: dict[str, LayerChoice] = {}
     for name in available("scoring"):
         method = describe("scoring", name)
+        if method.strategy not in available("selection") or name in VARIANTS:
+            raise RecipeError(
+                f"scoring '{name}' cannot be compared: its strategy '{method.strategy}' is no "
+                "selection, or its name is that of a published variant. Change its file."
+            )
         choices[name] = LayerChoice(scoring=name, strategy=method.strategy, rounds=method.rounds)
     for name in available("selection"):
         scoring = describe("selection", name).needs_scoring

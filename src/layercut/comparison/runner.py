@@ -22,7 +22,7 @@ from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit_repair
 from layercut.recovery.runtime_maps import applied_maps
 from layercut.registry import MethodCall
-from layercut.training.resume import remove_claimed
+from layercut.training.resume import model_hash, remove_claimed
 from layercut.types import CalibrationBatches, PruningPlan, RuntimeMaps, WeightPatch
 
 SHARED_BYTES = 4 * 1024**3
@@ -58,6 +58,7 @@ class ComparisonRunner:
         self.store = store
         self.evaluator = evaluator
         self.settings = settings
+        self.intact = model_hash(view)
         self.stream: ResidualStream | None = None
         self.healer = None
         if settings.heal is not None:
@@ -97,6 +98,7 @@ class ComparisonRunner:
             plans: dict[int, CachedPlan | str] = dict.fromkeys(todo, str(error))
         else:
             plans = self.plans.choose(entry.choice, todo, recovery)
+            self._check_intact(entry.pair)
         for size in todo:
             old, plan = known[size], plans[size]
             row, repair = old or start_row(entry, size, keys[size]), None
@@ -146,6 +148,7 @@ class ComparisonRunner:
             start = time.perf_counter() + self._saved_seconds()
             repair = fit_repair(self.view, plan, evidence, self.batches, recovery, dense=dense)
             recover_seconds = time.perf_counter() + self._saved_seconds() - start
+            self._check_intact(entry.pair)
             with pruned_in_memory(self.view, plan, repair):
                 row = self.evaluator.measure(row)
         except NOT_APPLICABLE as error:
@@ -166,6 +169,14 @@ class ComparisonRunner:
             evaluation=evaluation,
         )
         return row, repair
+
+    def _check_intact(self, pair: str) -> None:
+        """Stop before a row is written of a model that a method has changed."""
+        if model_hash(self.view) != self.intact:
+            raise RuntimeError(
+                f"{pair} changed the model's weights, which a score or recovery must only read. "
+                "Rows that are written so far are right. Correct its method file."
+            )
 
     def _shared_stream(self, recovery: MethodCall) -> ResidualStream | None:
         """The dense model's stream with its history, for recoveries that share it, if it fits."""

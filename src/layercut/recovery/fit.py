@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from layercut import registry
 from layercut.checkpoints.patch import round_patch
-from layercut.errors import NumericsError, PlanError
+from layercut.errors import NumericsError, PlanError, RecipeError
 from layercut.models.check_method import check_method
 from layercut.models.droppable import check_dropped
 from layercut.registry import MethodCall
@@ -84,12 +84,22 @@ def fit_repair(
     check_dropped(view, plan.dropped)
     check_method(recovery, view, batches, len(plan.dropped))
     shared = {"dense": dense} if recovery.method.shares_dense_stream else {}
-    repair: WeightPatch | RuntimeMaps = recovery.function(
-        view, plan, evidence, batches, recovery.options, **shared
-    )
+    repair: Any = recovery.function(view, plan, evidence, batches, recovery.options, **shared)
+    expected = WeightPatch if recovery.method.stores else RuntimeMaps
+    if not isinstance(repair, expected):
+        raise RecipeError(
+            f"recovery '{recovery.name}' returned a {type(repair).__name__} where its METHOD "
+            f"promises a {expected.__name__}. Correct its method file."
+        )
     if isinstance(repair, RuntimeMaps):
         tensors = {f"the map behind layer {layer}": a for layer, a in repair.maps.items()}
     else:
+        for name in repair.tensors:
+            if view.layout.new_name(name, plan.new_index) is None:
+                raise PlanError(
+                    f"recovery '{recovery.name}' changes {name}, which the pruned model does not "
+                    "have. Its method file must change kept layers only."
+                )
         repair = round_patch(view.path, view.layout, replace(repair, method=recovery.name))
         tensors = dict(repair.tensors)
     for name, tensor in tensors.items():
@@ -98,4 +108,4 @@ def fit_repair(
                 f"recovery '{recovery.name}' made values in {name} that are not finite. "
                 "Use more calibration text, or recovery.method: none."
             )
-    return repair
+    return cast(WeightPatch | RuntimeMaps, repair)

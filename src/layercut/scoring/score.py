@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from layercut import registry
-from layercut.errors import NumericsError
+from layercut.errors import NumericsError, RecipeError
 from layercut.models.check_method import check_model
 from layercut.registry import MethodCall
 from layercut.types import CalibrationBatches, LayerScores
@@ -70,8 +70,14 @@ def with_provenance(
     """A method's bare scores, checked, with where they come from.
 
     Raises:
+        RecipeError: there is not one score per layer.
         NumericsError: a score is NaN or infinite.
     """
+    if len(scores.values) != view.n_layers:
+        raise RecipeError(
+            f"scoring '{scoring.name}' gave {len(scores.values)} scores for {view.n_layers} "
+            "layers. Its method file must return one number per layer."
+        )
     values = tuple(None if i in view.skipped else v for i, v in enumerate(scores.values))
     for layer, value in enumerate(values):
         if value is not None and not math.isfinite(value):
