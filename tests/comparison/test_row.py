@@ -13,7 +13,7 @@ DENSE = (
     '{"value": 333.1135285159074, "stderr": 12.14884240013692, "n_tokens": 124}}, "accuracy": '
     '{"parity": {"value": 0.5, "stderr": 0.22360679774997896, "n_rows": 6}, "parity (per '
     'character)": {"value": 0.5, "stderr": 0.22360679774997896, "n_rows": 6}}, "model": '
-    '"/tmp/rows-base/work/model", "forward_seconds": 0.03152340999986336, "n_parameters": '
+    '"tiny-model", "forward_seconds": 0.03152340999986336, "n_parameters": '
     '22320, "flops_per_token": 232544, "measured_with": {"layercut": "0.1.0", "threads": 1}, '
     '"losses": {"fox": [5.74331, 5.80926, 5.77126, 5.91011]}, "outcomes": {"parity": "101010", '
     '"parity (per character)": "010101"}, "fidelity": {"agreement": {"value": 1.0, "stderr": '

@@ -20,6 +20,7 @@ from layercut.training.distillation_loss import Divergence
 from layercut.training.heal import bfloat16_weights, heal
 from layercut.training.heal_trainer import rate
 from layercut.training.lora_adapters import adapted_names
+from training_clock import Clock
 
 SETTINGS = HealConfig(
     steps=12, batch_size=2, held_out=2, evaluations=4, learning_rate=3e-3, save_steps=2
@@ -155,19 +156,6 @@ class Rates(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seen.append(kwargs["optimizer"].param_groups[0]["lr"])
-
-
-class Clock(TrainerCallback):
-    """A clock by which every step takes 0.1 s, whatever the machine is busy with."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.now += 0.1
 
 
 @pytest.fixture
