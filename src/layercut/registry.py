@@ -8,6 +8,7 @@ recipe is its file name with ``-`` for ``_``. docs/add_a_method.md walks through
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -198,14 +199,17 @@ def _find_methods(stage: Stage) -> dict[str, tuple[Path, Method]]:
                     f"{path}: there is a {stage} method '{name}' already, in {methods[name][0]}. "
                     "Rename one of the files."
                 )
-            methods[name] = path, _read_declaration(path, stage)
+            written = 0 if module.ispkg else path.stat().st_mtime_ns
+            methods[name] = path, _read_declaration(path, stage, written)
     return methods
 
 
-def _read_declaration(path: Path, stage: Stage) -> Method:
+@functools.cache
+def _read_declaration(path: Path, stage: Stage, written_ns: int) -> Method:
     """``METHOD = Method(…)`` of a file that is not imported; its values but ``check`` are literals.
 
-    Importing all files would bring in torch, which recipes and ``--help`` do not wait for.
+    Importing all files would bring in torch, which recipes and ``--help`` do not wait for. A file
+    is read once, and again if its time of writing is another one.
     """
     try:
         body = ast.parse(path.read_text(encoding="utf-8")).body
