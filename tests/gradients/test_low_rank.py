@@ -28,6 +28,7 @@ def test_squared_norms_equal_those_of_the_products(shape: tuple[int, int, int]):
     expected = (b.double() @ a.double()).square().sum((1, 2))
     error = (squared_norms(a, b) / expected - 1).abs()
     assert float(error.median()) < 2e-7
+    assert float(error.max()) < 1e-6
     # The bound of its docstring: how a processor orders its sums decides within it.
     ratio = a.double().square().sum((1, 2)) * b.double().square().sum((1, 2)) / expected
     assert bool((error <= 1e-7 * ratio).all())

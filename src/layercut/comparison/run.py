@@ -92,14 +92,13 @@ def _run_entries(
     check_vocabulary(view, batches.input_ids)
     with open_store(folder, overwrite=overwrite) as store:
         store.claim(describe_identity(evaluator, batches, settings))
-        dense_hash = model_hash(view)
         runner = ComparisonRunner(view, batches, store, evaluator, settings)
         dense = runner.measure_dense()
         for entry in entries:
             runner.run_entry(entry)
         if settings.layer_losses:
             runner.measure_layer_losses()
-        assert model_hash(view) == dense_hash, "the model is no longer dense"
+        assert model_hash(view) == runner.intact, "the model is no longer dense"
         content = settings.model_dump(mode="json", exclude={"layer_losses"})
         content["calibration"] = {
             "data": batches.source,
