@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 import layercut
 from conftest import N_LAYERS
 from layercut.gradients.log import GradientLog
-from lora_runs import NAME, Reference, tiny, trainer_of
+from lora_runs import NAME, Reference, record_on_one_rank, tiny, trainer_of
 
 
 @pytest.fixture
@@ -227,16 +226,6 @@ def test_layers_without_lora_have_no_score(tiny_llama: Path, ids: torch.Tensor, 
     model = tiny(tiny_llama, layers_to_transform=[0, 2], target_modules=["q_proj", "down_proj"])
     trainer_of(model, ids, tmp_path, log).train()
     assert [v is None for v in log.layer_scores().values] == [False, True, False, True, True, True]
-
-
-def record_on_one_rank(rank: int, port: int, model: Path, ids: torch.Tensor, folder: Path) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in environment.items()})
-    os.environ["MASTER_ADDR"] = "localhost"
-    log = GradientLog(steps=3)
-    trainer_of(tiny(model), ids, folder, log, optim="sgd", ddp_backend="gloo").train()
-    torch.save({name: log.factors(name) for name in log.weights}, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_record_the_gradients_of_both_halves_of_the_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,17 @@ def trainer_of(
     }
     arguments = TrainingArguments(**(settings | changes))
     return Trainer(model=model, args=arguments, train_dataset=rows(ids), callbacks=list(callbacks))
+
+
+def record_on_one_rank(rank: int, port: int, model: Path, ids: torch.Tensor, folder: Path) -> None:
+    """The target of a spawned process: it lives here because a test file cannot be imported."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    os.environ["MASTER_ADDR"] = "localhost"
+    log = GradientLog(steps=3)
+    trainer_of(tiny(model), ids, folder, log, optim="sgd", ddp_backend="gloo").train()
+    torch.save({name: log.factors(name) for name in log.weights}, folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 class Reference(TrainerCallback):
