@@ -79,10 +79,7 @@ def layer_gradients(
     with _requires_grad(view, order if weights else []):
         inputs = [view.embed(ids) for ids in micro_batches]
         chains = [_forward(view, i, order, keep_graph=keep_graph) for i in inputs]
-        upstream = [
-            _loss_gradient(view, chain[-1].output, ids) / n_targets
-            for chain, ids in zip(chains, micro_batches, strict=True)
-        ]
+        upstream = _loss_gradients(view, [c[-1].output for c in chains], micro_batches, n_targets)
         for layer in reversed(order):
             result = LayerGradients(layer, {}, [], [], list(upstream))
             for i, chain in enumerate(chains):
@@ -103,14 +100,18 @@ def layer_gradients(
             result.weights.clear()
 
 
-def _loss_gradient(view: DecoderView, hidden: Tensor, input_ids: Tensor) -> Tensor:
-    gradient, loss = view.loss_gradient(hidden, input_ids)
-    if not math.isfinite(loss):
+def _loss_gradients(
+    view: DecoderView, outputs: list[Tensor], micro_batches: list[Tensor], n_targets: int
+) -> list[Tensor]:
+    """The gradient of the loss with respect to h_L of every micro-batch."""
+    pairs = [view.loss_gradient(h, ids) for h, ids in zip(outputs, micro_batches, strict=True)]
+    total = float(torch.stack([loss for _, loss in pairs]).sum())
+    if not math.isfinite(total):
         raise NumericsError(
-            f"the calibration loss is {loss}: the model or its data yields values that are not "
+            f"the calibration loss is {total}: the model or its data yields values that are not "
             "finite. Check the weights, or use dtype: float32."
         )
-    return gradient
+    return [gradient / n_targets for gradient, _ in pairs]
 
 
 def _forward(
@@ -147,10 +148,13 @@ def _take_gradients(view: DecoderView, layer: int) -> dict[str, Tensor]:
         parameter.grad = None
         if gradient is None:  # no token was routed there
             gradient = torch.zeros_like(parameter)
-        if not bool(gradient.isfinite().all()):
-            raise NumericsError(
-                f"the gradient of {name} is not finite. Look for broken calibration text, or use "
-                "dtype: float32."
-            )
-        taken[name] = gradient.float()
-    return taken
+        taken[name] = gradient
+    # One answer for all weights: a GPU would be waited for at each.
+    finite = torch.stack([gradient.isfinite().all() for gradient in taken.values()])
+    if not bool(finite.all()):
+        name = next(n for n, good in zip(taken, finite.tolist(), strict=True) if not good)
+        raise NumericsError(
+            f"the gradient of {name} is not finite. Look for broken calibration text, or use "
+            "dtype: float32."
+        )
+    return {name: gradient.float() for name, gradient in taken.items()}

@@ -20,6 +20,9 @@ from layercut.models.hooks import DecoderOutput, identity, prepare_for_inference
 LOSS_CHUNK = 256
 """Tokens whose logits exist at once: 256 × 49,152 float32 logits are 48 MiB."""
 
+GPU_LOSS_CHUNK = 2048
+"""The same on a GPU, which smaller products leave idle: 2,048 × 128,256 float32 are 1 GiB."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
@@ -233,14 +236,14 @@ class DecoderView:
 
     def _losses(self, normed: Tensor, input_ids: Tensor) -> Tensor:
         flat, targets = normed[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-        chunks = zip(flat.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        chunks = zip(flat.split(self._loss_chunk), targets.split(self._loss_chunk), strict=True)
         losses = [self._chunk_losses(h, t) for h, t in chunks]
         return torch.cat(losses).view(input_ids.shape[0], -1)
 
-    def loss_gradient(self, hidden: Tensor, input_ids: Tensor) -> tuple[Tensor, float]:
-        """Gradient of the summed token loss with respect to h_L, and that loss in nats.
+    def loss_gradient(self, hidden: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of the summed token loss with respect to h_L, and that loss in nats, ().
 
-        The logits exist for ``LOSS_CHUNK`` tokens at a time, in both directions.
+        The logits exist for `_loss_chunk` tokens at a time, in both directions.
 
         Args:
             hidden: h_L, the residual stream *before* the final norm, (batch, seq, d).
@@ -251,13 +254,14 @@ class DecoderView:
             normed = self._after_layers(leaf, input_ids)
         flat = normed.detach()[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten().to(flat.device)
-        total, gradients = 0.0, []
-        for chunk, target in zip(flat.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+        total, gradients = torch.zeros((), dtype=torch.float64, device=flat.device), []
+        n_chunk = self._loss_chunk
+        for chunk, target in zip(flat.split(n_chunk), targets.split(n_chunk), strict=True):
             chunk = chunk.detach().requires_grad_()
             with torch.enable_grad():
                 loss = self._chunk_losses(chunk, target).sum()
                 (gradient,) = torch.autograd.grad(loss, chunk)
-            total += loss.item()
+            total += loss.detach()
             gradients.append(gradient)
         # The last position of a sequence predicts nothing.
         upstream = torch.zeros_like(normed)
@@ -294,6 +298,10 @@ class DecoderView:
         finally:
             del decoder.forward
         return logits[0]
+
+    @property
+    def _loss_chunk(self) -> int:
+        return GPU_LOSS_CHUNK if self.device.type == "cuda" else LOSS_CHUNK
 
     def _chunk_losses(self, normed: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(self.head(normed).float(), targets, reduction="none")

@@ -15,11 +15,11 @@ from dataclasses import replace
 
 from layercut import progress
 from layercut.checkpoints.layer_types import LayerTypes
-from layercut.engine.loss import mean_loss
+from layercut.engine.loss import mean
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_layers
+from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_cuts
 from layercut.registry import Method, MethodOptions
 from layercut.scoring.score import with_provenance
 from layercut.selection.cut_prices import (
@@ -153,12 +153,11 @@ def plan_loss(
     """Held-out cross-entropy of the plan after a refit at its cuts, in nats."""
     plan = PruningPlan(view.name, view.n_layers, dropped, "priced-cuts")
     held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
-    tensors = refit_layers(
-        view, plan, batches, held_out, layers="cuts", modules="down", dense=dense
-    )
-    sequences = batches.input_ids[held_out[:: batches.seq_len]]
-    with view.skipping(dropped), view.patched(tensors):
-        return mean_loss(view, sequences, batches.micro_batch)
+    sequences = held_out[:: batches.seq_len].nonzero().squeeze(1)
+    # Behind the last cut nothing is fitted any more: only what is held out goes on.
+    stream = refit_cuts(view, plan, batches, held_out, dense).take_sequences(sequences)
+    stream.advance_to(view.n_layers)
+    return mean(stream.losses(batches.input_ids[sequences]))
 
 
 def list_neighbours(plan: LayerSet, n_layers: int, protect: frozenset[int]) -> list[LayerSet]:
