@@ -3,8 +3,9 @@
 A forward pass cuts the autograd graph at every layer boundary. The backward pass then walks from
 the last layer to the first and hands out each layer's gradients before it touches the next, so
 that never two layers' weight gradients are alive at once, however many micro-batches a gradient
-group is split into. With one micro-batch per group the forward graph is kept; with several, only
-the boundary activations are, and each layer runs forward once more when its turn comes.
+group is split into. The forward graph is kept with one micro-batch per group, and with several on a
+GPU that has room for all of theirs; else only the boundary activations are, and each layer runs
+forward once more when its turn comes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from layercut.errors import NumericsError
 from layercut.models.view import DecoderView, LayerInputs
+from layercut.spool import choose_device
 
 
 @dataclass(slots=True)
@@ -74,11 +76,17 @@ def layer_gradients(
         NumericsError: the loss or a weight gradient is not finite.
     """
     micro_batches = list(input_ids.split(micro_batch))
-    keep_graph = len(micro_batches) == 1
     order = [i for i in range(view.n_layers) if i not in view.skipped]
     with _requires_grad(view, order if weights else []):
         inputs = [view.embed(ids) for ids in micro_batches]
-        chains = [_forward(view, i, order, keep_graph=keep_graph) for i in inputs]
+        before = _allocated_bytes(view)
+        keep_graph = len(inputs) == 1 or view.device.type == "cuda"
+        chains = [_forward(view, inputs[0], order, keep_graph=keep_graph)]
+        graph = _allocated_bytes(view) - before
+        if len(inputs) > 1 and not (keep_graph and _has_room(view, len(inputs) * graph)):
+            keep_graph = False
+            chains = [[_Segment(s.hidden, s.output.detach()) for s in chains[0]]]
+        chains += [_forward(view, i, order, keep_graph=keep_graph) for i in inputs[1:]]
         upstream = _loss_gradients(view, [c[-1].output for c in chains], micro_batches, n_targets)
         for layer in reversed(order):
             result = LayerGradients(layer, {}, [], [], list(upstream))
@@ -126,6 +134,15 @@ def _forward(
             hidden = view.run_layer(layer, leaf, inputs)
         chain.append(_Segment(leaf, hidden))
     return chain
+
+
+def _allocated_bytes(view: DecoderView) -> int:
+    return torch.cuda.memory_allocated(view.device) if view.device.type == "cuda" else 0
+
+
+def _has_room(view: DecoderView, n_bytes: int) -> bool:
+    """Whether graphs of that size leave half of the GPU's free memory to gradients."""
+    return choose_device(view.device, 2 * n_bytes) == view.device
 
 
 @contextmanager
