@@ -96,7 +96,7 @@ def write_random_model(folder: Path, shape: str, n_layers: int) -> None:
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         dtype="bfloat16",
-        **SHAPES[shape],  # type: ignore[arg-type]
+        **SHAPES[shape],
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

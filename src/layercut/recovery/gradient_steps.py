@@ -162,7 +162,8 @@ def _decompose(wide: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((wide @ wide.T).double())
     least = max(float(values[-1]) * SMALLEST, 1e-30)  # of zeros nothing is raised
     raised = values.clamp_min(least).rsqrt()
-    return ((vectors * raised) @ vectors.T).float() @ wide
+    factor: Tensor = ((vectors * raised) @ vectors.T).float() @ wide
+    return factor
 
 
 def _iterate(wide: Tensor) -> Tensor:
