@@ -25,12 +25,13 @@ def check_plain_file(path: Path) -> None:
         mode = path.stat().st_mode
     except OSError as error:
         raise ModelError(
-            f"{path} cannot be read ({error.strerror}). Download the checkpoint again."
+            f"{path} cannot be read ({error.strerror}). Name the folder that holds the whole "
+            "checkpoint."
         ) from error
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(mode), "a device")
-        raise ModelError(f"{path} is {kind} where a file is meant. Download the checkpoint again.")
+        raise ModelError(f"{path} is {kind} where a file is meant. Put the file itself there.")
     with open_file(path) as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ModelError(
@@ -65,8 +66,26 @@ def list_weight_files(folder: Path) -> tuple[Path, ...]:
         )
     raise ModelError(
         f"{folder} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE}. "
-        "Download the checkpoint again."
+        "Name the folder that holds the whole checkpoint."
     )
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint's folder.
+
+    Raises:
+        ModelError: there is none, as in the folder of an adapter alone, or it is damaged.
+    """
+    adapter = folder / "adapter_config.json"
+    if adapter.exists() and not (folder / "config.json").exists():
+        base = read_json_object(adapter).get("base_model_name_or_path") or "its base model"
+        raise ModelError(
+            f"{folder} holds an adapter without its model (adapter_config.json). Merge it into "
+            f'{base} first, like this: python -c "from peft import AutoPeftModelForCausalLM as M; '
+            f"M.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('merged')\", "
+            "and copy the tokenizer files into merged."
+        )
+    return read_json_object(folder / "config.json")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -80,17 +99,17 @@ def read_json_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(
-            f"{path} is not valid JSON ({error}). Download the checkpoint again."
+            f"{path} is not valid JSON ({error}). Restore the original file."
         ) from error
     if not isinstance(content, dict):
-        raise ModelError(f"{path} does not hold a JSON object. Download the checkpoint again.")
+        raise ModelError(f"{path} does not hold a JSON object. Restore the original file.")
     return content
 
 
 def _list_indexed_files(index: Path) -> list[str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{index} has no weight_map. Download the checkpoint again.")
+        raise ModelError(f"{index} has no weight_map. Restore the original file.")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
         if name in {"", ".", ".."} or any(c in name for c in "/\\\0"):
@@ -105,8 +124,7 @@ def _find_existing(index: Path, name: str) -> Path:
     path = index.parent / name
     if not path.exists():
         raise ModelError(
-            f"{index.name} names {name}, which is missing from {index.parent}. "
-            "Download the checkpoint again."
+            f"{index.name} names {name}, which is missing from {index.parent}. Download that file."
         )
     return path
 

@@ -19,6 +19,7 @@ from layercut.checkpoints.hf_calls import quiet
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.preflight import read_stored_tensors
 from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor, read_tensor
+from layercut.checkpoints.weight_names import Conversion
 from layercut.errors import ModelError
 from layercut.models.load import weights_dtype
 from layercut.models.view import DecoderView
@@ -61,10 +62,13 @@ def open_streamed(
         mixed_precision=False,
     )
     pieces: dict[int | None, dict[str, StoredTensor]] = defaultdict(dict)
+    conversion = Conversion(model)
     for name, tensor in stored.items():
         number = layout.stored_number(name)
-        if number is None or number < layout.n_layers:
+        if number is not None and number < layout.n_layers:
             pieces[number][name] = tensor
+        elif number is None and conversion.reads(name):  # other parts need no memory
+            pieces[None][name] = tensor
     missing = _read(model, pieces[None], dtype)
     absent = {n for n in missing - tied.keys() if not n.startswith(f"{layout.layers}.")}
     if absent:
@@ -100,7 +104,7 @@ def _stream(
     def read(*_: Any) -> None:
         if index not in view.skipped and (absent := own & _read(view.model, stored, dtype)):
             raise ModelError(
-                f"{view.path} holds nothing for {min(absent)}. Download the checkpoint again."
+                f"{view.path} holds nothing for {min(absent)}. Use the whole checkpoint."
             )
 
     def forget(*_: Any) -> None:

@@ -14,7 +14,12 @@ from transformers import AutoTokenizer
 
 from layercut.checkpoints.folder import list_weight_files
 from layercut.checkpoints.hf_calls import INVALID, quiet
-from layercut.checkpoints.preflight import check_folder, list_tokenizer_files, load_strictly
+from layercut.checkpoints.own_code import warn_of_own_code
+from layercut.checkpoints.preflight import (
+    check_folder,
+    list_tokenizer_files,
+    load_strictly,
+)
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor
 from layercut.errors import ModelError, NumericsError, RecipeError, suggestion
@@ -51,6 +56,7 @@ def load(
     target = _device(device)
     folder = find_folder(model, revision)
     layout, stored = check_folder(folder)
+    warn_of_own_code(folder)
     tokenizer = _tokenizer(folder)
     fingerprint = _fingerprint(folder)
     weights = load_strictly(folder, weights_dtype(dtype, stored, target), target)
@@ -163,5 +169,6 @@ def _check_finite(model: Any) -> None:
         low, high = parameter.detach().aminmax()
         if not bool(low.isfinite() & high.isfinite()):
             raise NumericsError(
-                f"{name} holds NaN or Inf. Download the checkpoint again, or use another one."
+                f"{name} holds NaN or Inf. Compare its file with the sha256 of the original, or "
+                "use another checkpoint."
             )

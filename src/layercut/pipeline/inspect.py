@@ -13,10 +13,11 @@ import torch
 
 from layercut.checkpoints.config_check import build_meta_model
 from layercut.checkpoints.config_edit import read_config
-from layercut.checkpoints.folder import list_weight_files, read_json_object
+from layercut.checkpoints.folder import list_weight_files, read_model_config
+from layercut.checkpoints.layer_names import CONFIG_KEYS
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.preflight import check_folder, compute_expected_shapes
-from layercut.checkpoints.quantization import CONFIG_KEYS, is_quantised
+from layercut.checkpoints.quantization import is_quantised
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
 from layercut.data.calibration import MICRO_BATCH_TOKENS
@@ -106,7 +107,7 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
         NetworkError: the Hub is needed and does not give the model.
     """
     folder = find_folder(model, revision)
-    raw = read_json_object(folder / "config.json")
+    raw = read_model_config(folder)
     stored: dict[str, StoredTensor] = {}
     for path in list_weight_files(folder):
         stored |= read_shard(path).tensors

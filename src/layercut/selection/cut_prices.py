@@ -26,6 +26,7 @@ from layercut.models.output_projections import down_projection
 from layercut.models.view import DecoderView
 from layercut.recovery.layer_fit import mask_held_out_rows
 from layercut.recovery.ridge import factor_ridge, fast_products
+from layercut.selection.pattern import keeps_one
 from layercut.spool import Spool, choose_device
 from layercut.types import CalibrationBatches, Cut, LayerSet
 
@@ -146,14 +147,33 @@ def _prepare_prediction(a: Tensor, a_held: Tensor) -> Callable[[Tensor], Tensor]
 
 
 def find_cheapest_plans(
-    prices: Prices, n_layers: int, protect: frozenset[int], layer_types: LayerTypes | None = None
+    prices: Prices,
+    n_layers: int,
+    protect: frozenset[int],
+    layer_types: LayerTypes | None = None,
+    keep_one_of: frozenset[int] = frozenset(),
 ) -> dict[int, tuple[float, LayerSet]]:
     """For every number of dropped layers, the lowest sum of prices and the plan that has it.
 
     A shortest path over positions: from a kept layer, either keep the next one or make a cut and
     keep the layer after it. With ``layer_types``, a layer is kept only where its new
-    place is of its type.
+    place is of its type. Where the cheapest plan of a size drops all of ``keep_one_of``, it is the
+    cheapest of those that keep a certain one of them.
     """
+    plans = _find_cheapest_plans(prices, n_layers, protect, layer_types)
+    if all(keeps_one(keep_one_of, plan) for _, plan in plans.values()):
+        return plans
+    kept: dict[int, tuple[float, LayerSet]] = {}
+    for layer in sorted(keep_one_of):
+        found = _find_cheapest_plans(prices, n_layers, protect | {layer}, layer_types)
+        for n_dropped, entry in found.items():
+            kept[n_dropped] = min(kept.get(n_dropped, entry), entry)
+    return kept
+
+
+def _find_cheapest_plans(
+    prices: Prices, n_layers: int, protect: frozenset[int], layer_types: LayerTypes | None
+) -> dict[int, tuple[float, LayerSet]]:
     # best[p][n]: layers before p are decided, n of them dropped, and layer p − 1 is kept.
     best: list[dict[int, tuple[float, LayerSet]]] = [{} for _ in range(n_layers + 2)]
     best[1][0] = (0.0, ())
