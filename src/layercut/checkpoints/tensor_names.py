@@ -10,7 +10,7 @@ import torch
 
 from layercut.checkpoints.config_edit import get_section, section_path
 from layercut.checkpoints.families import LEFTOVER_TABLES, MTP_COUNTS
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout, stored_layers
 from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor
 from layercut.errors import ModelError
@@ -63,21 +63,20 @@ def _loading_info(config: Any, model: Any, stored: Mapping[str, StoredTensor]) -
         name: torch.empty(tensor.shape, dtype=dtypes.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in stored.items()
     }
-    try:
-        with quiet():
-            _, info = type(model).from_pretrained(
-                None,
-                config=config,
-                state_dict=headers,
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except INVALID as error:
-        raise ModelError(
-            "the weights' names and shapes do not fit config.json: transformers cannot put them "
-            "together (experts of a layer may be missing). Download the checkpoint again."
-        ) from error
+    with guard(
+        "the weights' names and shapes do not fit config.json: transformers cannot put them "
+        "together (experts of a layer may be missing)",
+        ModelError,
+        "Use the configuration that belongs to these weights.",
+    ):
+        _, info = type(model).from_pretrained(
+            None,
+            config=config,
+            state_dict=headers,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     loaded: dict[str, Any] = info
     return loaded
 
