@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from layercut.checkpoints.config_edit import Json, edit_config, read_config
+from layercut.checkpoints.config_edit import NO_MODEL, RESTORE, Json, edit_config, read_config
 from layercut.checkpoints.families import COUNT_ATTRIBUTE, INDEX_ATTRIBUTE, INDEX_SCALED_ATTRIBUTES
 from layercut.checkpoints.folder import read_json_object
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
 from layercut.errors import ModelError
 
@@ -45,14 +45,8 @@ def build_meta_model(config: Any) -> nn.Module:
     Raises:
         ModelError: transformers cannot build it.
     """
-    try:
-        with quiet(), torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except INVALID as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"config.json does not describe a model: {reason}. Restore the original configuration."
-        ) from error
+    with guard(NO_MODEL, ModelError, RESTORE), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import stat
 from pathlib import Path
@@ -13,6 +14,16 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 16_000_000, 256_000_000
+MAX_DEPTH = 100
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "UTF-8",
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""In this order: the mark of UTF-32 begins with that of UTF-16."""
 
 
 def check_plain_file(path: Path) -> None:
@@ -88,26 +99,65 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / "config.json")
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Content of a JSON file that must hold an object.
+
+    Args:
+        path: the file.
+        max_bytes: no file of its kind is larger.
 
     Raises:
         ModelError: it cannot be read, is not JSON, or is something else than an object.
     """
     check_plain_file(path)
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise ModelError(
+            f"{path} holds {size / 1e6:,.0f} MB, and no such file has more than "
+            f"{max_bytes / 1e6:,.0f} MB. Restore the original file."
+        )
+    with open_file(path) as file:
+        raw = file.read()
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if raw.startswith(mark):
+            raise ModelError(
+                f"{path} starts with the byte order mark of {encoding}, which transformers cannot "
+                "read. Save it as UTF-8 without one."
+            )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from error
     except (ValueError, RecursionError) as error:
         raise ModelError(
-            f"{path} is not valid JSON ({error}). Restore the original file."
+            f"{path} is not valid JSON ({error}). Correct it, or download it again."
         ) from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} does not hold a JSON object. Restore the original file.")
+    if _is_deep(content):
+        raise ModelError(
+            f"{path} nests values more than {MAX_DEPTH} deep, which no configuration does. "
+            "Restore the original file."
+        )
     return content
 
 
+def _is_deep(content: dict[str, Any]) -> bool:
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for part in level
+            for child in (part.values() if isinstance(part, dict) else part)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _list_indexed_files(index: Path) -> list[str]:
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index, max_bytes=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map. Restore the original file.")
     names = sorted({str(name) for name in weight_map.values()})

@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from layercut.checkpoints.config_check import build_meta_model
 from layercut.checkpoints.config_edit import read_config
 from layercut.checkpoints.folder import read_json_object
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.preflight import read_stored_tensors
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor, read_tensor
@@ -49,9 +49,9 @@ class Names:
             pieces = {self._sources[name]: tensor}
         else:
             try:
-                with quiet():
+                with guard(name, PlanError, "Fit the patch again."):
                     pieces = revert_weight_conversion(self._model, {name: tensor})
-            except INVALID:
+            except PlanError:
                 return None
             pieces = {self._spell(piece): value for piece, value in pieces.items()}
         fits = all(

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layercut.checkpoints.config_check import build_meta_model
+from layercut.checkpoints.config_counts import check_layer_count
 from layercut.checkpoints.config_edit import get_section, read_config, section_path
 from layercut.checkpoints.families import ALWAYS_CAUSAL, find_rules
 from layercut.checkpoints.folder import (
@@ -24,7 +25,7 @@ from layercut.checkpoints.folder import (
     read_json_object,
     read_model_config,
 )
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout, find_layout
 from layercut.checkpoints.own_code import is_built_in
 from layercut.checkpoints.quantization import check_names, is_packed, is_quantised
@@ -101,6 +102,7 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
             "Copy the tokenizer files of the model into it."
         )
     stored = read_stored_tensors(folder)
+    check_layer_count(raw, len(stored))
     config = read_config(raw)
     text = get_section(config, section_path(config))
     if getattr(text, "is_decoder", None) is False and text.model_type not in ALWAYS_CAUSAL:
@@ -266,19 +268,15 @@ def load_strictly(
     Raises:
         ModelError: keys or shapes differ from the configured model's.
     """
-    try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                attn_implementation=attention,
-            )
-    except INVALID as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{folder} cannot be loaded: {reason}.") from error
+    with guard(f"{folder} cannot be loaded", ModelError, "See that its files belong together."):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation=attention,
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key) for key in info[kind] if not is_ignored(str(key), model.config))
         if names and kind == "unexpected_keys":

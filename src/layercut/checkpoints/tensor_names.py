@@ -10,7 +10,7 @@ import torch
 
 from layercut.checkpoints.config_edit import get_section, section_path
 from layercut.checkpoints.families import LEFTOVER_TABLES, MTP_COUNTS
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout, stored_layers
 from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor
 from layercut.checkpoints.weight_names import Conversion, build_whole_model
@@ -93,23 +93,20 @@ def _loading_info(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, A
         name: torch.empty(tensor.shape, dtype=dtypes.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in stored.items()
     }
-    try:
-        with quiet():
-            _, info = type(model).from_pretrained(
-                None,
-                config=model.config,
-                state_dict=headers,
-                device_map={"": "meta"},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except INVALID as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            "the weights' names and shapes do not fit config.json: transformers cannot put them "
-            f"together, as where experts of a layer are missing ({reason}). Use the configuration "
-            "that belongs to these weights."
-        ) from error
+    with guard(
+        "the weights' names and shapes do not fit config.json: transformers cannot put them "
+        "together, as where experts of a layer are missing",
+        ModelError,
+        "Use the configuration that belongs to these weights.",
+    ):
+        _, info = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=headers,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     loaded: dict[str, Any] = info
     return loaded
 

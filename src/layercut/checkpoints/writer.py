@@ -16,7 +16,12 @@ from typing import Any
 
 from layercut.checkpoints.config_check import prune_config
 from layercut.checkpoints.config_edit import read_config, section_path
-from layercut.checkpoints.folder import INDEX_FILE, list_weight_files, read_json_object
+from layercut.checkpoints.folder import (
+    INDEX_FILE,
+    MAX_INDEX_BYTES,
+    list_weight_files,
+    read_json_object,
+)
 from layercut.checkpoints.json_edit import remove_key, replace_values
 from layercut.checkpoints.layer_names import LayerNames
 from layercut.checkpoints.layout import Layout
@@ -175,7 +180,7 @@ def _write_edited(path: Path, before: Json, after: Json, folder: Path) -> None:
 
 
 def _write_index(index: Path, written: Mapping[str, Mapping[str, Content]], folder: Path) -> None:
-    content = read_json_object(index)
+    content = read_json_object(index, max_bytes=MAX_INDEX_BYTES)
     kept = {name: entry for entries in written.values() for name, entry in entries.items()}
     metadata = dict(content.get("metadata") or {})
     metadata["total_size"] = sum(entry.nbytes for entry in kept.values())

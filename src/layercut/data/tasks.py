@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from layercut.data import files
@@ -21,6 +20,8 @@ REVIEWS = ("reviews@train", "reviews@test")
 REVIEW_PROMPT = "Review: {text}\nSentiment:"
 REVIEW_CHOICES = {"fresh": " positive", "rotten": " negative"}
 """Category of a review → what the model is to say: words that it knows, unlike the site's."""
+MAX_TEXT = 8_000_000
+"""Characters of a row's text: encoding takes about 130 bytes of memory for each."""
 BLANK = re.compile(r"(?<!_)_(?!_)")
 """WinoGrande's gap; runs of underscores are drawn lines, as in ARC."""
 
@@ -158,7 +159,7 @@ def _reviews(name: str) -> list[TaskRow]:
 def _split_rows(source: str) -> Iterable[files.Row]:
     """The rows of ``source``; of ``path@value``, those of that split."""
     path, at, split = source.rpartition("@")
-    if source.startswith("hub:") or not at or Path(source).expanduser().exists():
+    if source.startswith("hub:") or not at or files.exists(files.local_path(source)):
         return read_table(source)
     rows = list(read_table(path))
     chosen = [(where, row) for where, row in rows if row.get("split") == split]
@@ -187,6 +188,11 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         got = "blank text" if isinstance(value, str) else type(value).__name__
         raise DataError(f"'{column}' should be text, got {got}")
+    if len(value) > MAX_TEXT:
+        raise DataError(
+            f"'{column}' holds {len(value):,} characters, and no model reads more than "
+            f"{MAX_TEXT:,} at once. Shorten it"
+        )
     return value
 
 

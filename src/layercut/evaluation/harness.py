@@ -14,14 +14,14 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from layercut import progress
-from layercut.checkpoints.hf_calls import quiet
+from layercut.checkpoints.hf_calls import guard, quiet
+from layercut.data import files
 from layercut.errors import DataError, NetworkError, NumericsError, RecipeError, suggestion
 from layercut.results import Estimate
 
@@ -154,7 +154,7 @@ def _tasks(names: tuple[str, ...]) -> Mapping[str, Any]:
     wanted = expand_groups(names)
     known = {*manager.all_tasks, *GROUPS}
     for name in wanted:
-        if name.endswith(FILES) and not Path(name).expanduser().is_file():
+        if name.endswith(FILES) and not files.exists(files.local_path(name)):
             raise DataError(f"task file {name} does not exist")
         if name not in known and not name.endswith(FILES):
             raise RecipeError(
@@ -170,20 +170,16 @@ def _tasks(names: tuple[str, ...]) -> Mapping[str, Any]:
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
     """The tasks that one name stands for."""
-    import yaml
-    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        with quiet():
+    with guard(f"task {name} cannot be loaded", DataError, "Correct the task's file."):
+        try:
             tasks: dict[str, Any] = manager.load([name])["tasks"]
-    except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
-        raise NetworkError(
-            f"the data of task {name} cannot be fetched: {error}. Connect, or give a task's YAML "
-            "file whose dataset_kwargs name local files."
-        ) from None
-    except (DatasetsError, OSError, ValueError, KeyError, RuntimeError, yaml.YAMLError) as error:
-        raise DataError(f"task {name} cannot be loaded: {error}") from None
+        except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
+            raise NetworkError(
+                f"the data of task {name} cannot be fetched: {error}. Connect, or give a task's "
+                "YAML file whose dataset_kwargs name local files."
+            ) from None
     return tasks
 
 

@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from layercut.checkpoints.hf_calls import quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.preflight import read_stored_tensors
 from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor, read_tensor
@@ -46,7 +46,10 @@ def open_streamed(
     stored = read_stored_tensors(folder)
     dtype = dtype or weights_dtype("auto", stored, torch.device("cpu"))
     # Parameters get no memory; rotary tables and other buffers are computed as usual.
-    with quiet(), init_empty_weights(include_buffers=False):
+    with (
+        guard(f"{folder} cannot be loaded", ModelError, "See that its files belong together."),
+        init_empty_weights(include_buffers=False),
+    ):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention
@@ -126,7 +129,9 @@ def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) ->
         weight_mapping=get_model_conversion_mapping(model),
     )
     tensors = {name: read_tensor(tensor) for name, tensor in stored.items() if _can_decode(tensor)}
-    with quiet():
+    with guard(
+        f"{model.name_or_path} cannot be loaded", ModelError, "Load the whole model instead."
+    ):
         info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
     model.requires_grad_(False)
     missing: set[str] = info.missing_keys

@@ -13,13 +13,9 @@ import torch
 from transformers import AutoTokenizer
 
 from layercut.checkpoints.folder import list_weight_files
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard, muted
 from layercut.checkpoints.own_code import warn_of_own_code
-from layercut.checkpoints.preflight import (
-    check_folder,
-    list_tokenizer_files,
-    load_strictly,
-)
+from layercut.checkpoints.preflight import check_folder, list_tokenizer_files, load_strictly
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor
 from layercut.errors import ModelError, NumericsError, RecipeError, suggestion
@@ -131,17 +127,11 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def _tokenizer(folder: Path) -> Any:
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-    except (*INVALID, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"the tokenizer in {folder} cannot be read: {reason} "
-            "Copy the tokenizer files of the model again."
-        ) from error
+    what, remedy = "cannot be read", "Copy the tokenizer files of the model again."
+    with guard(f"the tokenizer in {folder} {what}", ModelError, remedy), muted():
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     # Calibration text is cut into windows after tokenising: its length is no mistake.
     tokenizer.model_max_length = NO_LENGTH_LIMIT
     return tokenizer
