@@ -51,7 +51,7 @@ def load(
     target = _device(device)
     folder = find_folder(model, revision)
     layout, stored = check_folder(folder)
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     fingerprint = _fingerprint(folder)
     weights = load_strictly(folder, weights_dtype(dtype, stored, target), target)
     _check_finite(weights)
@@ -124,7 +124,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(on for name, on in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
