@@ -6,7 +6,6 @@ groups below can be given. Its data come from the Hub unless a task's file names
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import itertools
 import json
@@ -23,6 +22,7 @@ from layercut import progress
 from layercut.checkpoints.hf_calls import guard, quiet
 from layercut.data import files
 from layercut.errors import DataError, NetworkError, NumericsError, RecipeError, suggestion
+from layercut.evaluation.harness_model import wrap_model
 from layercut.results import Estimate
 
 if TYPE_CHECKING:
@@ -191,42 +191,12 @@ def _evaluate_tasks(
 
     with quiet():
         return simple_evaluate(
-            model=_wrap_model(view, size),
+            model=wrap_model(view, size),
             tasks=list(tasks.values()),
             task_manager=_manager(),
             limit=limit,
             batch_size=size,
         )
-
-
-def _wrap_model(view: DecoderView, batch_size: int) -> Any:
-    """The model as the harness sees one, in the arithmetic of the other evaluations."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Quiet(HFLM):  # type: ignore[misc]
-        """Without progress bars of its own."""
-
-        def _loglikelihood_tokens(self, requests: Any, *_: Any, **options: Any) -> Any:
-            return super()._loglikelihood_tokens(requests, **options | {"disable_tqdm": True})
-
-        def loglikelihood(self, requests: Any, *_: Any, **__: Any) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: Any, *_: Any, **__: Any) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, *_: Any, **__: Any) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-    return Quiet(
-        pretrained=view.model,
-        tokenizer=copy.deepcopy(view.tokenizer),  # which it may give a token to pad with
-        backend="causal",
-        max_length=min(view.context, 2**20),
-        batch_size=batch_size,
-        # It switches off an outer autocast, so that ours has to be asked for.
-        mixed_precision_dtype="bfloat16" if view.mixed_precision else None,
-    )
 
 
 def _estimates(

@@ -53,7 +53,7 @@ def load(
     folder = find_folder(model, revision)
     layout, stored = check_folder(folder)
     warn_of_own_code(folder)
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     fingerprint = _fingerprint(folder)
     weights = load_strictly(folder, weights_dtype(dtype, stored, target), target)
     _check_finite(weights)
@@ -126,7 +126,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(on for name, on in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     what, remedy = "cannot be read", "Copy the tokenizer files of the model again."
     with guard(f"the tokenizer in {folder} {what}", ModelError, remedy), muted():
         tokenizer = AutoTokenizer.from_pretrained(

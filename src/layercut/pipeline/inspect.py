@@ -22,7 +22,8 @@ from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
 from layercut.data.calibration import MICRO_BATCH_TOKENS
 from layercut.errors import ModelError
-from layercut.models.load import has_bfloat16, weights_dtype
+from layercut.models.load import has_bfloat16, load_tokenizer, weights_dtype
+from layercut.models.special_tokens import text_frame
 from layercut.models.view import LOSS_CHUNK
 from layercut.recipe.recipe import Recipe
 from layercut.registry import describe
@@ -68,6 +69,8 @@ class Inspection:
         by_plan: whether `layercut prune` can apply a plan to it nevertheless.
         layers: each layer; empty where the family's layout is not known.
         scoring: memory_bytes, seconds and n_tokens of the default score on this machine's CPU.
+        leading_token: what starts every window of text; ``None``: nothing, or no tokenizer is read.
+        document_separator: what stands between documents; ``None`` likewise.
     """
 
     model: str
@@ -84,6 +87,8 @@ class Inspection:
     by_plan: bool
     layers: tuple[Layer, ...] = ()
     scoring: Mapping[str, float] = field(default_factory=dict)
+    leading_token: str | None = None
+    document_separator: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``--json``."""
@@ -134,7 +139,16 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
         by_plan=by_plan is not None,
         layers=layers,
         scoring=_scoring(values, n_parameters, stored) if layout is not None else {},
+        **_frame(folder),
     )
+
+
+def _frame(folder: Path) -> dict[str, str | None]:
+    """What stands around text; nothing where no tokenizer can be read: `load` says why."""
+    try:
+        return text_frame(load_tokenizer(folder)).to_json()
+    except ModelError:
+        return {}
 
 
 def _checked(folder: Path, *, as_files: bool) -> tuple[Layout | None, str]:

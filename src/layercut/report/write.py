@@ -135,6 +135,7 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
         "rows": table.rows(result),
         "sizes": table.sizes(result),
         "compared": table.change_compares(result),
+        "windows": table.windows(result),
         "compared_title": "Dense and pruned" if "pruned" in result.stages else "Figures",
         "headline": write_headline(result),
         "recovery": format_labels(result.recovery),
