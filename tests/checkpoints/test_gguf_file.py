@@ -29,7 +29,7 @@ from gguf_bytes import (
 from layercut.checkpoints import embedded_model
 from layercut.checkpoints.gguf_file import read_gguf
 from layercut.checkpoints.gguf_header import TENSOR_TYPES
-from layercut.checkpoints.gguf_model import find_parts, read_language_model
+from layercut.checkpoints.gguf_model import check_token_ids, find_parts, read_language_model
 from layercut.cli import main
 from layercut.errors import ModelError
 
@@ -124,6 +124,7 @@ CLAIMS: dict[str, tuple[bytes, str]] = {
     "not utf-8": (first_key(key(b"a.\xff", U32, 1)), "is damaged or truncated"),
     "alignment 0": (first_key(key("general.alignment", U32, 0)), "not a power of two"),
     "alignment 48": (first_key(key("general.alignment", U32, 48)), "not a power of two"),
+    "alignment 2^31": (first_key(key("general.alignment", U32, 2**31)), "not a power of two"),
     "alignment text": (first_key(key("general.alignment", STRING, "32")), "not a power of two"),
     "tensor twice": (with_tensors(Tensor("a"), Tensor("a", offset=32)), "the tensor a twice"),
     "overlap": (with_tensors(Tensor("a", (16,)), Tensor("b", offset=32)), "overlap another"),
@@ -195,6 +196,7 @@ KEYS: dict[str, tuple[bytes, str]] = {
     "no tokens": (changed(TOKENS), "so the tokenizer has no tokens"),
     "empty tokens": (changed(TOKENS, listed(TOKENS, STRING, [])), "so the tokenizer has no tokens"),
     "no merges": (changed("tokenizer.ggml.merges"), "this tokenizer merges by it"),
+    "narrow types": (changed(TYPES, listed(TYPES, U8, [1, 1, 1])), "should be a list of int32"),
     "short types": (changed(TYPES, listed(TYPES, I32, [1])), "has 1 entries for 3 tokens"),
     "eos beyond": (
         changed("tokenizer.ggml.eos_token_id", key("tokenizer.ggml.eos_token_id", U32, 3)),
@@ -210,7 +212,7 @@ KEYS: dict[str, tuple[bytes, str]] = {
 def test_keys_that_no_model_has_are_named(tmp_path: Path, fault: str) -> None:
     content, why = KEYS[fault]
     with pytest.raises(ModelError, match=why):
-        read_language_model(written(tmp_path, content))
+        check_token_ids(read_language_model(written(tmp_path, content)))
 
 
 @pytest.mark.parametrize("command", ["inspect", "prune", "run"])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import random
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from layercut.checkpoints.gguf_header import TENSOR_TYPES
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 FORMS = dict(
@@ -68,7 +73,7 @@ def gguf_bytes(
     keys: Sequence[bytes] = (),
     tensors: Sequence[Tensor] = (),
     *,
-    data: int = 0,
+    data: int | bytes = 0,
     version: int = 3,
     n_keys: int | None = None,
     n_tensors: int | None = None,
@@ -82,3 +87,46 @@ def gguf_bytes(
     header = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(keys)
     header += b"".join(tensor.record for tensor in tensors)
     return header + bytes(-len(header) % alignment) + bytes(data)
+
+
+def write_toy(
+    path: Path,
+    family: str = "llama",
+    *,
+    kind: str = "Q8_0",
+    n_blocks: int = 6,
+    keys: Sequence[bytes] = (),
+    extra: Sequence[str] = (),
+    missing: Sequence[int] = (),
+    alignment: int = 32,
+) -> Path:
+    """A model of random bytes: two matrices of ``kind`` in each block and what surrounds them.
+
+    Args:
+        path: the new file.
+        family: ``general.architecture``.
+        kind: of the matrices.
+        n_blocks: ``block_count``.
+        keys: further records.
+        extra: names of further tensors.
+        missing: blocks without tensors.
+        alignment: of the tensors.
+    """
+    number = next(n for n, entry in TENSOR_TYPES.items() if entry[0] == kind)
+    shapes: dict[str, tuple[tuple[int, ...], int]] = {"token_embd.weight": ((256, 3), number)}
+    for block in (b for b in range(n_blocks) if b not in missing):
+        shapes[f"blk.{block}.attn_norm.weight"] = ((256,), 0)
+        shapes[f"blk.{block}.attn_q.weight"] = ((256, 4), number)
+        shapes[f"blk.{block}.ffn_down.weight"] = ((256, 2), number)
+    shapes |= dict.fromkeys(("output_norm.weight", *extra), ((5,), 0))
+    generator, data, tensors = random.Random(f"{family}{kind}"), b"", []
+    for name, (shape, type_number) in shapes.items():
+        _, block_size, width = TENSOR_TYPES[type_number]
+        tensors.append(Tensor(name, shape, type_number, len(data)))
+        data += generator.randbytes(math.prod(shape) // block_size * width)
+        data += bytes(-len(data) % alignment)
+    if alignment != 32:
+        keys = [*keys, key("general.alignment", U32, alignment)]
+    records = [*model_keys(family, n_blocks), *keys]
+    path.write_bytes(gguf_bytes(records, tensors, data=data, alignment=alignment))
+    return path

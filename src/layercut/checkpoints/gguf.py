@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layercut.checkpoints.conversion_cache import Convert, cache_conversion
-from layercut.checkpoints.gguf_model import read_language_model
+from layercut.checkpoints.gguf_model import check_token_ids, read_language_model
 from layercut.checkpoints.gguf_tokenizer import bpe_tokenizer
 from layercut.checkpoints.hf_calls import INVALID, quiet
 from layercut.errors import ModelError
@@ -32,7 +32,7 @@ def checkpoint_folder(path: Path) -> Path:
         OutputError: the cache folder cannot be written to.
         ResourceError: the disk is full.
     """
-    read_language_model(path)
+    check_token_ids(read_language_model(path))
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return cache_conversion(

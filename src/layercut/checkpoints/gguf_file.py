@@ -39,6 +39,7 @@ included, and this many are still walked within a second."""
 MAX_NUMBERS = 1 << 22
 """Entries of one list of numbers."""
 MAX_KEY_BYTES = 1 << 16
+MAX_ALIGNMENT = 1 << 20
 MAX_DIMENSIONS = 4
 
 TENSOR_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,127}")
@@ -158,8 +159,8 @@ class _Walk:
             return DEFAULT_ALIGNMENT
         kind, _, _, begin, _, _ = spans[ALIGNMENT_KEY]
         alignment = _U32.unpack_from(self.data, begin)[0] if kind == "uint32" else 0
-        if alignment == 0 or alignment & (alignment - 1):
-            raise self._wrong(f"its {ALIGNMENT_KEY} is not a power of two in 32 bits")
+        if not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise self._wrong(f"its {ALIGNMENT_KEY} is not a power of two up to {MAX_ALIGNMENT:,}")
         return int(alignment)
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int, int]:

@@ -32,7 +32,7 @@ TOKENIZER = "tokenizer.ggml."
 TOKENS = f"{TOKENIZER}tokens"
 NEEDS_MERGES = frozenset({"gpt2"})
 
-TEXT, BOOL = frozenset({"string"}), frozenset({"bool"})
+TEXT, BOOL, WORDS = frozenset({"string"}), frozenset({"bool"}), frozenset({"int32", "uint32"})
 ONE, LIST, EITHER = (False,), (True,), (False, True)
 EXPECTED: tuple[tuple[re.Pattern[str], frozenset[str], tuple[bool, ...], str], ...] = tuple(
     (re.compile(pattern), kinds, listed, what)
@@ -67,8 +67,9 @@ EXPECTED: tuple[tuple[re.Pattern[str], frozenset[str], tuple[bool, ...], str], .
             "a text",
         ),
         (r"tokenizer\.ggml\.(tokens|merges)", TEXT, LIST, "a list of texts"),
-        (r"tokenizer\.ggml\.token_type", INTEGERS, LIST, "a list of integers"),
-        (r"tokenizer\.ggml\.scores", FLOATS, LIST, "a list of numbers"),
+        # Engines read these two by their width, without asking for their type.
+        (r"tokenizer\.ggml\.token_type", WORDS, LIST, "a list of int32"),
+        (r"tokenizer\.ggml\.scores", frozenset({"float32"}), LIST, "a list of float32"),
         (
             r"tokenizer\.ggml\.add_(bos_token|eos_token|sep_token|space_prefix)",
             BOOL,
@@ -178,6 +179,15 @@ def _check_tokenizer(header: GgufHeader) -> None:
             raise header.wrong(
                 key, f"has {header.fields[key].count:,} entries for {n_tokens:,} tokens"
             )
+
+
+def check_token_ids(header: GgufHeader) -> None:
+    """Refuse roles of tokens that the vocabulary does not have; llama.cpp ignores such a role.
+
+    Raises:
+        ModelError: a key ``tokenizer.ggml.…_token_id`` is beyond the vocabulary.
+    """
+    n_tokens = header.fields[TOKENS].count if TOKENS in header else 0
     for key in header.fields:
         if re.fullmatch(r"tokenizer\.ggml\..*_token_id", key) and not header.is_list(key):
             number = header.fields[key].decode()
