@@ -140,7 +140,7 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(rf"{re.escape(target.name)}\.(partial|replaced)-(\d+)")
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match is None or _is_alive(int(match.group(2))):
+        if match is None or is_running(int(match.group(2))):
             continue
         if match.group(1) == "replaced" and not target.exists():
             path.rename(target)  # killed between the two renames: the old output is the output
@@ -148,7 +148,8 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether another process has that number."""
     if pid == os.getpid():
         return False  # a leftover of a process that had our number
     try:

@@ -30,15 +30,20 @@ def print_result(result: RunResult, output_dir: Path, *, quiet: bool = False) ->
             console.print(table)
         else:
             _print_lines(console, result)
-    errors = Console(stderr=True)
-    for warning in result.warnings:
-        errors.print(literal("warning: ", "yellow"), literal(warning), sep="", soft_wrap=True)
+    print_warnings(result.warnings)
     if not quiet:
         for line in (*sizes(result), *result.checks):
             text = line.translate(_ASCII) if console.options.ascii_only else line
             console.print(literal(text))
         report = output_dir / "layercut" / "report.html"
         console.print(literal(f"Checkpoint: {output_dir}  Report: {report}"), soft_wrap=True)
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Sentences on stderr, each marked as a warning."""
+    errors = Console(stderr=True)
+    for warning in warnings:
+        errors.print(literal("warning: ", "yellow"), literal(warning), sep="", soft_wrap=True)
 
 
 def print_evaluation(model: str, figures: Evaluation) -> None:

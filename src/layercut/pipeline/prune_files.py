@@ -73,7 +73,7 @@ def prune(
             check_output_dir(output_dir, source, overwrite=overwrite)
             layout, stored = check_folder(source, as_files=True)
             warn_of_own_code(source)
-            chosen = _plan(model, layout.n_layers, file_plan, drop or ())
+            chosen = fit_plan(model, layout.n_layers, file_plan, drop or ())
             prune_config(source, layout, chosen.kept)
             check_named_layers(source, layout, chosen)
             check_disk_space(source, output_dir)
@@ -104,10 +104,14 @@ def _recipe(model: str, revision: str | None, plan: PruningPlan) -> dict[str, An
     }
 
 
-def _plan(
+def fit_plan(
     model: str, n_layers: int, file_plan: PruningPlan | None, drop: Sequence[int]
 ) -> PruningPlan:
-    """The plan for this checkpoint, if it fits."""
+    """The plan for this checkpoint, if it fits.
+
+    Raises:
+        PlanError: it is of another model, or the layers cannot be dropped.
+    """
     if file_plan is not None and file_plan.n_layers != n_layers:
         raise PlanError(
             f"the plan is for {file_plan.n_layers} layers, but {model} has {n_layers}. "
