@@ -142,6 +142,43 @@ def test_rows_beyond_any_context_are_refused(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "rows.jsonl"))
 
 
+def test_a_name_too_long_for_the_folder_beside_it_is_refused_early(
+    program: Program, model: Path, tmp_path: Path
+) -> None:
+    code, _, err = program("prune", model, "--drop", "1", "-o", tmp_path / ("x" * 250))
+    assert (code, "cannot be written to (File name too long)" in err) == (2, True), err
+
+
+def test_a_tokenizer_that_cannot_encode_text_is_refused(
+    program: Program, model: Path, tmp_path: Path
+) -> None:
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "text.txt").write_text(TEXT)
+    row = {"prompt": "The fox", "completion": " jumps"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    for source in (("--text", "a=text.txt"), ("--task", "a=rows.jsonl")):
+        flag, named = source[0], source[1].replace("=", f"={tmp_path}/")
+        code, _, err = program("eval", model, flag, named, "--no-speed", "--seq-len", "64")
+        assert code in (3, 4)
+        assert "the tokenizer cannot encode" in err
+        assert "[UNK]" in err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"max_position_embeddings": "x"}, {"architectures": {"a": 1}}, {"num_hidden_layers": [6]}],
+)
+def test_values_of_another_type_are_described_with_the_reason(
+    program: Program, model: Path, changes: dict
+) -> None:
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(content | changes))
+    code, out, _ = program("inspect", model)
+    assert (code, "Prunable" in out) == (0, True)
+
+
 def large(path: Path) -> None:
     path.write_text("{")
     os.truncate(path, 100_000_000)

@@ -102,6 +102,12 @@ def test_a_name_with_markup_stays_text() -> None:
     assert '<b>"$x$"' in (elements(svg)[0].get("aria-label") or "")
 
 
+def test_names_in_any_script_are_text_and_control_characters_are_spelled_out() -> None:
+    # A warning would be an error here: matplotlib's own font has no such glyphs.
+    svg = plots.perplexities({"Dense": {"\u65e5\u672c\x1b": Estimate(20.0, 0.5, 9)}})
+    assert "\u65e5\u672c\\x1b: dense" in words(svg)
+
+
 def test_drawing_leaves_global_settings_alone() -> None:
     before = dict(rcParams)
     plots.seconds({"load": 1.0})

@@ -7,13 +7,15 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layercut.checkpoints.folder import list_weight_files
 from layercut.errors import OutputError, ResourceError
 
 SPARE_SPACE = 1.05
+LONGEST_SUFFIX = ".replaced-0000000"
+"""Of the folders beside the output while it is written."""
 DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -68,9 +70,9 @@ def check_path(path: Path, flag: str) -> None:
         OutputError: nothing can be there.
     """
     try:
-        path.resolve().stat()
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return
+        for name in (f"{path}{LONGEST_SUFFIX}", path):
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                Path(name).resolve().stat()
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise OutputError(

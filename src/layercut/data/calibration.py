@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from layercut.data.encoding import row_texts
+from layercut.checkpoints.hf_calls import guard
+from layercut.data.encoding import OTHER_TEXT, row_texts
 from layercut.data.named_texts import refuse_test_split
 from layercut.data.sources import read_texts
 from layercut.errors import DataError, RecipeError
@@ -238,7 +239,8 @@ def _first_tokens(text: str, tokenizer: Any, n_tokens: int) -> list[int]:
     # its cut end does not matter, and the whole only if that was too short.
     for piece in (text[: CHARACTERS_PER_TOKEN * n_tokens], text):
         # verbose=False: a document longer than the model's context is cut into windows anyway.
-        ids: list[int] = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        with guard("the tokenizer cannot encode the text", DataError, OTHER_TEXT):
+            ids: list[int] = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) > n_tokens + 8 or len(piece) == len(text):
             break
     return ids

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from layercut.checkpoints.hf_calls import guard
 from layercut.data.chat_template import render
 from layercut.data.tasks import TaskRow, read_rows
 from layercut.errors import DataError
 from layercut.models.special_tokens import leading_tokens
 
+OTHER_TEXT = "Use text that it knows, or the model's original tokenizer files."
 IGNORED = -100
 """The label of a token that no loss is computed on, as torch and transformers have it."""
 
@@ -176,5 +178,6 @@ def _ids(text: str, leading: list[int], row: TaskRow, tokenizer: Any) -> list[in
         text.encode()
     except UnicodeEncodeError:
         raise DataError(f"{row.where} holds half of a surrogate pair. Change the row.") from None
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    with guard(f"the tokenizer cannot encode {row.where}", DataError, OTHER_TEXT):
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return ids if ids[: len(leading)] == leading else leading + ids

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layercut.checkpoints.folder import read_json_object
+from layercut.checkpoints.hf_calls import guard
 from layercut.errors import ModelError
 
 if TYPE_CHECKING:
@@ -185,7 +186,8 @@ def document_separator(tokenizer: Any) -> int | None:
 
 def _encode(tokenizer: Any, text: str, special: bool) -> list[int]:
     # verbose=False: a text longer than the model's context is no mistake here.
-    encoded = tokenizer(text, add_special_tokens=special, verbose=False)
+    with guard("the tokenizer cannot encode a text", ModelError, "Use its original files."):
+        encoded = tokenizer(text, add_special_tokens=special, verbose=False)
     return [int(i) for i in encoded["input_ids"]]
 
 

@@ -127,14 +127,16 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
     return Inspection(
         model=model,
         model_type=str(raw.get("model_type")),
-        architecture=str((raw.get("architectures") or ["unknown"])[0]),
-        n_layers=len(layers) or described.get("num_hidden_layers"),
+        architecture=_architecture(raw),
+        n_layers=len(layers) or _integer(described.get("num_hidden_layers")),
         n_parameters=n_parameters or sum(_numel(t.shape) for t in stored.values()),
         stored=dict(sizes.most_common()),
         n_files=len({tensor.path for tensor in stored.values()}),
         quantisation=_quantisation(raw, stored),
         tied=bool(values.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))),
-        context=values.get("max_position_embeddings", described.get("max_position_embeddings")),
+        context=_integer(
+            values.get("max_position_embeddings", described.get("max_position_embeddings"))
+        ),
         refusal=refusal,
         by_plan=by_plan is not None,
         layers=layers,
@@ -149,6 +151,16 @@ def _frame(folder: Path) -> dict[str, str | None]:
         return text_frame(load_tokenizer(folder)).to_json()
     except ModelError:
         return {}
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    named = raw.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else "unknown"
+
+
+def _integer(value: Any) -> int | None:
+    """A configuration's value if it is a whole number: one that is refused may hold anything."""
+    return value if type(value) is int else None
 
 
 def _checked(folder: Path, *, as_files: bool) -> tuple[Layout | None, str]:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from layercut.report.literal import escape_controls
 from layercut.report.svg import (
     DROPPED,
     INK,
@@ -76,7 +77,7 @@ def perplexities(stages: Mapping[str, Mapping[str, Estimate]]) -> str:
     """
     texts = dict.fromkeys(name for estimates in stages.values() for name in estimates)
     bars = [
-        (f"{text}: {title.lower()}", estimates[text], title.startswith("Dense"))
+        (f"{escape_controls(text)}: {title.lower()}", estimates[text], title.startswith("Dense"))
         for text in texts
         for title, estimates in stages.items()
         if text in estimates

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+import warnings
 from contextlib import AbstractContextManager
 
 from matplotlib import rc_context
@@ -65,7 +66,10 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
         axis.patch.set_visible(False)
     buffer = io.StringIO()
     unwanted = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=unwanted)
+    with warnings.catch_warnings():
+        # The page draws the text, in a font that has what matplotlib's lacks.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="svg", metadata=unwanted)
     whole = buffer.getvalue()
     box = re.search(r'viewBox="[^"]*"', whole)
     assert box is not None
