@@ -42,10 +42,11 @@ like Llama needs no rule. What layercut does not know, it refuses; it is never g
 5. a hybrid keeps at least one layer with keys and values: transformers reads the length of what it
    has cached from such a layer.
 
-A checkpoint may name code of its own (`auto_map`), as those of DeepSeek, Phi and Falcon do. That code
-is never run. If its classes are called as transformers' own for that model type, the checkpoint is
-read as the built-in family, with a warning; else it is refused. The written `config.json` has no
-`auto_map`: the files that it names are not copied, and readers that trust them would fail.
+A checkpoint may name code of its own (`auto_map`), as those of DeepSeek, Phi and Falcon do. That
+code is never run. If its classes are called as transformers' own for that model type, the
+checkpoint is read as the built-in family, with a warning; else it is refused. The written
+`config.json` has no `auto_map`: the files that it names are not copied, and readers that trust them
+would fail.
 
 ## Why layers are not cut out in memory
 

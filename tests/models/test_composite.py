@@ -19,6 +19,7 @@ from layercut.models.surgery import apply
 from layercut.output.save import save
 from layercut.pipeline.prune_files import prune
 from layercut.types import WeightPatch
+from quantised_siblings import edit_config
 from saved_families import tokens
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "patch_size": 4}
@@ -142,3 +143,41 @@ def test_weights_that_feed_no_layer_are_no_damage(tmp_path: Path) -> None:
     save_file(renamed, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"hold 0 layers under .*where transformers' Llama4"):
         load(str(source), dtype="float32")
+
+
+def test_a_tie_that_the_text_decoder_does_not_know_is_named(tmp_path: Path) -> None:
+    source = save_composite(tmp_path / "source", "qwen3_5")
+    text = json.loads((source / "config.json").read_text())["text_config"]
+    edit_config(source, text_config=text | {"tie_word_embeddings": False})
+    with pytest.raises(ModelError, match=r"lack lm_head\.weight: .* Set it in text_config too"):
+        load(str(source), dtype="float32")
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "llama4"])
+def test_a_quantised_decoder_beside_plain_parts_is_pruned_by_files(
+    tmp_path: Path, model_type: str
+) -> None:
+    source = save_composite(tmp_path / "source", model_type)
+    state, ignore = load_file(source / "model.safetensors"), ["lm_head"]
+    for name in [n for n in state if n.endswith("proj.weight") and state[n].dim() == 2]:
+        module = name.removesuffix(".weight")
+        if "language_model" not in name:
+            ignore.append(module)
+            continue
+        weight = state.pop(name)
+        state[f"{module}.weight_packed"] = torch.zeros(len(weight), 2, dtype=torch.int32)
+        state[f"{module}.weight_scale"] = torch.rand(len(weight), 1)
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    own = "model.language_model.layers" if model_type == "qwen3_5" else "model.layers"
+    lists = {"ignore": [*ignore, f"{own}.6.mlp.gate"], "quant_method": "compressed-tensors"}
+    edit_config(source, quantization_config=lists)
+    prune(str(source), tmp_path / "out", drop=[1, 4])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["ignore"] == [*ignore, f"{own}.4.mlp.gate"]
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    rest = [name for name in state if ".layers." not in name or "language_model" not in name]
+    assert set(rest) <= after.keys()
+    del state[next(n for n in state if n.endswith("norm.weight") and ".layers." not in n)]
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks? .*norm"):
+        prune(str(source), tmp_path / "again", drop=[1])

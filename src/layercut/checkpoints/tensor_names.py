@@ -16,6 +16,7 @@ from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor
 from layercut.checkpoints.weight_names import Conversion, build_whole_model
 from layercut.errors import ModelError
 
+TIED = "tie_word_embeddings"
 MAX_NAMED = 3
 """Tensors that an error message lists."""
 
@@ -38,6 +39,13 @@ def check_weights(
         )
     info = _loading_info(model, stored)
     if missing := sorted(info["missing_keys"]):
+        own: Any = model.config
+        if getattr(config, TIED, False) and not getattr(own, TIED, False):
+            raise ModelError(
+                f"the weights lack {some(missing)}: config.json sets {TIED} at its top, not for "
+                f"its text decoder, which {type(model).__name__} reads alone. Set it in "
+                "text_config too."
+            )
         raise ModelError(
             f"the weights lack {some(missing)}, which transformers would fill with random numbers. "
             "Use the whole checkpoint of the causal language model."
