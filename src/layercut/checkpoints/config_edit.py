@@ -20,6 +20,7 @@ from layercut.checkpoints.families import (
     LAYER_COUNTS,
     MTP_COUNTS,
     NOT_PER_LAYER,
+    ONE_BASED_LISTS,
     PER_LAYER_STRINGS,
     PREFIX_COUNTS,
     RE_KEYED,
@@ -32,6 +33,7 @@ from layercut.checkpoints.hf_calls import INVALID, quiet
 from layercut.errors import ModelError
 
 Json = dict[str, Any]
+NUMBER_LISTS = INDEX_LISTS + ONE_BASED_LISTS
 
 
 def edit_config(
@@ -123,11 +125,13 @@ def layer_values(text: Any) -> dict[str, list[Any]]:
     They have one entry per layer, or are lists of layer numbers.
     """
     per_layer: dict[str, list[Any]] = {}
-    for key in dir(text):
-        value = None if key.startswith("_") else _value(text, key)
+    keys = [key for key in dir(text) if not key.startswith("_")]
+    with quiet():
+        values = {key: _value(text, key) for key in keys}
+    for key, value in values.items():
         if not isinstance(value, list):
             continue
-        if key in INDEX_LISTS or _is_per_layer(key, value, text.num_hidden_layers):
+        if key in NUMBER_LISTS or _is_per_layer(key, value, text.num_hidden_layers):
             per_layer[key] = value
     return per_layer
 
@@ -154,8 +158,8 @@ def _edit_section(section: Json, text: Any, rules: FamilyRules, kept: Sequence[i
             continue
         if key in rules.patterns:
             section[key] = _pattern(value, rules.patterns[key], kept)
-        elif key in INDEX_LISTS:
-            section[key] = [new_index[i] for i in value if i in new_index]
+        elif key in NUMBER_LISTS:
+            section[key] = _renumber(key, value, new_index)
         elif _is_per_layer(key, value, n_layers):
             part = [value[i] for i in kept]
             section[key] = "".join(part) if isinstance(value, str) else part
@@ -169,6 +173,12 @@ def _edit_section(section: Json, text: Any, rules: FamilyRules, kept: Sequence[i
     for count in (*LAYER_COUNTS, _count_key(text)):
         if section.get(count) == n_layers:
             section[count] = len(kept)
+
+
+def _renumber(key: str, layers: Sequence[int], new_index: Mapping[int, int]) -> list[int]:
+    """The kept ones of listed layers by their new numbers."""
+    base = int(key in ONE_BASED_LISTS)
+    return [new_index[i - base] + base for i in layers if i - base in new_index]
 
 
 def _remove_steps(text: Any, kept: Sequence[int]) -> Json:
@@ -198,9 +208,7 @@ def _wanted(text: Any, kept: Sequence[int]) -> Json:
     """What the pruned configuration must say of the kept layers, given or derived."""
     new_index = {old: new for new, old in enumerate(kept)}
     wanted: Json = {
-        key: [new_index[i] for i in value if i in new_index]
-        if key in INDEX_LISTS
-        else [value[i] for i in kept]
+        key: _renumber(key, value, new_index) if key in NUMBER_LISTS else [value[i] for i in kept]
         for key, value in layer_values(text).items()
     }
     return wanted | _remove_steps(text, kept) | {_count_key(text): len(kept)}
@@ -212,14 +220,14 @@ def _differences(edited: Json, path: Sequence[str], wanted: Json) -> Json:
         text = get_section(read_config(edited), path)
     except ModelError:
         return wanted
-    return {key: value for key, value in wanted.items() if _value(text, key) != value}
+    with quiet():
+        return {key: value for key, value in wanted.items() if _value(text, key) != value}
 
 
 def _value(text: Any, key: str) -> Any:
     """An attribute, tuples as lists; ``None`` where a derived one refuses to be computed."""
     try:
-        with quiet():
-            value = getattr(text, key, None)
+        value = getattr(text, key, None)
     except INVALID:
         return None
     return list(value) if isinstance(value, tuple) else value

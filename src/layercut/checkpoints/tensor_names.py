@@ -33,7 +33,7 @@ def check_weights(
             f"config.json says num_hidden_layers = {layout.n_layers}, the weights hold "
             f"{len(n_stored)} layers. Use the configuration that belongs to these weights."
         )
-    info = _loading_info(config, model, stored)
+    info = find_loading_info(config, model, stored)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"the weights lack {some(missing)}. Download the checkpoint again, or use the one "
@@ -52,7 +52,9 @@ def check_weights(
         )
 
 
-def _loading_info(config: Any, model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def find_loading_info(
+    config: Any, model: Any, stored: Mapping[str, StoredTensor]
+) -> dict[str, Any]:
     """What transformers would miss, ignore or not fit, from the headers alone.
 
     Raises:
@@ -73,6 +75,11 @@ def _loading_info(config: Any, model: Any, stored: Mapping[str, StoredTensor]) -
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+    except NotImplementedError as error:  # a tensor on meta was to be computed with
+        raise ModelError(
+            f"the stored tensors of '{config.model_type}' become the model's in a way that can "
+            "only be followed with their content, which layercut does not do. Choose another model."
+        ) from error
     except INVALID as error:
         raise ModelError(
             "the weights' names and shapes do not fit config.json: transformers cannot put them "
