@@ -45,6 +45,8 @@ REFUSED: dict[str, str] = {
     "diffllama": "lambda_init would change",
     "gemma3n_text": "key-value sharing",
     "gemma4": "key-value sharing|the last layer",
+    "gemma4_unified": "the last layer",
+    "gemma4_unified_text": "key-value sharing|the last layer",
     "gemma4_text": "key-value sharing|the last layer",
     "gpt_neox_japanese": "the last layer alone adds a bias",
     "longcat_flash": "holds two of the layers",
@@ -75,7 +77,6 @@ CACHE_INEXACT: dict[str, str] = {
     "glm_moe_dsa": SELECTED,
     "deepseek_v32": SELECTED,
     "hy_v4": SELECTED,
-    "minimax": "with a linear-attention layer in front, masks are those of an empty cache",
     "moshi": "once its sliding window is exceeded",
 }
 """Type → where transformers' own cached logits differ from the uncached ones, unpruned."""

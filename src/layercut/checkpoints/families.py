@@ -156,6 +156,7 @@ class FamilyRules:
 
 
 KV_PRODUCERS = Pin("kv-producers", "later layers reuse its keys and values (key-value sharing)")
+LAST_IS_FULL = Pin("last", "transformers makes the last layer full_attention, whatever it was")
 PER_LAYER_EMBEDDINGS = {
     "embed_tokens_per_layer.weight": 1,
     "per_layer_model_projection.weight": 0,
@@ -181,12 +182,10 @@ FAMILIES: dict[str, FamilyRules] = {
     ),
     "gemma4_text": FamilyRules(
         unscorable=SHARED_KV,
-        pinned=(
-            KV_PRODUCERS,
-            Pin("last", "transformers makes the last layer full_attention, whatever it was"),
-        ),
+        pinned=(KV_PRODUCERS, LAST_IS_FULL),
         sliced=PER_LAYER_EMBEDDINGS,
     ),
+    "gemma4_unified_text": FamilyRules(pinned=(LAST_IS_FULL,)),
     "gpt2": FamilyRules(index_scaled=("scale_attn_by_inverse_layer_idx", "attn.c_attn")),
     "gpt_neo": FamilyRules(patterns={"attention_types": "runs"}),
     "minimax": FamilyRules(

@@ -14,6 +14,7 @@ from torch import nn
 from layercut.checkpoints.config_edit import get_section, section_path
 from layercut.checkpoints.families import (
     FROM_PREVIOUS,
+    KV_PRODUCERS,
     LENDING,
     MTP_COUNTS,
     MTP_PREFIX,
@@ -217,7 +218,8 @@ def _stored_prefix(layers: str, names: Iterable[str]) -> str:
 
 def _lenders(text: Any) -> dict[int, str]:
     """Layers whose results a later layer reuses → why they must stay."""
-    lenders = {}
+    modes = getattr(text, "kv_sharing_modes", None) or ()
+    lenders = {i: KV_PRODUCERS.why for i, mode in enumerate(modes) if mode == "store"}
     for key, (lends, borrows, why) in LENDING.items():
         last = None
         for i, kind in enumerate(getattr(text, key, None) or ()):
