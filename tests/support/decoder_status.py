@@ -76,7 +76,6 @@ CACHE_INEXACT: dict[str, str] = {
     "dots3_note_text": SELECTED,
     "glm_moe_dsa": SELECTED,
     "deepseek_v32": SELECTED,
-    "hy_v4": SELECTED,
     "moshi": "once its sliding window is exceeded",
 }
 """Type → where transformers' own cached logits differ from the uncached ones, unpruned."""
