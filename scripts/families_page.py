@@ -16,7 +16,6 @@ from layercut.checkpoints.families import (
     INDEX_LISTS,
     LAYER_COUNTS,
     MTP_COUNTS,
-    MTP_PREFIX,
     NOT_PER_LAYER,
     ONE_BASED_LISTS,
     PER_LAYER_STRINGS,
@@ -38,8 +37,9 @@ HEAD = """# Model families
 <!-- Written by `python scripts/families_page.py`; do not edit. -->
 
 Any decoder-only model that transformers builds as a causal language model can be pruned, in a
-multimodal wrapper too (the text decoder is pruned, the rest is copied). A family that is built like
-Llama needs no rule. What layercut does not know, it refuses; it is never guessed:
+multimodal wrapper too (the text decoder is pruned, the rest is copied). The decoder is what
+transformers' own conversion loads from the files, whatever its prefix there. A family that is built
+like Llama needs no rule. What layercut does not know, it refuses; it is never guessed:
 
 1. the weights' names and shapes must be exactly those of the configured model;
 2. every per-layer value that transformers derives from the pruned configuration must be the kept
@@ -47,7 +47,15 @@ Llama needs no rule. What layercut does not know, it refuses; it is never guesse
    windows, scales);
 3. the pruned model must give bit for bit the logits of the dense one with its dropped layers passed
    over (within rounding where a rule rescales weights);
-4. the written checkpoint, reloaded, must give those logits again, and with a cache as without.
+4. the written checkpoint, reloaded, must give those logits again, and with a cache as without;
+5. a hybrid keeps at least one layer with keys and values: transformers reads the length of what it
+   has cached from such a layer.
+
+A checkpoint may name code of its own (`auto_map`), as those of DeepSeek, Phi and Falcon do. That
+code is never run. If its classes are called as transformers' own for that model type, the
+checkpoint is read as the built-in family, with a warning; else it is refused. The written
+`config.json` has no `auto_map`: the files that it names are not copied, and readers that trust
+them would fail.
 
 ## Why layers are not cut out in memory
 
@@ -186,7 +194,7 @@ def _generic() -> list[tuple[str, tuple[str, ...], str]]:
         (
             "multi-token prediction",
             MTP_COUNTS,
-            f"0, and the layers behind the decoder go; tensors named `{MTP_PREFIX}…` are carried "
+            "0, and the layers behind the decoder go; tensors named `mtp.…` are carried "
             "along with their count",
         ),
         (

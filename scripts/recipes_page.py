@@ -81,7 +81,8 @@ Text, for `calibration.data`, `heal.data` and `evaluation.text`:
 | `hub:owner/name[:config][@split]` | a data set of the Hub, by default its split `train` |
 | `wikitext2`, `ptb`, `c4` | the texts that papers report perplexity on, from the Hub; `@train` \
 for another split |
-| `rows:SOURCE` | task rows, read as prompts with their right answers; not for `evaluation.text` |
+| `rows:SOURCE` | task rows, read as prompts with their right answers, chat rows in the model's \
+template; not for `evaluation.text` |
 | `embedded:docs` | Python's own documentation |
 | `embedded:speeches` | speeches of two party conventions |
 | `embedded:reviews@train`, `embedded:reviews@test` | film reviews |
@@ -95,8 +96,9 @@ columns say what a row is; the first format that fits every row is taken:
 
 | columns | trained on | judged by |
 |---|---|---|
-| `messages` (role, content) | the last reply, in the model's chat template | greedy decoding \
-gives the reply |
+| `messages`, perhaps `tools`, `documents`, `chat_template_kwargs`, `system` | the last reply, in \
+the model's chat template | greedy decoding gives the reply |
+| `prompt`, `completion`, both lists of messages | the same | the same |
 | `prompt`, `completion` | the completion and an end-of-text token | greedy decoding gives the \
 completion |
 | `prompt`, `choices`, `answer` | the right choice | the likeliest choice, also per character |
@@ -105,7 +107,8 @@ the gap | the likelihood of what follows the gap |
 | `question`, `choices`, `answer`, perhaps `context` | the right choice after `Question: … \
 Answer:` | the likeliest choice, also per character |
 
-`answer` is an index from 0 or the text of a choice.
+`answer` is an index from 0 or the text of a choice. Other columns: \
+[finetune.md](finetune.md#other-columns).
 
 ## Top level
 """

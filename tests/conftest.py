@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from layercut.models.load import load
@@ -30,6 +30,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>"
     )
+
+
+def leading_tokenizer(after: str = "") -> PreTrainedTokenizerFast:
+    """The byte tokenizer with ``<bos>`` in front of every text, and perhaps something behind it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<bos> $A{after}", special_tokens=[("<bos>", 1), ("<eos>", 0)]
+    )
+    return tokenizer
 
 
 def save_tiny(folder: Path, model_type: str = "llama", **overrides: object) -> Path:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from conftest import plan_of
-from layercut.engine.residual_stream import accumulation_device
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
 from layercut.recovery.layer_fit import mask_held_out_rows, refit_layers
 from layercut.registry import available, describe
 from layercut.selection.select import select
+from layercut.spool import choose_device
 from layercut.types import CalibrationBatches
 from pretended_gpu import CPU, GPU, pretended_gpu
 
@@ -36,11 +36,11 @@ def test_mixing_two_places_is_refused():
 
 def test_sums_are_made_where_there_is_memory():
     with pretended_gpu(free_bytes=1000):
-        assert accumulation_device(GPU, 999) == GPU
-        assert accumulation_device(GPU, 1000) == CPU
+        assert choose_device(GPU, 999) == GPU
+        assert choose_device(GPU, 1000) == CPU
     with pretended_gpu(free_bytes=600, unused_bytes=500):
-        assert accumulation_device(GPU, 1000) == GPU
-    assert accumulation_device(CPU, 1000) == CPU
+        assert choose_device(GPU, 1000) == GPU
+    assert choose_device(CPU, 1000) == CPU
 
 
 @pytest.mark.parametrize("free_bytes", [2**40, 0])

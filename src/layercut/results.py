@@ -66,12 +66,29 @@ class TextWindows:
         n_windows: windows that were used; they do not overlap.
         seq_len: tokens per window.
         detokenized: whether WikiText's or PTB's markers were undone.
+        leading_token: what starts every window, as the tokenizer starts every text; ``None`` if it
+            adds nothing. It is part of ``seq_len`` and never predicted.
+        document_separator: what stands between two documents; ``None``: nothing.
     """
 
     source: str
     n_windows: int
     seq_len: int
     detokenized: bool
+    leading_token: str | None = None
+    document_separator: str | None = None
+
+
+def describe_windows(cut: TextWindows) -> str:
+    """How a text was cut, in words."""
+    parts = [f"{cut.n_windows} windows of {cut.seq_len:,} tokens"]
+    if cut.leading_token:
+        parts.append(f"each behind {cut.leading_token}")
+    if cut.document_separator:
+        parts.append(f"{cut.document_separator} between documents")
+    if cut.detokenized:
+        parts.append("detokenized")
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +167,8 @@ class Evaluation:
         accuracy_change: task name → change from the dense model, tuned where this one is and it
             was, with the standard error of the paired rows; the harness's by `harness_name`.
         windows: text name → how the text of ``perplexity`` was cut.
+        leading_token: what starts every window, every task's prompt and every request of the
+            harness, as the tokenizer starts every text; ``None`` if it adds nothing.
         harness: lm-evaluation-harness task → its metrics by the harness's names.
         compared_to: the model that the next two compare with.
         fidelity: text name → agreement with that model's predictions.
@@ -174,6 +193,7 @@ class Evaluation:
     generation: Mapping[str, Generation] = field(default_factory=dict)
     flops_per_token: int | None = None
     flops_context: int | None = None
+    leading_token: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object ``E`` of ``result.json``; what was not measured is absent."""
@@ -191,7 +211,8 @@ class Evaluation:
             "generation": {k: g.to_json() for k, g in self.generation.items()},
         }
         content |= {key: value or None for key, value in later.items()}
-        return {key: value for key, value in content.items() if value is not None}
+        known = {key: value for key, value in content.items() if value is not None}
+        return known | {"leading_token": self.leading_token}
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ class CalibrationBatches:
         micro_batch: sequences that are in memory at once; changes no result beyond rounding.
         source: where the text came from, as the recipe names it.
         fingerprint: hash of the token ids.
+        n_unscored: tokens at a window's start that are never predicted: the first, or all leading
+            tokens where a tokenizer has several.
     """
 
     input_ids: Tensor
@@ -37,6 +39,7 @@ class CalibrationBatches:
     micro_batch: int
     source: str
     fingerprint: str
+    n_unscored: int = 1
 
     @property
     def n_sequences(self) -> int:
@@ -50,8 +53,8 @@ class CalibrationBatches:
 
     @property
     def n_targets(self) -> int:
-        """Predicted tokens: every token of a window but its first."""
-        return self.n_sequences * (self.seq_len - 1)
+        """Predicted tokens: every token of a window but its first ones."""
+        return self.n_sequences * (self.seq_len - self.n_unscored)
 
     def groups(self) -> Iterator[Tensor]:
         """Gradient groups in order: (≤ gradient_batch, seq_len) each."""

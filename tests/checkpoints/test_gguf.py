@@ -168,10 +168,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "not gguf": (lambda p: p.write_bytes(b"no"), "is not a GGUF file"),
     "truncated": (
         lambda p: p.write_bytes(write(p).read_bytes()[:-5000]),
-        "damaged, truncated or of a newer",
+        "is damaged or truncated",
     ),
-    "header only": (lambda p: p.write_bytes(b"GGUF\3\0\0\0"), "damaged, truncated or of a newer"),
-    "newer": (lambda p: p.write_bytes(b"GGUF\x63\0\0\0" + b"\0" * 64), "of a newer"),
+    "header only": (lambda p: p.write_bytes(b"GGUF\3\0\0\0"), "is damaged or truncated"),
+    "newer": (lambda p: p.write_bytes(b"GGUF\x63\0\0\0" + b"\0" * 64), "of GGUF version 99"),
     "architecture": (
         lambda p: write(p, architecture="rwkv7"),
         "cannot convert the architecture 'rwkv7'",

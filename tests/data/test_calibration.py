@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, leading_tokenizer
 from layercut.data.calibration import calibration_batches, evaluation_windows, pack_tokens
 from layercut.errors import DataError, RecipeError
 from layercut.recipe.recipe import CalibrationConfig
 
-EOS = 0
+EOS, BOS = 0, 1
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +234,76 @@ def test_task_rows_are_read_as_prompts_with_their_right_answers(
     assert window == ids("2+2=4", tokenizer)
 
 
-def test_chat_rows_have_no_plain_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+TURNS = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
+TEMPLATE = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
+
+
+def test_chat_rows_need_a_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "chat.jsonl"
-    turns = '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
-    path.write_text(f'{{"messages": {turns}}}\n')
-    with pytest.raises(DataError, match="is a chat row, which has no plain text of its own"):
+    path.write_text(f'{{"messages": {TURNS}}}\n')
+    with pytest.raises(DataError, match=r"line 1 holds chat messages, but .* no chat template"):
         calibration_batches({"data": f"rows:{path}"}, tokenizer)
+
+
+@pytest.mark.parametrize("written", ["", "{{ bos_token }}"])
+def test_chat_rows_are_read_as_the_template_writes_them_behind_one_leading_token(
+    tmp_path: Path, written: str
+) -> None:
+    tokenizer = leading_tokenizer()
+    tokenizer.chat_template = written + TEMPLATE
+    path = tmp_path / "chat.jsonl"
+    path.write_text(f'{{"messages": {TURNS}}}\n' * 2)
+    section = {"data": f"rows:{path}", "n_sequences": 1, "seq_len": 28}
+    (window,) = calibration_batches(section, tokenizer).input_ids.tolist()
+    said = ids("<u>Hi<a>Hello", tokenizer)
+    assert window == [BOS, *said, EOS, *said]
+
+
+@pytest.mark.parametrize("after", ["", " <eos>"])
+def test_every_window_starts_with_the_leading_token_and_no_text_is_lost(
+    numbers: str, after: str
+) -> None:
+    tokenizer = leading_tokenizer(after)
+    section = CalibrationConfig(data=numbers, n_sequences=50, seq_len=21)
+    windows = calibration_batches(section, tokenizer).input_ids
+    assert windows.shape == (50, 21)
+    assert (windows[:, 0] == BOS).all()
+    # 50 windows of 20 bytes are the text's 1,000, each once.
+    assert tokenizer.decode(windows[:, 1:].flatten()) == Path(numbers).read_text()
+    cut = {"seq_len": 21, "detokenize": "auto"}
+    assert evaluation_windows(numbers, tokenizer, max_tokens=1050, **cut).equal(windows)
+    assert evaluation_windows(numbers, tokenizer, max_tokens=43, **cut).equal(windows[:2])
+
+
+def test_several_leading_tokens_start_every_window(numbers: str) -> None:
+    tokenizer = leading_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<pad> <bos> $A", special_tokens=[("<pad>", 2), ("<bos>", 1)]
+    )
+    section = CalibrationConfig(data=numbers, n_sequences=50, seq_len=22)
+    batches = calibration_batches(section, tokenizer)
+    assert batches.input_ids[:, :2].tolist() == [[2, 1]] * 50
+    assert tokenizer.decode(batches.input_ids[:, 2:].flatten()) == Path(numbers).read_text()
+    assert (batches.n_targets, batches.n_unscored) == (50 * 20, 2)
+
+
+def test_between_documents_stands_their_end_alone() -> None:
+    windows = pack_tokens(["abc", "de"], leading_tokenizer(), seq_len=4, max_tokens=8)
+    plain = byte_tokenizer()
+    assert windows.tolist() == [
+        [BOS, *ids("abc", plain)],
+        [BOS, EOS, *ids("de", plain)],
+    ]
+
+
+def test_an_end_that_a_text_already_has_is_not_doubled(tokenizer: PreTrainedTokenizerFast) -> None:
+    windows = pack_tokens(["ab<eos>", "c"], tokenizer, seq_len=4, max_tokens=4)
+    assert windows.tolist() == [[*ids("ab", tokenizer), EOS, *ids("c", tokenizer)]]
+
+
+def test_one_token_behind_the_leading_one_can_be_predicted() -> None:
+    assert pack_tokens(["a"], leading_tokenizer(), seq_len=9, max_tokens=9).shape == (1, 2)
+    with pytest.raises(DataError, match=r"yields 0 token\(s\); at least 1 are needed"):
+        pack_tokens([], leading_tokenizer(), seq_len=9, max_tokens=9)
+    with pytest.raises(RecipeError, match=r"windows of 1 token.* no room for text behind <bos>"):
+        pack_tokens(["abc"], leading_tokenizer(), seq_len=1, max_tokens=9)

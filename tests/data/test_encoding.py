@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, leading_tokenizer
 from layercut.data.encoding import IGNORED, encode_choices, encode_completion, training_example
 from layercut.data.tasks import TaskRow
 from layercut.errors import DataError
 
+BOS = 1
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -118,6 +119,60 @@ def test_a_chat_row_that_the_template_refuses_is_named(tokenizer: Any):
     row = TaskRow("", ("Hello",), messages=({"role": "system", "content": "Hi"},), where="line 1")
     with pytest.raises(DataError, match=r"line 1: .* refuses .* roles system: No system role\."):
         encode_choices(row, tokenizer)
+
+
+@pytest.mark.parametrize("after", ["", " <eos>"])
+def test_a_prompt_starts_with_the_leading_token_once(after: str):
+    tokenizer = leading_tokenizer(after)
+    row = TaskRow("ab", ("c", "d"), 1)
+    assert [e.ids[:1] for e in encode_choices(row, tokenizer)] == [[BOS], [BOS]]
+    encoded = encode_completion(row, tokenizer)
+    assert (encoded.ids, encoded.start) == ([BOS, *byte_tokenizer()("abd")["input_ids"]], 3)
+    asked = encode_completion(TaskRow("", ("ab", "c")), tokenizer)
+    assert (asked.ids[0], asked.start) == (BOS, 1)
+
+
+@pytest.mark.parametrize("written", ["", "{{ bos_token }}"])
+def test_a_chat_row_starts_with_the_leading_token_once(written: str):
+    tokenizer = leading_tokenizer()
+    tokenizer.chat_template = written + TEMPLATE
+    row = TaskRow("", ("Hello",), messages=({"role": "user", "content": "Hi"},))
+    ids = encode_completion(row, tokenizer).ids
+    assert text(tokenizer, ids) == "<bos><user>Hi<eos>\n<assistant>Hello<eos>"
+
+
+def test_a_long_prompt_keeps_its_leading_token():
+    tokenizer = leading_tokenizer()
+    example = training_example(TaskRow("abcdef", ("g", "h")), tokenizer, 4)
+    assert text(tokenizer, example["input_ids"]) == "<bos>efg"
+    assert example["labels"][:3] == [IGNORED] * 3
+    with pytest.raises(DataError, match="has 3 tokens, which do not fit into 4 after a prompt"):
+        training_example(TaskRow("ab", ("cde", "x")), tokenizer, 4)
+
+
+def test_a_reply_without_text_is_asked_for_up_to_its_end(tokenizer: Any):
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}",
+    )
+    call = {"function": {"name": "look_up", "arguments": {}}}
+    reply = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = TaskRow("", ("",), messages=({"role": "user", "content": "Hi"},), reply=reply)
+    (asked,) = encode_choices(row, tokenizer)
+    assert text(tokenizer, asked.targets) == "look_up"
+    assert text(tokenizer, encode_completion(row, tokenizer).targets) == "look_up<eos>"
+
+
+def test_a_turn_ends_where_the_template_ends_it(tokenizer: Any):
+    # Gemma's turns end with a token that is not the tokenizer's end of sequence.
+    tokenizer.chat_template = TEMPLATE.replace("<eos>", "<pad>")
+    row = TaskRow("", ("Hello",), messages=({"role": "user", "content": "Hi"},))
+    assert text(tokenizer, encode_completion(row, tokenizer).targets) == "Hello<pad>"
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizer: Any):
+    with pytest.raises(DataError, match="line 3 holds half of a surrogate pair"):
+        encode_completion(TaskRow("a\ud800", ("b",), where="line 3"), tokenizer)
 
 
 def test_a_tokenizer_that_ends_every_text_does_not_end_the_completion_early():

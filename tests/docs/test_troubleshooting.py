@@ -72,4 +72,4 @@ def test_every_message_is_one_of_the_code(code: int, cell: str) -> None:
 
 def test_the_table_names_the_likeliest_errors_once() -> None:
     cells = [cell for _, cell in ROWS]
-    assert len(set(cells)) == len(cells) == 25
+    assert len(set(cells)) == len(cells) >= 25

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from layercut.engine.layerwise import layer_gradients
 from layercut.errors import NumericsError
 from layercut.models.view import DecoderView
+from pretended_gpu import pretended_gpu
 
 
 def autograd_reference(view: DecoderView, ids: Tensor) -> dict[str, Tensor]:
@@ -38,6 +40,34 @@ def test_layered_gradients_equal_plain_autograd(view: DecoderView, ids: Tensor, 
     assert seen.keys() == expected.keys()
     for name, gradient in seen.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("free_bytes", "passes"), [(2**40, 1), (0, 2)])
+def test_a_gpu_with_room_keeps_the_graphs_of_several_micro_batches(
+    view: DecoderView, ids: Tensor, free_bytes: int, passes: int, monkeypatch: pytest.MonkeyPatch
+):
+    runs = []
+    run_layer = DecoderView.run_layer
+
+    def count(self: DecoderView, layer: int, *arguments: Any) -> Tensor:
+        runs.append(layer)
+        return run_layer(self, layer, *arguments)
+
+    monkeypatch.setattr(DecoderView, "run_layer", count)
+    expected = {
+        g.layer: g.weights.copy() for g in layer_gradients(view, ids, micro_batch=2, n_targets=1)
+    }
+    runs.clear()
+    with pretended_gpu(free_bytes) as gpu:
+        gpu.put(view.model)
+        found = {
+            g.layer: g.weights.copy()
+            for g in layer_gradients(view, ids, micro_batch=2, n_targets=1)
+        }
+    assert len(runs) == passes * 2 * view.n_layers
+    for layer, weights in expected.items():
+        for name, gradient in weights.items():
+            torch.testing.assert_close(found[layer][name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_layers_come_from_the_last_to_the_first(view: DecoderView, ids: Tensor):

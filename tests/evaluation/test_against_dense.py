@@ -35,7 +35,7 @@ def test_a_model_beside_itself_agrees(view: DecoderView, text: str):
     assert (generation.prompt_tokens, generation.tokens.shape) == (64, (4, 64))
     labels = dict(measured(figures))
     assert labels["Next-token agreement, fox"] == "1.000 ± 0.000"
-    assert labels["Windows, fox"] == "4 of 64 tokens"
+    assert labels["Windows, fox"] == "4 windows of 64 tokens, <eos> between documents"
     assert "(the other: " in labels["Generated, distinct 2-grams, fox"]
 
 
@@ -66,6 +66,7 @@ def test_the_command_compares_two_checkpoints(
     assert content["fidelity"]["fox"]["agreement"]["n_tokens"] == 128
     assert content["generation"]["fox"]["reference"]["distinct_1"]["n_prompts"] == 4
     cut = {"source": text, "n_windows": 4, "seq_len": 32, "detokenized": False}
+    cut |= {"leading_token": None, "document_separator": "<eos>"}
     assert content["windows"] == {"fox": cut}
     # Head 2·16·259; 5 layers of 2·(2·16·16 + 2·16·8 + 3·16·32) + 4·128·16
     assert content["flops_per_token"] == 8288 + 5 * 12800

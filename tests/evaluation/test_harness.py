@@ -6,15 +6,23 @@ import importlib.util
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from conftest import byte_tokenizer, leading_tokenizer
 from layercut.data.tasks import read_rows
 from layercut.errors import DataError, NetworkError, RecipeError
 from layercut.evaluation.accuracy import answer, paired_change
 from layercut.evaluation.evaluate import add_changes, check_tasks, evaluate
-from layercut.evaluation.harness import GROUPS, check_harness, expand_groups, run_harness
+from layercut.evaluation.harness import (
+    GROUPS,
+    check_harness,
+    expand_groups,
+    run_harness,
+)
+from layercut.evaluation.harness_model import wrap_model
 from layercut.models.view import DecoderView
 
 TASK = """\
@@ -91,6 +99,32 @@ class TestWithTheHarness:
         assert found["acc"].outcomes == ours.correct
         assert found["acc"].outcomes != whole["acc"].outcomes[:10]
         assert run_harness(view, [path])["mine"] == whole
+
+    def test_requests_start_with_the_leading_token(self, view: DecoderView, task: tuple[str, str]):
+        path, rows = task
+        view.tokenizer = leading_tokenizer(" <eos>")
+        ours = answer(view, read_rows(rows))
+        found = run_harness(view, [path])["mine"]
+        assert found["acc"].outcomes == ours.correct
+        assert found["acc_norm"].outcomes == ours.by_length
+
+    def test_a_rolled_text_is_predicted_once_and_a_long_prompt_keeps_its_start(
+        self, view: DecoderView
+    ):
+        view.tokenizer = leading_tokenizer()
+        model = wrap_model(view, 2)
+        ids = byte_tokenizer()("abc" * 100)["input_ids"]
+        windows = [ids[i : i + 128] for i in range(0, 300, 128)]
+        total = sum(float(view.token_losses(torch.tensor([[1, *part]])).sum()) for part in windows)
+        (rolled,) = model.loglikelihood_rolling([SimpleNamespace(args=("abc" * 100,))])
+        assert rolled == pytest.approx(-total, rel=1e-5)
+        row = torch.tensor([[1, *ids[-128:]]])
+        pair = SimpleNamespace(args=("abc" * 99, "abc"))
+        ((likelihood, _),) = model.loglikelihood([pair])
+        assert likelihood == pytest.approx(-float(view.token_losses(row)[0, -3:].sum()), rel=1e-4)
+        batch, mask = model.tok_batch_encode(["a", "bcd"], left_truncate_len=3)
+        assert batch.tolist() == [[2, 1, ids[0]], [1, ids[2], ids[2] + 1]]
+        assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
 
     def test_it_is_part_of_an_evaluation_and_changes_no_random_state(
         self, view: DecoderView, task: tuple[str, str]

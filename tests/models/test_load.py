@@ -80,7 +80,10 @@ REFUSALS: dict[str, tuple[Damage, str]] = {
     "redirected": (config(transformers_weights="x.safetensors"), "transformers_weights"),
     "bad value": (config(hidden_size="x"), "does not describe a model: .*hidden_size"),
     "impossible value": (config(num_attention_heads=0), "does not describe a model"),
-    "unknown activation": (config(hidden_act="nope"), "does not describe a model: 'nope'"),
+    "unknown activation": (
+        config(hidden_act="nope"),
+        "does not describe a model: KeyError: 'nope'",
+    ),
     "more layers in config": (config(num_hidden_layers=7), "= 7, the weights hold 6 layers"),
     "fewer layers in config": (config(num_hidden_layers=5), "= 5, the weights hold 6 layers"),
     "missing layer": (drop("layers.3."), "= 6, the weights hold 5 layers"),

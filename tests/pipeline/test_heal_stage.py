@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import layercut
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, leading_tokenizer
 from layercut.data.calibration import calibration_batches
 from layercut.errors import DataError, RecipeError
 from layercut.recipe.heal import HealConfig
@@ -143,10 +143,12 @@ def test_bad_sections_are_refused_before_anything_is_computed(
         layercut.run(recipe, tmp_path / "out")
 
 
-def windows_of(folder: Path, n_sequences: int, **settings: Any) -> tuple[torch.Tensor, ...]:
+def windows_of(
+    folder: Path, n_sequences: int, tokenizer: Any = None, **settings: Any
+) -> tuple[torch.Tensor, ...]:
     (folder / "text.txt").write_text(TEXT)
     section = CalibrationConfig(data=str(folder / "text.txt"), n_sequences=n_sequences, seq_len=32)
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     batches = calibration_batches(section, tokenizer)
     chosen = HealConfig(**settings)
     return batches.input_ids, heal_windows(chosen, section, batches, tokenizer)
@@ -160,6 +162,19 @@ def test_no_window_holds_anything_of_the_calibration(tmp_path: Path, seq_len: in
     found = {part.numpy().tobytes() for row in windows for part in row.unfold(0, 16, 1)}
     assert not spans & found
     assert len({row.numpy().tobytes() for row in windows}) == 88
+
+
+@pytest.mark.parametrize("seq_len", [32, 21])
+def test_windows_behind_a_leading_token_hold_nothing_of_the_calibration_either(
+    tmp_path: Path, seq_len: int
+):
+    tokenizer = leading_tokenizer()
+    used, windows = windows_of(tmp_path, 8, tokenizer, steps=40, batch_size=2, seq_len=seq_len)
+    assert windows.shape == (88, seq_len)
+    assert {*windows[:, 0].tolist(), *used[:, 0].tolist()} == {1}
+    spans = {row[i : i + 16].numpy().tobytes() for row in used[:, 1:] for i in range(16)}
+    found = {part.numpy().tobytes() for row in windows[:, 1:] for part in row.unfold(0, 16, 1)}
+    assert not spans & found
 
 
 def test_a_text_that_the_calibration_has_used_up_is_taken_whole_and_said(tmp_path: Path):

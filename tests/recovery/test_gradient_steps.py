@@ -191,3 +191,16 @@ def test_steps_help_in_a_checkpoint_of_bfloat16(tmp_path: Path, ids: torch.Tenso
     cut = reload(view)
     apply(cut, plan_of(2, 3), patch)
     assert mean_loss(cut, ids[1::2], 2) < patch.notes["held_out_loss_without"]
+
+
+def test_iterated_factor_is_close_to_the_decomposed_one():
+    # Singular values from 1 down to a two-hundredth.
+    u, _, vh = torch.linalg.svd(
+        torch.randn(48, 96, generator=torch.manual_seed(0)), full_matrices=False
+    )
+    matrix = (u * torch.logspace(0, -2.3, 48)) @ vh
+    found = gradient_steps._iterate(matrix / matrix.norm())
+    values = torch.linalg.svdvals(found)
+    assert float((values - 1).abs().max()) < 0.05
+    assert float((found - u @ vh).norm() / (u @ vh).norm()) < 0.05
+    assert not gradient_steps._iterate(torch.zeros(3, 4)).any()

@@ -7,7 +7,7 @@ import torch
 
 from layercut.engine.residual_stream import ResidualStream
 from layercut.models.view import DecoderView
-from layercut.recovery import layer_fit
+from layercut.recovery import layer_fit, ridge
 from layercut.recovery.layer_fit import fit_ridge_update, mask_held_out_rows
 from layercut.recovery.paired_walk import KeptLayer
 from layercut.types import CalibrationBatches
@@ -34,15 +34,15 @@ def test_planted_change_is_found():
 
 
 def test_solution_equals_weighted_least_squares(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(layer_fit, "PENALTY_GRID", (0.1,))
+    monkeypatch.setattr(ridge, "PENALTY_GRID", (0.1,))
     a, outputs, targets, _ = planted()
     targets = targets + 0.1 * torch.randn(targets.shape, generator=torch.manual_seed(1))
     weight = 1 / targets[~EVERY_FOURTH].double().norm(dim=1, keepdim=True)
     rows = a[~EVERY_FOURTH].double() * weight
     errors = (targets - outputs)[~EVERY_FOURTH].double() * weight
-    ridge = (0.1 * float(rows.square().sum()) / 6) ** 0.5 * torch.eye(6, dtype=torch.float64)
+    penalty = (0.1 * float(rows.square().sum()) / 6) ** 0.5 * torch.eye(6, dtype=torch.float64)
     stacked = torch.cat([errors, torch.zeros(6, 4, dtype=torch.float64)])
-    expected = torch.linalg.lstsq(torch.cat([rows, ridge]), stacked).solution.T
+    expected = torch.linalg.lstsq(torch.cat([rows, penalty]), stacked).solution.T
     solved = fit_ridge_update(spool(a), spool(outputs), spool(targets), EVERY_FOURTH, CPU)
     torch.testing.assert_close(solved, expected, rtol=1e-3, atol=1e-4)
 

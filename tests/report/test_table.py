@@ -8,6 +8,7 @@ from layercut.report.table import (
     measured,
     rows,
     sizes,
+    windows,
 )
 from layercut.results import Estimate, Evaluation, Fidelity, Provenance, RunResult, TextWindows
 from layercut.types import PruningPlan
@@ -132,7 +133,7 @@ def test_likeness_and_windows_are_shown_where_they_were_measured() -> None:
     stage = replace(
         DENSE,
         fidelity={"wiki": fidelity},
-        windows={"speeches": TextWindows("a.raw", 16, 512, True)},
+        windows={"speeches": TextWindows("a.raw", 16, 512, True, "<bos>")},
         flops_per_token=2_500_000_000,
         flops_context=512,
     )
@@ -140,11 +141,14 @@ def test_likeness_and_windows_are_shown_where_they_were_measured() -> None:
     assert found["Next-token agreement, wiki"] == "0.900 ± 0.010"
     assert found["KL, nats per token, wiki"] == "0.250 ± 0.020"
     assert found["GFLOPs per token, context 512"] == "2.500"
-    assert found["Windows, speeches"] == "16 of 512 tokens, detokenized"
+    assert found["Windows, speeches"] == "16 windows of 512 tokens, each behind <bos>, detokenized"
     assert stage.to_json()["windows"]["speeches"] == {
         "source": "a.raw",
         "n_windows": 16,
         "seq_len": 512,
         "detokenized": True,
+        "leading_token": "<bos>",
+        "document_separator": None,
     }
+    assert windows(result(dense=stage)) == {"speeches": found["Windows, speeches"]}
     assert "Windows, speeches" not in {row.label for row in rows(result(dense=stage))}

@@ -192,7 +192,15 @@ def test_card_of_a_hub_model_names_its_base_and_keeps_its_licence(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "content", [None, "no front matter", "---\na: [\n---\n", "---\n- a\n---\n"]
+    "content",
+    [
+        None,
+        "no front matter",
+        "---\na: [\n---\n",
+        "---\n- a\n---\n",
+        "---\nlicense: 2001-99-99\n---\n",
+        f"---\nlicense: {'[' * 5000}\n---\n",
+    ],
 )
 def test_card_of_a_local_folder_guesses_neither_base_nor_licence(
     tmp_path: Path, content: str | None

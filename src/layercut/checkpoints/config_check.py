@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from layercut.checkpoints.config_edit import Json, edit_config, read_config
+from layercut.checkpoints.config_edit import NO_MODEL, RESTORE, Json, edit_config, read_config
 from layercut.checkpoints.families import COUNT_ATTRIBUTE, INDEX_ATTRIBUTE, INDEX_SCALED_ATTRIBUTES
 from layercut.checkpoints.folder import list_weight_files, read_json_object
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.quantization import is_quantised
 from layercut.checkpoints.safetensors_file import read_shard
-from layercut.checkpoints.tensor_names import find_loading_info, is_ignored, some
+from layercut.checkpoints.tensor_names import find_loading_info, find_surplus, some
 from layercut.errors import ModelError
 
 
@@ -50,14 +50,8 @@ def build_meta_model(config: Any) -> nn.Module:
     Raises:
         ModelError: transformers cannot build it.
     """
-    try:
-        with quiet(), torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except INVALID as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"config.json does not describe a model: {reason}. Restore the original configuration."
-        ) from error
+    with guard(NO_MODEL, ModelError, RESTORE), torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model
 
 
@@ -132,9 +126,9 @@ def _check_stored(
             tensor = replace(tensor, shape=tuple(shape))
         if new_name is not None:
             renamed[new_name] = tensor
-    info = find_loading_info(new.config, new, renamed)
+    info = find_loading_info(new, renamed)
     names = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    names |= {name for name in info["unexpected_keys"] if not is_ignored(name, new.config)}
+    names |= set(find_surplus(new.config, new, info["unexpected_keys"], renamed))
     if names:
         raise ModelError(
             f"'{layout.model_type}' stores parts of its layers outside of them, so that the pruned "

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from layercut.checkpoints.config_counts import check_counts
 from layercut.checkpoints.families import (
     INDEX_LISTS,
     LAYER_COUNTS,
@@ -29,11 +30,15 @@ from layercut.checkpoints.families import (
     TYPE_LISTS,
     FamilyRules,
 )
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import INVALID, guard, quiet
+from layercut.checkpoints.intervals import mend_intervals
 from layercut.errors import ModelError
 
 Json = dict[str, Any]
 NUMBER_LISTS = INDEX_LISTS + ONE_BASED_LISTS
+
+NO_MODEL = "config.json does not describe a model"
+RESTORE = "Restore the original configuration."
 
 
 def edit_config(
@@ -84,15 +89,13 @@ def read_config(raw: Mapping[str, Any]) -> Any:
     Raises:
         ModelError: it is not a valid one.
     """
-    try:
-        with quiet(), tempfile.TemporaryDirectory(prefix="layercut-config-") as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    check_counts(raw)
+    with tempfile.TemporaryDirectory(prefix="layercut-config-") as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+        with guard(NO_MODEL, ModelError, RESTORE):
             return AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except INVALID as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"config.json does not describe a model: {reason}.") from error
 
 
 def section_path(config: Any) -> tuple[str, ...]:
@@ -107,7 +110,7 @@ def section_path(config: Any) -> tuple[str, ...]:
         if part is not None and part.get_text_config(decoder=True) is text:
             return (key, *section_path(part))
     raise ModelError(
-        f"the text decoder of '{config.model_type}' is not found in its configuration. "
+        f"config.json: the text decoder of '{config.model_type}' is not found in it. "
         "Choose a text-only model."
     )
 
@@ -170,6 +173,7 @@ def _edit_section(section: Json, text: Any, rules: FamilyRules, kept: Sequence[i
         elif key in RE_KEYED:
             section[key] = {str(new_index[int(i)]): v for i, v in value.items() if int(i) in kept}
     section.update(_remove_steps(text, kept))
+    section.update(mend_intervals(section, text, kept))
     for count in (*LAYER_COUNTS, _count_key(text)):
         if section.get(count) == n_layers:
             section[count] = len(kept)
@@ -228,6 +232,6 @@ def _value(text: Any, key: str) -> Any:
     """An attribute, tuples as lists; ``None`` where a derived one refuses to be computed."""
     try:
         value = getattr(text, key, None)
-    except INVALID:
+    except (*INVALID, LookupError):
         return None
     return list(value) if isinstance(value, tuple) else value

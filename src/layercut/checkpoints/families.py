@@ -42,8 +42,8 @@ PER_LAYER_STRINGS = ("hybrid_override_pattern",)
 """Strings with one letter per layer."""
 MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 """Multi-token prediction layers behind the decoder; 0 where their tensors are not written."""
-MTP_PREFIX = "mtp."
-"""Tensors that transformers passes over whatever the number of layers; they are carried along."""
+MTP_PART = re.compile(r"(^|\.)mtp[._]")
+"""In names of tensors that transformers passes over whatever the number of layers: carried."""
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
 """Keys by which engines look for the number of layers; a configuration may hold several."""
 LENDING = {

@@ -13,12 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layercut.checkpoints.conversion_cache import Convert, cache_conversion
-from layercut.checkpoints.folder import check_plain_file
+from layercut.checkpoints.gguf_model import check_token_ids, read_language_model
 from layercut.checkpoints.gguf_tokenizer import bpe_tokenizer
 from layercut.checkpoints.hf_calls import INVALID, quiet
 from layercut.errors import ModelError
 
-MAGIC = b"GGUF"
 VERSION = "v1"
 """Raise it whenever the conversion writes something else."""
 ORIGINAL = "Use the original checkpoint."
@@ -33,11 +32,8 @@ def checkpoint_folder(path: Path) -> Path:
         OutputError: the cache folder cannot be written to.
         ResourceError: the disk is full.
     """
-    check_plain_file(path)
+    check_token_ids(read_language_model(path))
     with path.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ModelError(f"{path} is not a GGUF file. Name a checkpoint's folder, or a .gguf.")
-        file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return cache_conversion(
         f"gguf-{digest[:16]}-{VERSION}", f"convert {path.name}", functools.partial(_prepare, path)

@@ -38,6 +38,17 @@ def replace_values(text: str, changes: Mapping[str, Any]) -> str:
     return text
 
 
+def remove_key(text: str, key: str) -> str:
+    """``text`` without one of its keys, which is not its only one."""
+    spans = list(_value_spans(text).items())
+    place = [name for name, _ in spans].index(key)
+    if place == 0:
+        begin, end = text.index("{") + 1, _skip(text, spans[0][1][1]) + 1
+    else:
+        begin, end = spans[place - 1][1][1], spans[place][1][1]
+    return text[:begin] + text[end:]
+
+
 def _edit_value(old: str, value: Any, indent: str) -> str:
     before = json.loads(old)
     if isinstance(before, dict) and isinstance(value, dict) and before.keys() <= value.keys():

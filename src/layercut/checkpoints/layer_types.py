@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from layercut.checkpoints.hf_calls import guard
+from layercut.errors import ModelError
+
 PER_LAYER = (
     "layer_types",
     "no_rope_layers",
@@ -25,21 +28,29 @@ def read_layer_types(text: Any) -> LayerTypes:
     Args:
         text: a transformers configuration of a text decoder.
     """
-    values = [_entries(text, key) for key in PER_LAYER]
+    values = [read_entries(text, key) for key in PER_LAYER]
     return tuple(zip(*(value for value in values if value), strict=True))
 
 
 def derive_layer_types(text: Any) -> LayerTypes:
-    """What a reader makes of the same configuration without those keys."""
-    content = {key: value for key, value in text.to_dict().items() if key not in PER_LAYER}
-    fresh = type(text).from_dict(content)
-    values = [_entries(fresh, key) for key in PER_LAYER if _entries(text, key)]
+    """What a reader makes of the same configuration without those keys.
+
+    Nothing where none can be derived: the lists may be all that a configuration rightly gives.
+    """
+    try:
+        with guard("config.json", ModelError, "Restore the original configuration."):
+            content = {key: value for key, value in text.to_dict().items() if key not in PER_LAYER}
+            fresh = type(text).from_dict(content)
+    except ModelError:
+        return ()
+    values = [read_entries(fresh, key) for key in PER_LAYER if read_entries(text, key)]
     if not all(values):
         return ()
     return tuple(zip(*values, strict=True))
 
 
-def _entries(text: Any, key: str) -> list[Any]:
+def read_entries(text: Any, key: str) -> list[Any]:
+    """A per-layer list of a text configuration; empty if it has no such list of that length."""
     value = getattr(text, key, None)
-    n_layers = text.num_hidden_layers
+    n_layers = getattr(text, "num_hidden_layers", None)
     return list(value) if isinstance(value, list | tuple) and len(value) == n_layers else []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicCache
 
 from layercut.checkpoints.config_edit import get_section, section_path
 from layercut.checkpoints.families import (
@@ -17,13 +17,19 @@ from layercut.checkpoints.families import (
     KV_PRODUCERS,
     LENDING,
     MTP_COUNTS,
-    MTP_PREFIX,
+    MTP_PART,
     SHARED_RESULTS,
     FamilyRules,
     Pin,
     find_rules,
 )
+from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.weight_names import Conversion, find_stored_prefix
 from layercut.errors import ModelError
+
+LAST_TO_COUNT = (
+    "transformers reads the length of what it has cached from a layer with keys and values"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class Layout:
         carries_mtp: whether such layers are stored under a name of their own.
         index_scaled: whether queries must be rescaled when a layer's number changes.
         unscorable: why no layer runs alone, or an empty string.
+        keep_one_of: layers of which at least one must stay; empty where any may go.
     """
 
     model_type: str
@@ -53,6 +60,7 @@ class Layout:
     carries_mtp: bool = False
     index_scaled: bool = False
     unscorable: str = ""
+    keep_one_of: frozenset[int] = frozenset()
 
     def layer_list(self, model: nn.Module) -> nn.ModuleList:
         """The decoder layers of a model with this layout."""
@@ -61,14 +69,20 @@ class Layout:
         return layers
 
     def check_dropped(self, dropped: Collection[int]) -> None:
-        """Refuse to drop what the family pins.
+        """Refuse to drop what the family pins, or the last layer of a kind that must stay.
 
         Raises:
-            ModelError: a layer is pinned.
+            ModelError: a layer is pinned, or none is left of those of which one must stay.
         """
         for layer in sorted(set(dropped) & self.pinned.keys()):
             raise ModelError(
                 f"layer {layer} cannot be dropped: {self.pinned[layer]}. Choose another layer."
+            )
+        if self.keep_one_of and self.keep_one_of <= set(dropped):
+            layers = ", ".join(map(str, sorted(self.keep_one_of)))
+            raise ModelError(
+                f"layers {layers} cannot be dropped together: {LAST_TO_COUNT}, and no other layer "
+                "has any. Keep at least one of them."
             )
 
     def new_name(self, name: str, new_index: Mapping[int, int]) -> str | None:
@@ -105,22 +119,31 @@ def find_layout(config: Any, model: nn.Module, names: Collection[str]) -> Layout
     rules = find_rules(text.model_type)
     layers = _layer_path(model, text.num_hidden_layers)
     _check_inputs(model.get_submodule(layers), text.model_type)
-    stored = _stored_prefix(layers, names)
+    conversion = Conversion(model)
+    stored = find_stored_prefix(conversion, layers, names)
     n_mtp = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
     behind = {i for i in _numbers(names, stored) if i >= text.num_hidden_layers}
+    # Some classes pass over the prediction layers of one published size, whatever the count.
+    if behind and all(conversion.passes_over(f"{stored}.{i}.norm.weight") for i in behind):
+        n_mtp = len(behind)
     expected = set(range(text.num_hidden_layers, text.num_hidden_layers + n_mtp))
     flag = rules.index_scaled[0] if rules.index_scaled else ""
+    pinned = _lenders(text) | {i: pin.why for pin in rules.pinned for i in _pinned(pin, text)}
+    counting = _layers_that_count(text)
+    if len(counting) == 1 < text.num_hidden_layers:
+        pinned |= dict.fromkeys(counting, f"{LAST_TO_COUNT}, and no other layer has any")
     return Layout(
         model_type=text.model_type,
         rules=rules,
         n_layers=text.num_hidden_layers,
         layers=layers,
         stored=stored,
-        pinned=_lenders(text) | {i: pin.why for pin in rules.pinned for i in _pinned(pin, text)},
+        pinned=pinned,
         n_mtp=n_mtp if behind == expected else 0,
-        carries_mtp=any(name.startswith(MTP_PREFIX) for name in names),
+        carries_mtp=any(MTP_PART.search(name) for name in names),
         index_scaled=bool(getattr(text, flag, False)),
         unscorable=rules.unscorable or (SHARED_RESULTS if _lenders(text) else ""),
+        keep_one_of=counting if 1 < len(counting) < text.num_hidden_layers else frozenset(),
     )
 
 
@@ -205,15 +228,20 @@ def decoder_path(model: nn.Module, layers: str) -> str:
     return path
 
 
-def _stored_prefix(layers: str, names: Iterable[str]) -> str:
-    """The layers' prefix on disk: of those that end alike, the one that shares most parts."""
-    last = layers.rpartition(".")[2]
-    pattern = re.compile(rf"((?:.*?\.)?{re.escape(last)})\.\d+\.")
-    prefixes = {match.group(1) for name in names if (match := pattern.match(name))}
-    parts = Counter(layers.split("."))
-    shared = {p: sum((parts & Counter(p.split("."))).values()) for p in prefixes}
-    best = [p for p in prefixes if shared[p] == max(shared.values())]
-    return best[0] if len(best) == 1 else layers
+def _layers_that_count(text: Any) -> frozenset[int]:
+    """Layers whose cache knows how many tokens it has seen: those with keys and values."""
+    try:
+        with quiet():
+            slots = DynamicCache(config=text).layers
+    except INVALID:
+        return frozenset()
+    if len(slots) != text.num_hidden_layers:
+        return frozenset()
+    return frozenset(
+        index
+        for index, slot in enumerate(slots)
+        if isinstance(slot, CacheLayerMixin) and not isinstance(slot, DummyLayer)
+    )
 
 
 def _lenders(text: Any) -> dict[int, str]:

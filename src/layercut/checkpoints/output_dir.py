@@ -23,7 +23,12 @@ def check_output_dir(output_dir: Path, source: Path, *, overwrite: bool) -> None
     Raises:
         OutputError: a file, not empty, not writable, without a parent, or touching the source.
     """
-    target, origin = output_dir.resolve(), source.resolve()
+    check_path(output_dir, "--output-dir")
+    target = output_dir.resolve()
+    try:
+        origin = source.resolve()
+    except (OSError, RuntimeError, ValueError):  # no such folder, which loading will say
+        origin = source.absolute()
     if target.exists() and not target.is_dir():
         raise OutputError(f"{output_dir} is a file. Choose another --output-dir.")
     if target == origin or origin in target.parents or target in origin.parents:
@@ -50,6 +55,27 @@ def check_output_dir(output_dir: Path, source: Path, *, overwrite: bool) -> None
             f"{output_dir} is not an earlier output of layercut, so it is not overwritten. "
             "Choose another --output-dir."
         )
+
+
+def check_path(path: Path, flag: str) -> None:
+    """Refuse what can be no path: a loop of links, or a name that the file system does not take.
+
+    Args:
+        path: a file or folder to write; it need not exist.
+        flag: what the user names it by.
+
+    Raises:
+        OutputError: nothing can be there.
+    """
+    try:
+        path.resolve().stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise OutputError(
+            f"{path} cannot be written to ({reason}). Choose another {flag}."
+        ) from error
 
 
 def check_disk_space(view_path: Path, output_dir: Path) -> None:
@@ -114,7 +140,7 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(rf"{re.escape(target.name)}\.(partial|replaced)-(\d+)")
     for path in target.parent.iterdir():
         match = pattern.fullmatch(path.name)
-        if match is None or _is_alive(int(match.group(2))):
+        if match is None or is_running(int(match.group(2))):
             continue
         if match.group(1) == "replaced" and not target.exists():
             path.rename(target)  # killed between the two renames: the old output is the output
@@ -122,7 +148,8 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_alive(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether another process has that number."""
     if pid == os.getpid():
         return False  # a leftover of a process that had our number
     try:

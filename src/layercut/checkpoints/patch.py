@@ -18,10 +18,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from layercut.checkpoints.config_check import build_meta_model
 from layercut.checkpoints.config_edit import read_config
 from layercut.checkpoints.folder import read_json_object
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.preflight import read_stored_tensors
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor, read_tensor
+from layercut.checkpoints.weight_names import Conversion
 from layercut.errors import PlanError
 from layercut.types import PruningPlan, WeightPatch
 
@@ -37,16 +38,20 @@ class Names:
         self.stored: Mapping[str, StoredTensor] = read_stored_tensors(source)
         self._layout = layout
         self._model: Any = build_meta_model(read_config(read_json_object(source / "config.json")))
+        conversion = Conversion(self._model)
+        self._sources = {
+            conversion.convert(name): name for name in self.stored if conversion.copies(name)
+        }
 
     def on_disk(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
         """The pieces of a tensor by their names on disk; ``None`` if the checkpoint has none."""
-        if name in self.stored:
-            pieces = {name: tensor}
+        if name in self._sources:
+            pieces = {self._sources[name]: tensor}
         else:
             try:
-                with quiet():
+                with guard(name, PlanError, "Fit the patch again."):
                     pieces = revert_weight_conversion(self._model, {name: tensor})
-            except INVALID:
+            except PlanError:
                 return None
             pieces = {self._spell(piece): value for piece, value in pieces.items()}
         fits = all(

@@ -45,12 +45,13 @@ def read_lineage(folder: Path) -> list[dict[str, Any]]:
     return [*(earlier if isinstance(earlier, list) else ()), last]
 
 
-def read_plan(path: Path) -> PruningPlan:
+def read_plan(path: Path, *, repaired: bool = False) -> PruningPlan:
     """The layers of a ``plan.json``, to be dropped from a checkpoint that nothing else changes in.
 
     Args:
         path: the file; for plans that say nothing of recovery a ``result.json`` beside it is read,
             of schema 1 or 2.
+        repaired: whether the run may have changed kept weights.
 
     Raises:
         PlanError: it is not a plan, or its run changed kept weights, which other checkpoints lack.
@@ -72,7 +73,8 @@ def read_plan(path: Path) -> PruningPlan:
     )
     if list(plan.kept) != content.get("kept", list(plan.kept)):
         raise PlanError(f"{path}: kept and dropped are not the two parts of all layers. {REMEDY}")
-    _check_recovery(path, content)
+    if not repaired:
+        _check_recovery(path, content)
     return plan
 
 

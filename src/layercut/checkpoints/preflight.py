@@ -6,7 +6,7 @@ here the names and shapes in the files' headers must be exactly those of the con
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,22 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layercut.checkpoints.config_check import build_meta_model
+from layercut.checkpoints.config_counts import check_layer_count
 from layercut.checkpoints.config_edit import get_section, read_config, section_path
 from layercut.checkpoints.families import ALWAYS_CAUSAL, ENCODER_COUNTS, find_rules
-from layercut.checkpoints.folder import check_plain_file, list_weight_files, read_json_object
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.folder import (
+    check_plain_file,
+    list_weight_files,
+    read_json_object,
+    read_model_config,
+)
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout, find_layout
+from layercut.checkpoints.own_code import is_built_in
 from layercut.checkpoints.quantization import check_names, is_packed, is_quantised
 from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
-from layercut.checkpoints.tensor_names import check_weights, is_ignored, some
+from layercut.checkpoints.tensor_names import check_weights, find_surplus, is_ignored, some
+from layercut.checkpoints.weight_names import Conversion, build_whole_model
 from layercut.errors import ModelError
 
 TOKENIZER_FILES = (
@@ -60,8 +68,6 @@ PRUNE_BY_PLAN = (
     "--plan plan.json`."
 )
 REFUSED_KEYS = {
-    "auto_map": "needs its own code (auto_map), which layercut does not run. "
-    "Use a checkpoint of a built-in transformers model.",
     "quantization_config": f"is quantised (quantization_config). {PRUNE_BY_PLAN}",
     "transformers_weights": "redirects its weights to another file (transformers_weights). "
     "Remove that key and name the file model.safetensors.",
@@ -81,7 +87,7 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
     Raises:
         ModelError: the configuration, the weights' headers or the tokenizer files do not do.
     """
-    raw = read_json_object(folder / "config.json")
+    raw = read_model_config(folder)
     check_config(raw, folder / "config.json", quantised=as_files)
     for path in (*folder.glob("*.json"), *list_matching_files(folder, COPIED)):
         check_plain_file(path)
@@ -96,6 +102,7 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
             "Copy the tokenizer files of the model into it."
         )
     stored = read_stored_tensors(folder)
+    check_layer_count(raw, len(stored))
     config = read_config(raw)
     text = get_section(config, section_path(config))
     if getattr(text, "is_decoder", None) is False and text.model_type not in ALWAYS_CAUSAL:
@@ -106,7 +113,7 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
     model = build_meta_model(config)
     layout = find_layout(config, model, stored)
     if as_files and is_quantised(raw, stored):
-        check_names(compute_expected_shapes(model), stored, layout)
+        check_names(compute_expected_shapes(model), stored, layout, raw, find_models(config, model))
         return layout, stored
     for name, tensor in stored.items():
         if is_packed(name, tensor):
@@ -116,6 +123,27 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
             )
     check_weights(config, model, stored, layout)
     return layout, stored
+
+
+def find_models(config: Any, model: Any) -> tuple[Conversion, ...]:
+    """How transformers names the tensors: in the causal language model, and in that of all parts.
+
+    Args:
+        config: the checkpoint's configuration.
+        model: the causal language model of it.
+    """
+    whole = build_whole_model(config, model)
+    return tuple(Conversion(part) for part in (model, whole) if part is not None)
+
+
+def read_models(folder: Path) -> Sequence[Conversion]:
+    """How transformers names a checkpoint's tensors, as `find_models`.
+
+    Raises:
+        ModelError: the configuration is damaged.
+    """
+    config = read_config(read_json_object(folder / "config.json"))
+    return find_models(config, build_meta_model(config))
 
 
 def read_layout(folder: Path) -> Layout:
@@ -155,10 +183,15 @@ def check_config(config: Mapping[str, Any], path: Path, *, quantised: bool = Fal
     Raises:
         ModelError: remote code, quantisation, an encoder-decoder, or an unsupported family.
     """
+    model_type = config.get("model_type")
+    if config.get("auto_map") and not is_built_in(config):
+        raise ModelError(
+            f"the model of {path} needs its own code (auto_map), which layercut does not run. "
+            "Use a checkpoint of a built-in transformers model."
+        )
     for key, why in REFUSED_KEYS.items():
         if config.get(key) and not (quantised and key == "quantization_config"):
             raise ModelError(f"the model of {path} {why}")
-    model_type = config.get("model_type")
     if config.get("is_encoder_decoder"):
         raise ModelError(
             f"{path}: '{model_type}' is an encoder-decoder; layercut prunes causal language "
@@ -173,8 +206,9 @@ def check_config(config: Mapping[str, Any], path: Path, *, quantised: bool = Fal
         )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
-            f"{path}: '{model_type}' is not a causal language model in transformers; layercut "
-            "prunes causal language models only. Choose a decoder-only model."
+            f"{path}: '{model_type}' is not a causal language model in transformers: "
+            "AutoModelForCausalLM does not load it, and layercut prunes what it loads. Choose a "
+            "decoder-only model, or save the text decoder as a checkpoint of its own."
         )
     if any(hasattr(CONFIG_MAPPING[model_type], key) for key in ENCODER_COUNTS):
         raise ModelError(
@@ -201,8 +235,8 @@ def read_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         twice = sorted(stored.keys() & tensors.keys())
         if twice:
             raise ModelError(
-                f"{path} and {stored[twice[0]].path.name} both hold {twice[0]}. "
-                "Download the checkpoint again."
+                f"{path} and {stored[twice[0]].path.name} both hold {twice[0]}. Remove the file "
+                "that does not belong to this checkpoint."
             )
         stored |= tensors
     return stored
@@ -243,21 +277,20 @@ def load_strictly(
     Raises:
         ModelError: keys or shapes differ from the configured model's.
     """
-    try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                attn_implementation=attention,
-            )
-    except INVALID as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{folder} cannot be loaded: {reason}.") from error
+    with guard(f"{folder} cannot be loaded", ModelError, "See that its files belong together."):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation=attention,
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(key) for key in info[kind] if not is_ignored(str(key), model.config))
+        if names and kind == "unexpected_keys":
+            config = read_config(read_json_object(folder / "config.json"))
+            names = find_surplus(config, model, names, read_stored_tensors(folder))
         if names:
             raise ModelError(f"{folder}: {kind.replace('_', ' ')} after loading: {some(names)}.")
     return model.to(device)

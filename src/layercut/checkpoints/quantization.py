@@ -7,26 +7,23 @@ What must change beside the names is the quantisation's own configuration, where
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from layercut.checkpoints.families import LEFTOVER_TABLES
+from layercut.checkpoints.layer_names import CONFIG_KEYS, LayerNames, read_pattern
 from layercut.checkpoints.layout import Layout, stored_layers
 from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor
+from layercut.checkpoints.stacks import Find
+from layercut.checkpoints.weight_names import Conversion, split_name
 from layercut.errors import ModelError
 
-CONFIG_KEYS = frozenset({"quantization_config", "compression_config", "quantization"})
-"""The last one is mlx-lm's, with an entry for each module that differs from the others."""
 CONFIG_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Older spellings of the same configuration, in files beside config.json."""
 PLAIN = frozenset({"weight", "bias"})
-PATTERN_SIGNS = frozenset("*[](|+?\\^$")
-MARK = re.compile(r"re:|[+-]:")
-"""What llm-compressor and GPTQModel put before an expression."""
-REMEDY = "Download the checkpoint again."
+REMEDY = "Compare the files with the sha256 of the original."
 
 Parts = dict[str, frozenset[str]]
 """Module inside a layer → names of its tensors."""
@@ -48,16 +45,21 @@ def check_names(
     expected: Mapping[str, tuple[tuple[int, ...], bool]],
     stored: Mapping[str, StoredTensor],
     layout: Layout,
+    config: Mapping[str, Any],
+    conversions: Sequence[Conversion],
 ) -> None:
     """Refuse a quantised checkpoint in which a layer differs from its peers without a reason.
 
     Peers are the layers that the configuration makes alike. A module is either plain or
-    quantised in each of them, always by the same set of tensors.
+    quantised in each of them, by the same set of tensors unless an entry of the quantisation's
+    configuration tells these layers apart.
 
     Args:
         expected: name → (shape, may be absent) of the model before quantisation.
         stored: what the files hold.
         layout: where its layers are.
+        config: the parsed config.json.
+        conversions: how transformers names the tensors, in the causal language model first.
 
     Raises:
         ModelError: layers or tensors are missing or surplus.
@@ -75,12 +77,19 @@ def check_names(
     peers: dict[frozenset[tuple[str, frozenset[str]]], list[int]] = defaultdict(list)
     for layer, parts in wanted.items():
         peers[frozenset(parts.items())].append(layer)
+    entries = _Entries(config, {layout.stored, layout.layers})
     for layers in peers.values():
-        _check_peers({layer: present[layer] for layer in sorted(layers)})
+        own = wanted[layers[0]].keys()
+        _check_peers({layer: present[layer] for layer in sorted(layers)}, own, entries)
         _check_modules(wanted[layers[0]], present[layers[0]], f"layer {layers[0]}")
     untied = [name for name, (_, tied) in expected.items() if not tied]
+    outside = [
+        _spell(name, conversions[0])
+        for name in names
+        if layout.stored_number(name) is None and not _is_of_another_part(name, conversions)
+    ]
     _check_modules(
-        _lies_outside(untied, layout.layers), _lies_outside(names, layout.stored), "the model"
+        _lies_outside(untied, layout.layers), _lies_outside(outside, layout.layers), "the model"
     )
     for name, tensor in stored.items():
         if tensor.dtype in DTYPES and name in expected and tensor.shape != expected[name][0]:
@@ -91,7 +100,11 @@ def check_names(
 
 
 def renumber_layers(
-    value: Any, layout: Layout, new_index: Mapping[int, int], names: Iterable[str]
+    value: Any,
+    layout: Layout,
+    new_index: Mapping[int, int],
+    names: Iterable[str],
+    find_conversions: Find = tuple,
 ) -> Any:
     """A quantisation's configuration after the layer drop; entries of dropped layers are gone.
 
@@ -100,22 +113,13 @@ def renumber_layers(
         layout: where its layers are.
         new_index: old index → new index of the kept layers.
         names: the source's tensors; patterns are tried on their modules.
+        find_conversions: builds transformers' models of the checkpoint, whose spellings count too.
 
     Raises:
-        ModelError: a pattern picks layers in a way that renumbering cannot follow.
+        ModelError: an entry looks like a layer's name and cannot be told whose, or a pattern picks
+            layers in a way that renumbering cannot follow.
     """
-    modules = {split_name(name)[0] for name in names}
-    renamed = {m: layout.new_stored_name(f"{m}.", new_index) for m in modules}
-    return _walk(value, _Renumbering(layout, new_index, renamed))
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """``a.q_proj.weight.absmax`` → (``a.q_proj``, ``weight.absmax``)."""
-    module, separator, rest = name.partition(".weight.")
-    if separator:
-        return module, f"weight.{rest}"
-    module, _, part = name.rpartition(".")
-    return module, part
+    return LayerNames(layout, new_index, names, find_conversions).walk(value, every_pattern=True)
 
 
 def _split_by_layer(names: Iterable[str], prefix: str) -> dict[int, Parts]:
@@ -137,23 +141,94 @@ def _lies_outside(names: Iterable[str], prefix: str) -> Parts:
     return {module: frozenset(names_of_part) for module, names_of_part in parts.items()}
 
 
-def _check_peers(layers: Mapping[int, Parts]) -> None:
+def _spell(name: str, conversion: Conversion) -> str:
+    """A stored tensor's name in the model's own spelling, also of a quantised one."""
+    module, part = split_name(name)
+    weight = f"{module}.weight"
+    if conversion.reads(name) or not conversion.reads(weight):
+        return conversion.convert(name)
+    return f"{split_name(conversion.convert(weight))[0]}.{part}"
+
+
+def _is_of_another_part(name: str, conversions: Sequence[Conversion]) -> bool:
+    """Whether the causal language model makes nothing of a tensor, and rightly so."""
+    own, *others = conversions
+    spellings = (name, f"{split_name(name)[0]}.weight")
+    if own.passes_over(name):
+        return True
+    return not any(map(own.reads, spellings)) and any(
+        part.passes_over(name) or any(map(part.reads, spellings)) for part in others
+    )
+
+
+class _Entries:
+    """What a quantisation's configuration says of single layers, in lists, groups or expressions.
+
+    Args:
+        config: the parsed config.json.
+        prefixes: spellings of the decoder's list of layers.
+    """
+
+    def __init__(self, config: Mapping[str, Any], prefixes: Iterable[str]) -> None:
+        self._prefixes = tuple(prefixes)
+        sections = [config, *(part for part in config.values() if isinstance(part, dict))]
+        self._texts = {
+            text
+            for section in sections
+            for key in CONFIG_KEYS & section.keys()
+            for text in _list_strings(section[key])
+        }
+
+    def tell_apart(self, module: str, layer: int, other: int) -> bool:
+        """Whether an entry picks a module in one of two layers only."""
+        return any(
+            self._picks(text, module, layer) != self._picks(text, module, other)
+            for text in self._texts
+        )
+
+    def _picks(self, text: str, module: str, layer: int) -> bool:
+        names = [f"{prefix}.{layer}.{module}" for prefix in self._prefixes]
+        part = re.compile(rf"(.*\.)?{re.escape(text.rstrip('.'))}(\..*)?")
+        return any(part.fullmatch(name) for name in names) or any(
+            pick(text, names) for pick in read_pattern(text)
+        )
+
+
+def _list_strings(value: Any) -> list[str]:
+    """Every string in parsed JSON, keys among them."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [text for item in value.items() for part in item for text in _list_strings(part)]
+    return (
+        [text for item in value for text in _list_strings(item)] if isinstance(value, list) else []
+    )
+
+
+def _check_peers(layers: Mapping[int, Parts], own: Collection[str], entries: _Entries) -> None:
     modules = Counter(module for parts in layers.values() for module in parts)
     for module, n_layers in modules.items():
         if n_layers != len(layers):
             with_it = 2 * n_layers > len(layers)
             odd = next(i for i, parts in layers.items() if (module in parts) != with_it)
-            verb = "lacks" if with_it else "alone holds"
-            raise ModelError(f"layer {odd} {verb} {module}, unlike its peers. {REMEDY}")
-        kinds = Counter(parts[module] for parts in layers.values())
+            peer = next(i for i, parts in layers.items() if (module in parts) == with_it)
+            if module in own or not entries.tell_apart(module, odd, peer):
+                verb = "lacks" if with_it else "alone holds"
+                raise ModelError(f"layer {odd} {verb} {module}, unlike its peers. {REMEDY}")
+        kinds = Counter(parts[module] for parts in layers.values() if module in parts)
         for plain in (True, False):
             alike = [kind for kind, _ in kinds.most_common() if (kind <= PLAIN) == plain]
-            if len(alike) > 1:
-                odd = next(i for i, parts in layers.items() if parts[module] == alike[1])
-                differing = ", ".join(sorted(alike[0] ^ alike[1]))
-                raise ModelError(
-                    f"layer {odd} differs from its peers in {module}: {differing}. {REMEDY}"
+            for other in alike[1:]:
+                odd, peer = (
+                    next(i for i, parts in layers.items() if parts.get(module) == kind)
+                    for kind in (other, alike[0])
                 )
+                if plain or not entries.tell_apart(module, odd, peer):
+                    differing = ", ".join(sorted(alike[0] ^ other))
+                    raise ModelError(
+                        f"layer {odd} differs from its peers in {module}: {differing}, and nothing "
+                        f"in the quantisation's configuration says so. {REMEDY}"
+                    )
 
 
 def _check_modules(wanted: Parts, present: Parts, where: str) -> None:
@@ -167,75 +242,3 @@ def _check_modules(wanted: Parts, present: Parts, where: str) -> None:
             f"the weights of {where} hold {unknown[0]}, which the configured model does not have. "
             "Use the configuration that belongs to these weights."
         )
-
-
-class _Renumbering:
-    """Renumbers one string; ``None`` means that it named dropped layers only."""
-
-    def __init__(
-        self,
-        layout: Layout,
-        new_index: Mapping[int, int],
-        renamed: Mapping[str, str | None],
-    ) -> None:
-        self.new_index = new_index
-        self.renamed = {old: new and new.removesuffix(".") for old, new in renamed.items()}
-        layer_list = re.escape(layout.stored.rpartition(".")[2])
-        # `layers.13`, also escaped as in `layers\.13`, but neither `sublayers.13` nor `layers.133`.
-        self.token = re.compile(rf"(?<![A-Za-z0-9_])({layer_list}\\?\.)(\d+)(?!\d)")
-
-    def __call__(self, text: str) -> str | None:
-        substituted = self._substitute(text)
-        if not PATTERN_SIGNS & set(text):
-            return substituted
-        picks = _readings(text)
-        candidates = [c for c in dict.fromkeys((substituted, text)) if c is not None]
-        wanted = [self._kept(pick(text, self.renamed)) for pick in picks]
-        for candidate in candidates:
-            new = [pick(candidate, filter(None, self.renamed.values())) for pick in picks]
-            if new == wanted:
-                return candidate
-        if not any(wanted):
-            return None
-        raise ModelError(
-            f"the quantisation's configuration picks layers by {text!r}, which cannot be "
-            "renumbered. Write one entry per layer instead."
-        )
-
-    def _substitute(self, text: str) -> str | None:
-        numbers = {int(match.group(2)) for match in self.token.finditer(text)}
-        if not numbers <= self.new_index.keys():
-            return None
-        return self.token.sub(lambda m: f"{m.group(1)}{self.new_index[int(m.group(2))]}", text)
-
-    def _kept(self, old: Collection[str]) -> set[str]:
-        return {new for module in old if (new := self.renamed[module])}
-
-
-def _readings(text: str) -> list[Callable[[str, Iterable[str]], set[str]]]:
-    """How libraries may read a pattern: as an expression, or as shell wildcards."""
-    return [_expression] if MARK.match(text) else [_expression, _wildcards]
-
-
-def _expression(text: str, names: Iterable[str]) -> set[str]:
-    try:
-        pattern = re.compile(MARK.sub("", text))
-    except re.error:
-        return set()
-    return {name for name in names if pattern.match(name)}
-
-
-def _wildcards(text: str, names: Iterable[str]) -> set[str]:
-    return set(fnmatch.filter(names, text))
-
-
-def _walk(value: Any, renumber: _Renumbering) -> Any:
-    if isinstance(value, str):
-        return renumber(value)
-    if isinstance(value, list):
-        items = [(item, _walk(item, renumber)) for item in value]
-        return [new for old, new in items if new is not None or old is None]
-    if isinstance(value, dict):
-        entries = [(renumber(key), item) for key, item in value.items()]
-        return {key: _walk(item, renumber) for key, item in entries if key is not None}
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from layercut.checkpoints import embedded_model, gguf
-from layercut.checkpoints.hf_calls import quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.preflight import COPIED
 from layercut.errors import ModelError, NetworkError
 
@@ -39,10 +40,10 @@ def find_folder(model: str, revision: str | None) -> Path:
                 f"there is no '{model}': the embedded model is '{embedded_model.NAME}'."
             )
         return embedded_model.checkpoint_folder()
-    path = Path(model).expanduser()
-    if model and path.is_dir():
+    path = _check_path(model)
+    if path is not None and path.is_dir():
         return path.resolve()
-    if model and path.exists():
+    if path is not None:
         if path.suffix.lower() == ".gguf":
             return gguf.checkpoint_folder(path.resolve())
         raise ModelError(
@@ -56,18 +57,50 @@ def find_folder(model: str, revision: str | None) -> Path:
     return _download(model, revision)
 
 
+def _check_path(model: str) -> Path | None:
+    """The file or folder that a model's name is a path of; ``None`` if there is none.
+
+    Raises:
+        ModelError: it cannot be looked at, or libraries could not open what is in it.
+    """
+    try:
+        path = Path(model).expanduser()
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return None
+        raise ModelError(
+            f"{model} cannot be read ({error.strerror}). Name the folder that holds config.json."
+        ) from error
+    except (ValueError, RuntimeError):  # a null character, or ~ of a user that is not known
+        return None
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            f"{model} has a name that is not UTF-8, by which transformers cannot open its files. "
+            "Rename it."
+        ) from error
+    return path if model else None
+
+
 def _download(model: str, revision: str | None) -> Path:
     """The model's files at one commit, whose hash is the folder's name."""
     where = f"{model} at revision {revision}" if revision else model
+    with guard(f"{where} cannot be fetched from the Hub", NetworkError, "Name a local folder."):
+        return _fetch(model, revision, where)
+
+
+def _fetch(model: str, revision: str | None, where: str) -> Path:
+    """As `_download`, with a message of its own for each way in which the Hub refuses."""
     try:
-        with quiet():
-            # The Hub resolves the revision to a commit once, before the first file.
-            folder = snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=HUB_FILES,
-                ignore_patterns="*/*.safetensors",
-            )
+        # The Hub resolves the revision to a commit once, before the first file.
+        folder = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=HUB_FILES,
+            ignore_patterns="*/*.safetensors",
+        )
     except HFValidationError as error:
         raise ModelError(f"'{model}' is not a valid Hub name. Write it as owner/name.") from error
     except GatedRepoError as error:

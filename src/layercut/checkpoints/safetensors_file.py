@@ -106,6 +106,8 @@ def read_shard(path: Path) -> Shard:
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__", None)
+        if not all(isinstance(text, str) for text in (metadata or {}).values()):
+            raise ValueError("metadata must be text")
         tensors = {name: _entry(path, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged_file_error(path, "its header does not follow the format") from error

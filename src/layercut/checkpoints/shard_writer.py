@@ -57,15 +57,15 @@ def write_shard(
     text += b" " * (-len(text) % 8)
     # Unbuffered: the kernel moves most bytes behind Python's back.
     with path.open("xb", buffering=0) as file:
-        _write(file, memoryview(len(text).to_bytes(8, "little") + text))
+        write_bytes(file, memoryview(len(text).to_bytes(8, "little") + text))
         for _, content in entries:
             if isinstance(content, Tensor):
-                _write(file, view_bytes(content))
+                write_bytes(file, view_bytes(content))
             elif isinstance(content, StoredTensor):
-                _copy_bytes(content, file)
+                copy_bytes(content.path, content.begin, content.end, file)
             else:
                 for piece in content.pieces():
-                    _write(file, piece)
+                    write_bytes(file, piece)
 
 
 def view_bytes(tensor: Tensor) -> memoryview:
@@ -74,14 +74,19 @@ def view_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _copy_bytes(tensor: StoredTensor, target: FileIO) -> None:
-    position, end = tensor.begin, tensor.end
-    with tensor.path.open("rb", buffering=0) as source:
-        while position < end:
-            n_bytes = _copy_some(source, position, end - position, target)
+def copy_bytes(path: Path, begin: int, end: int, target: FileIO) -> None:
+    """Append the bytes from ``begin`` to ``end`` of a file to ``target``, by the kernel if it can.
+
+    Raises:
+        ModelError: the file became shorter since its header was read.
+        OSError: the disk is full.
+    """
+    with path.open("rb", buffering=0) as source:
+        while begin < end:
+            n_bytes = _copy_some(source, begin, end - begin, target)
             if not n_bytes:
-                raise shrunk_file_error(tensor.path)
-            position += n_bytes
+                raise shrunk_file_error(path)
+            begin += n_bytes
 
 
 def _copy_some(source: FileIO, position: int, wanted: int, target: FileIO) -> int:
@@ -95,11 +100,11 @@ def _copy_some(source: FileIO, position: int, wanted: int, target: FileIO) -> in
                 raise
     source.seek(position)
     block = source.read(min(COPY_BYTES, wanted))
-    _write(target, memoryview(block))
+    write_bytes(target, memoryview(block))
     return len(block)
 
 
-def _write(file: FileIO, content: memoryview) -> None:
+def write_bytes(file: FileIO, content: memoryview) -> None:
     """Write all of ``content``; one call of the system may take less."""
     while content:
         content = content[file.write(content) :]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from layercut.checkpoints.config_edit import get_section, section_path
 from layercut.checkpoints.families import LEFTOVER_TABLES, MTP_COUNTS
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout, stored_layers
 from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor
+from layercut.checkpoints.weight_names import Conversion, build_whole_model
 from layercut.errors import ModelError
 
 MAX_NAMED = 3
@@ -31,15 +32,17 @@ def check_weights(
     if n_stored != set(range(layout.n_layers)):
         raise ModelError(
             f"config.json says num_hidden_layers = {layout.n_layers}, the weights hold "
-            f"{len(n_stored)} layers. Use the configuration that belongs to these weights."
+            f"{len(n_stored)} layers under {layout.stored}, where transformers' "
+            f"{type(model).__name__} reads them. Use the configuration that belongs to these "
+            "weights."
         )
-    info = find_loading_info(config, model, stored)
+    info = find_loading_info(model, stored)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"the weights lack {some(missing)}. Download the checkpoint again, or use the one "
-            "of the causal language model."
+            f"the weights lack {some(missing)}, which transformers would fill with random numbers. "
+            "Use the whole checkpoint of the causal language model."
         )
-    if surplus := sorted(n for n in info["unexpected_keys"] if not is_ignored(n, config)):
+    if surplus := find_surplus(config, model, info["unexpected_keys"], stored):
         raise ModelError(
             f"the weights hold {some(surplus)}, which the configured model does not have. "
             "Use the configuration that belongs to these weights."
@@ -52,9 +55,34 @@ def check_weights(
         )
 
 
-def find_loading_info(
-    config: Any, model: Any, stored: Mapping[str, StoredTensor]
-) -> dict[str, Any]:
+def find_surplus(
+    config: Any, model: Any, unexpected: Iterable[str], stored: Iterable[str]
+) -> list[str]:
+    """Stored tensors that no part of the checkpoint's model is made of, sorted.
+
+    A causal language model may be one part of several: what it passes over is right where the
+    model of all parts reads it, as a vision tower.
+
+    Args:
+        config: the checkpoint's configuration.
+        model: the causal language model of it.
+        unexpected: names, in the model's spelling, that transformers found no place for.
+        stored: the stored tensors' names.
+    """
+    left = {str(name) for name in unexpected if not is_ignored(str(name), config)}
+    whole = build_whole_model(config, model) if left else None
+    if whole is None:
+        return sorted(left)
+    own, all_parts = Conversion(model), Conversion(whole)
+    spelled = {own.convert(name): name for name in stored}
+    return sorted(
+        name
+        for name in left
+        if not (all_parts.reads(spelled.get(name, name)) or all_parts.passes_over(name))
+    )
+
+
+def find_loading_info(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """What transformers would miss, ignore or not fit, from the headers alone.
 
     Raises:
@@ -66,24 +94,27 @@ def find_loading_info(
         for name, tensor in stored.items()
     }
     try:
-        with quiet():
+        with guard(
+            "the weights' names and shapes do not fit config.json: transformers cannot put them "
+            "together, as where experts of a layer are missing",
+            ModelError,
+            "Use the configuration that belongs to these weights.",
+        ):
             _, info = type(model).from_pretrained(
                 None,
-                config=config,
+                config=model.config,
                 state_dict=headers,
                 device_map={"": "meta"},
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except NotImplementedError as error:  # a tensor on meta was to be computed with
+    except ModelError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise  # else a tensor on meta was to be computed with
         raise ModelError(
-            f"the stored tensors of '{config.model_type}' become the model's in a way that can "
-            "only be followed with their content, which layercut does not do. Choose another model."
-        ) from error
-    except INVALID as error:
-        raise ModelError(
-            "the weights' names and shapes do not fit config.json: transformers cannot put them "
-            "together (experts of a layer may be missing). Download the checkpoint again."
+            f"the stored tensors of '{model.config.model_type}' become the model's in a way that "
+            "can only be followed with their content, which layercut does not do. Choose another "
+            "model."
         ) from error
     loaded: dict[str, Any] = info
     return loaded

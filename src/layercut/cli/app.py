@@ -11,10 +11,20 @@ from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
-from rich.text import Text
 from safetensors import SafetensorError
 
-from layercut.cli import compare, evaluate, export_check, finetune, inspect, prune, recipe, run
+from layercut.cli import (
+    adapter,
+    compare,
+    evaluate,
+    export_check,
+    finetune,
+    inspect,
+    prune,
+    recipe,
+    run,
+)
+from layercut.cli.literal import literal
 from layercut.errors import LayercutError, ResourceError
 from layercut.version import __version__
 
@@ -37,6 +47,7 @@ app = typer.Typer(
 app.command(name="run")(run.run)
 app.command(name="inspect")(inspect.inspect)
 app.command(name="prune")(prune.prune)
+app.command(name="adapter")(adapter.adapter)
 app.command(name="finetune")(finetune.finetune)
 app.command(name="export-check")(export_check.export_check)
 app.command(name="eval")(evaluate.measure)
@@ -118,5 +129,5 @@ def _shortage(error: BaseException) -> str | None:
 
 def _fail(message: str, exit_code: int) -> int:
     console = Console(stderr=True)
-    console.print(Text("error: ", style="bold red"), Text(message), sep="", soft_wrap=True)
+    console.print(literal("error: ", "bold red"), literal(message), sep="", soft_wrap=True)
     return exit_code

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from layercut.cli.literal import literal
 from layercut.cli.tables import to_ascii
 from layercut.comparison.result import Comparison, cells, titles
 from layercut.comparison.row import Row
@@ -22,30 +22,31 @@ def print_comparison(result: Comparison, output_dir: Path) -> None:
         console.print(table)
     else:
         for line in format_lines(result):
-            console.print(Text(_encode(line, console)), soft_wrap=True)
+            console.print(literal(_encode(line, console)), soft_wrap=True)
     for row in result.rows:
         if row.reason is not None:
             reason = f"{row.method}, {row.layers} layers: {row.reason}"
-            console.print(Text(_encode(reason, console)), soft_wrap=True)
+            console.print(literal(_encode(reason, console)), soft_wrap=True)
     errors = Console(stderr=True)
     for warning in result.warnings:
-        errors.print(Text("warning: ", style="yellow"), Text(warning), sep="", soft_wrap=True)
-    console.print(Text(f"Report: {output_dir / 'report.html'}"), soft_wrap=True)
+        errors.print(literal("warning: ", "yellow"), literal(warning), sep="", soft_wrap=True)
+    console.print(literal(f"Report: {output_dir / 'report.html'}"), soft_wrap=True)
 
 
 def build_table(result: Comparison, *, ascii_only: bool = False) -> Table:
     """Dense first, then a section per size, the best first."""
-    table = Table(title=Text(str(result.dense.model)), title_justify="left")
+    table = Table(title=literal(str(result.dense.model)), title_justify="left")
     for index, title in enumerate(titles(result)):
         table.add_column(
-            to_ascii(title) if ascii_only else title, justify="right" if index else "left"
+            literal(to_ascii(title) if ascii_only else title),
+            justify="right" if index else "left",
         )
     size = 0
     for row in _rows_that_ran(result):
         if row.layers != size:
             table.add_section()
             size = row.layers
-        table.add_row(*(Text(to_ascii(c) if ascii_only else c) for c in cells(result, row)))
+        table.add_row(*(literal(to_ascii(c) if ascii_only else c) for c in cells(result, row)))
     return table
 
 

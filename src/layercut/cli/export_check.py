@@ -37,6 +37,7 @@ def export_check(
     if not findings:
         print_fields(str(folder), [("Portable", "no engine is known to mis-run this checkpoint")])
         return
-    print_fields(str(folder), [(f.engine, f"{f.why}. {f.remedy}") for f in findings])
+    rows = [(f.engine, f"{f.why}. {f.remedy} [{f.source}]") for f in findings]
+    print_fields(str(folder), rows)
     engines = ", ".join(dict.fromkeys(finding.engine for finding in findings))
     raise VerificationError(f"{folder} would be mis-run by {engines}. See above for each reason.")

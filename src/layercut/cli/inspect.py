@@ -50,6 +50,8 @@ def fields(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "Output head", "tied to the embedding" if inspection.tied else "its own"
     if inspection.context:
         yield "Context", f"{inspection.context:,} tokens"
+    yield "Text starts with", inspection.leading_token or "its own first token"
+    yield "Between documents", inspection.document_separator or "nothing"
     yield "Prunable", f"no: {inspection.refusal}" if inspection.refusal else "yes"
     if inspection.refusal and inspection.by_plan:
         yield "", "`layercut prune` can apply a plan to it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 from collections.abc import Sequence
@@ -16,9 +17,19 @@ from layercut.errors import OutputError
 
 def _check_folder(json_file: Path | None) -> Path | None:
     """Refuse a file that could not be written, before any work."""
-    if json_file is not None and not json_file.resolve().parent.is_dir():
-        raise OutputError(f"{json_file} cannot be written: its folder does not exist. Create it.")
-    return json_file
+    if json_file is None:
+        return None
+    try:
+        if not json_file.resolve().parent.is_dir():
+            problem = "its folder does not exist. Create it."
+        elif json_file.is_dir():
+            problem = "it is a folder. Name a file."
+        else:
+            return json_file
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or a loop of links
+        reason = error.strerror if isinstance(error, OSError) else error
+        problem = f"{reason}. Choose another name."
+    raise OutputError(f"{json_file} cannot be written: {problem}")
 
 
 MODEL_HELP = "A folder, a Hub name, or embedded:smollm2-135m."
@@ -107,4 +118,11 @@ def join_command(context: typer.Context) -> str:
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Write ``content`` where ``--json`` names a file."""
     if path is not None:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        try:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OutputError(
+                f"{path} cannot be written: {error.strerror}. Choose another --json."
+            ) from error

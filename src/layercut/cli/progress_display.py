@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
+from layercut.cli.literal import literal
 from layercut.progress import Listener, listening
+from layercut.report.literal import escape_controls
 
 
 @contextmanager
@@ -53,7 +54,7 @@ class LiveDisplay(Listener):
         self.finish()
         self._start = time.perf_counter()
         self._status = ""
-        self._task = self.bars.add_task(name, total=None, status="")
+        self._task = self.bars.add_task(escape_controls(name), total=None, status="")
 
     def step(self, done: int, total: int) -> None:
         """Move the bar; a loop that starts again within a stage starts the bar again."""
@@ -65,6 +66,7 @@ class LiveDisplay(Listener):
 
     def status(self, text: str) -> None:
         """Show a status beside the bar."""
+        text = escape_controls(text)
         self._status = text
         if self._task is not None:
             self.bars.update(self._task, status=text)
@@ -110,5 +112,5 @@ class PlainDisplay(Listener):
         self._start = None
 
     def _print(self, text: str, end: str = "\n") -> None:
-        self._console.print(Text(text), end=end, soft_wrap=True)
+        self._console.print(literal(text), end=end, soft_wrap=True)
         self._console.file.flush()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from layercut.cli.literal import literal
 from layercut.report.table import columns, measured, rows, sizes
 from layercut.results import Evaluation, RunResult
 
@@ -30,15 +30,20 @@ def print_result(result: RunResult, output_dir: Path, *, quiet: bool = False) ->
             console.print(table)
         else:
             _print_lines(console, result)
-    errors = Console(stderr=True)
-    for warning in result.warnings:
-        errors.print(Text("warning: ", style="yellow"), Text(warning), sep="", soft_wrap=True)
+    print_warnings(result.warnings)
     if not quiet:
         for line in (*sizes(result), *result.checks):
             text = line.translate(_ASCII) if console.options.ascii_only else line
-            console.print(Text(text))
+            console.print(literal(text))
         report = output_dir / "layercut" / "report.html"
-        console.print(Text(f"Checkpoint: {output_dir}  Report: {report}"), soft_wrap=True)
+        console.print(literal(f"Checkpoint: {output_dir}  Report: {report}"), soft_wrap=True)
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Sentences on stderr, each marked as a warning."""
+    errors = Console(stderr=True)
+    for warning in warnings:
+        errors.print(literal("warning: ", "yellow"), literal(warning), sep="", soft_wrap=True)
 
 
 def print_evaluation(model: str, figures: Evaluation) -> None:
@@ -49,12 +54,12 @@ def print_evaluation(model: str, figures: Evaluation) -> None:
 def print_fields(title: str, fields: Sequence[tuple[str, str]]) -> None:
     """A title and (label, value) pairs on stdout, a line each."""
     console = Console()
-    console.print(Text(title), soft_wrap=True)
+    console.print(literal(title), soft_wrap=True)
     width = max(len(label) for label, _ in fields)
     for label, value in fields:
         line = f"{label:{width}}  {value}"
         console.print(
-            Text(line.translate(_ASCII) if console.options.ascii_only else line), soft_wrap=True
+            literal(line.translate(_ASCII) if console.options.ascii_only else line), soft_wrap=True
         )
 
 
@@ -65,12 +70,12 @@ def result_table(result: RunResult, *, ascii_only: bool = False) -> Table:
         result: a finished run.
         ascii_only: write ±, × and the like in ASCII.
     """
-    table = Table(title=Text(_headline(result)), title_justify="left")
+    table = Table(title=literal(_headline(result)), title_justify="left")
     for title in _titles(result):
-        table.add_column(title, justify="right" if title else "left", overflow="fold")
+        table.add_column(literal(title), justify="right" if title else "left", overflow="fold")
     for section in _cells(result):
         for cells in section:
-            table.add_row(*(Text(c.translate(_ASCII) if ascii_only else c) for c in cells))
+            table.add_row(*(literal(c.translate(_ASCII) if ascii_only else c) for c in cells))
         table.add_section()
     return table
 
@@ -82,7 +87,7 @@ def _print_lines(console: Console, result: RunResult) -> None:
         lines += [f"{label}: {' / '.join(cells)}" for label, *cells in section]
     for line in lines:
         console.print(
-            Text(line.translate(_ASCII) if console.options.ascii_only else line), soft_wrap=True
+            literal(line.translate(_ASCII) if console.options.ascii_only else line), soft_wrap=True
         )
 
 

@@ -33,8 +33,9 @@ from layercut.evaluation.generation import (
     generation_check,
 )
 from layercut.evaluation.speed import decode_tokens_per_second, prefill_tokens_per_second
+from layercut.models.special_tokens import text_frame
 from layercut.recipe.evaluation import EvaluationConfig
-from layercut.results import Evaluation, Generation
+from layercut.results import Evaluation, Generation, TextWindows, describe_windows
 from layercut.types import CalibrationBatches, LayerSet
 from layercut.version import __version__
 
@@ -84,6 +85,7 @@ class RowEvaluator:
         self._windows: Tensor | None = None
         self._reference: DenseReference | None = None
         self._continuations: Tensor | None = None
+        frame = text_frame(view.tokenizer)
         for name, source in section.text.items():
             windows = evaluation_windows(
                 source,
@@ -93,15 +95,19 @@ class RowEvaluator:
                 detokenize=section.detokenize,
             )
             self.contents["text"][name] = _hash(windows.tolist())
-            restored = ", detokenized" if is_detokenized(source, section.detokenize) else ""
-            cut = f"{len(windows)} windows of {windows.shape[1]:,} tokens{restored}"
-            self.contents["windows"][name] = cut
+            restored = is_detokenized(source, section.detokenize)
+            cut = TextWindows(source, len(windows), windows.shape[1], restored, **frame.to_json())
+            self.contents["windows"][name] = describe_windows(cut)
             if self._windows is None:
                 self._windows = windows
         for name, source in section.tasks.items():
             rows = read_rows(source)
             texts_of(view, rows)
-            parts = [[r.prompt, r.choices, r.answer, r.ending, list(r.messages)] for r in rows]
+            parts = [
+                [r.prompt, r.choices, r.answer, r.ending, list(r.messages)]
+                + [dict(more) for more in (r.reply, r.variables) if more]
+                for r in rows
+            ]
             self.contents["tasks"][name] = _hash(parts)
 
     def record_dense(self) -> None:
@@ -210,5 +216,5 @@ def forward_seconds(view: DecoderView, batches: CalibrationBatches) -> float:
 
 
 def _hash(content: Any) -> str:
-    text = json.dumps(content, ensure_ascii=False)
+    text = json.dumps(content, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

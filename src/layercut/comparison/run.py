@@ -21,6 +21,7 @@ from layercut.evaluation.harness import harness_rows
 from layercut.machine import provenance
 from layercut.models.check_method import check_lengths
 from layercut.models.load import load
+from layercut.models.special_tokens import text_frame
 from layercut.recipe.validation import validate
 from layercut.results import Provenance, warnings_into
 from layercut.selection.select import check_request
@@ -105,6 +106,7 @@ def _run_entries(
             "n_sequences": batches.n_sequences,
             "seq_len": batches.seq_len,
             "gradient_batch": batches.gradient_batch,
+            **text_frame(view.tokenizer).to_json(),
         }
         return gather_results(store, content, origin, dense)
 

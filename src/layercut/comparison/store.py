@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from layercut.checkpoints.output_dir import check_path
 from layercut.comparison.row import Row
 from layercut.errors import OutputError
 from layercut.training.resume import remove_claimed
@@ -127,6 +128,7 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: it is a file, or has content that no comparison wrote.
     """
+    check_path(folder, "--output-dir")
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file. Choose another --output-dir.")
     if not folder.is_dir() or (folder / IDENTITY_FILE).is_file():

@@ -1,4 +1,8 @@
-"""Texts + tokenizer → packed token windows."""
+"""Texts + tokenizer → packed token windows.
+
+Every window starts as every text starts for the model: with the tokens that its tokenizer puts in
+front. The first is never a target, and a window keeps its length.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from layercut.data.encoding import row_texts
 from layercut.data.named_texts import refuse_test_split
 from layercut.data.sources import read_texts
-from layercut.data.tasks import row_texts
-from layercut.errors import DataError
+from layercut.errors import DataError, RecipeError
+from layercut.models.special_tokens import TextFrame, leading_tokens, text_frame
 from layercut.recipe.recipe import CalibrationConfig
 from layercut.recipe.validation import validate
 from layercut.types import CalibrationBatches
@@ -68,6 +73,7 @@ def calibration_batches(
         micro_batch=fitting if section.micro_batch == "auto" else section.micro_batch,
         source=" + ".join(sources),
         fingerprint=_fingerprint(input_ids),
+        n_unscored=max(1, len(leading_tokens(tokenizer))),
     )
 
 
@@ -79,7 +85,7 @@ def _draw(
     generator: torch.Generator,
 ) -> Tensor:
     """``n_wanted`` windows of one text, or all it has, in corpus order."""
-    texts = texts_of(source, section.text_column)
+    texts = texts_of(source, section.text_column, tokenizer)
     windows = pack_tokens(
         texts,
         tokenizer,
@@ -97,15 +103,20 @@ def _draw(
     return windows[drawn.sort().values]
 
 
-def texts_of(source: str, text_column: str) -> Iterator[str]:
+def texts_of(source: str, text_column: str, tokenizer: Any) -> Iterator[str]:
     """The documents to learn from of a source, or of ``rows:`` and a source of task rows.
+
+    Args:
+        source: as for `read_texts`, or ``rows:`` and as for `read_rows`.
+        text_column: the column of a table that holds the text.
+        tokenizer: the model's, whose chat template writes chat rows.
 
     Raises:
         DataError: the text cannot be read, or is the test split of a benchmark.
         NetworkError: the text is on the Hub, which cannot be reached.
     """
     if source.startswith(ROWS):
-        return iter(row_texts(source.removeprefix(ROWS)))
+        return row_texts(source.removeprefix(ROWS), tokenizer)
     refuse_test_split(source)
     return read_texts(source, text_column=text_column)
 
@@ -123,7 +134,7 @@ def evaluation_windows(
     Args:
         source: as for `read_texts`.
         tokenizer: the model's.
-        seq_len: tokens per window.
+        seq_len: tokens per window, the leading ones included.
         max_tokens: tokens that are used at most, but at least one window.
         detokenize: as for `read_texts`.
 
@@ -140,37 +151,85 @@ def evaluation_windows(
 
 
 def pack_tokens(texts: Iterable[str], tokenizer: Any, *, seq_len: int, max_tokens: int) -> Tensor:
-    """Join documents, with the end-of-text token between them, and cut windows without padding.
+    """Join documents and cut windows without padding, each behind the tokenizer's leading tokens.
 
     Args:
         texts: documents; read until there are ``max_tokens`` tokens.
-        tokenizer: adds no special tokens of its own; one without an end-of-text token joins
-            documents directly.
-        seq_len: tokens per window; the rest that fills none is dropped.
-        max_tokens: tokens that are used at most.
+        tokenizer: the model's; see `layercut.models.special_tokens`.
+        seq_len: tokens per window, the leading ones included; the rest that fills none is dropped.
+        max_tokens: tokens that are used at most, the leading ones included.
 
     Returns:
         Token ids, (n, seq_len), int64. One window (1, n_tokens) if there are fewer than seq_len.
 
     Raises:
         DataError: there are fewer than two tokens, so none to predict.
+        RecipeError: a window has no room for text.
+    """
+    frame = text_frame(tokenizer)
+    n_leading = len(frame.leading)
+    n_whole, rest = divmod(max_tokens, seq_len)
+    n_text = n_whole * (seq_len - n_leading) + max(0, rest - n_leading)
+    return cut_windows(read_tokens(texts, tokenizer, frame, n_text), frame, seq_len)
+
+
+def read_tokens(
+    texts: Iterable[str], tokenizer: Any, frame: TextFrame, max_tokens: int
+) -> list[int]:
+    """The first tokens of the documents, one stream without leading tokens.
+
+    Between two documents stands the separator alone, where the model's training had one. A leading
+    token behind it, as in some models' training, would be a target that no engine ever predicts.
+
+    Args:
+        texts: documents; read until there are ``max_tokens`` tokens.
+        tokenizer: the model's.
+        frame: what stands around its text.
+        max_tokens: tokens at most.
     """
     ids: list[int] = []
     for text in texts:
-        if ids and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        ids += _first_tokens(text, tokenizer, max_tokens - len(ids))
+        if ids and frame.separator is not None and ids[-1] != frame.separator:
+            ids.append(frame.separator)
+        # Some spare: a template may have written the leading tokens, which are not part of it.
+        n_wanted = max_tokens - len(ids) + len(frame.leading)
+        ids += frame.strip(_first_tokens(text, tokenizer, n_wanted))
         if len(ids) >= max_tokens:
             break
-    ids = ids[:max_tokens]
-    if len(ids) < 2:
+    return ids[:max_tokens]
+
+
+def cut_windows(ids: list[int], frame: TextFrame, seq_len: int) -> Tensor:
+    """Windows of a stream of tokens, each behind the leading tokens.
+
+    Args:
+        ids: the stream, without leading tokens.
+        frame: what stands around the model's text.
+        seq_len: tokens per window, the leading ones included.
+
+    Returns:
+        Token ids, (n, seq_len), int64, or one shorter window.
+
+    Raises:
+        DataError: there are fewer than two tokens, so none to predict.
+        RecipeError: a window has no room for text.
+    """
+    n_leading = len(frame.leading)
+    if seq_len <= n_leading:
+        raise RecipeError(
+            f"windows of {seq_len} token(s) have no room for text behind {frame.leading_token}, "
+            "which the tokenizer puts in front of every text. Use longer windows."
+        )
+    if len(ids) < (needed := max(1, 2 - n_leading)):
         raise DataError(
-            f"the text yields {len(ids)} token(s); at least 2 are needed to predict one. "
+            f"the text yields {len(ids)} token(s); at least {needed} are needed to predict one. "
             "Use a longer text."
         )
-    seq_len = min(seq_len, len(ids))
-    n_windows = len(ids) // seq_len
-    return torch.tensor(ids[: n_windows * seq_len], dtype=torch.int64).view(n_windows, seq_len)
+    n_text = min(seq_len - n_leading, len(ids))
+    n_windows = len(ids) // n_text
+    text = torch.tensor(ids[: n_windows * n_text], dtype=torch.int64).view(n_windows, n_text)
+    leading = torch.tensor(frame.leading, dtype=torch.int64).expand(n_windows, n_leading)
+    return torch.cat([leading, text], dim=1)
 
 
 def _first_tokens(text: str, tokenizer: Any, n_tokens: int) -> list[int]:

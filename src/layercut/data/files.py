@@ -25,6 +25,23 @@ MAX_CSV_FIELD = 2**31 - 1
 """Characters in one CSV field: Python's own limit of 131,072 is less than one long document."""
 
 
+def local_path(source: str) -> Path:
+    """A source as a path, ``~`` as the user's home; of a user that is not known it stays."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        return Path(source)
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; nothing is under a name that no file can have."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def check_file(path: Path) -> None:
     """Refuse what is not a readable regular file; symlinks are followed.
 
@@ -39,6 +56,8 @@ def check_file(path: Path) -> None:
         raise DataError(f"data file {path} does not exist{hint}") from None
     except OSError as error:
         raise DataError(f"data file {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a null character, which no path has
+        raise DataError(f"data file {path} cannot be read: {error}") from None
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a FIFO",

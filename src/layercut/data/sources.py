@@ -42,7 +42,7 @@ def read_texts(
     elif source.startswith("hub:"):
         texts = _checked(files.read_column(_hub_rows(source), source, text_column), source)
     else:
-        path = Path(source).expanduser()
+        path = files.local_path(source)
         texts = _checked(_read_file(path, text_column), str(path))
     return map(undo_markers, texts) if is_detokenized(source, detokenize) else texts
 
@@ -72,7 +72,7 @@ def read_table(source: str) -> Iterator[files.Row]:
     """
     if source.startswith("hub:"):
         return _hub_rows(source)
-    path = Path(source).expanduser()
+    path = files.local_path(source)
     files.check_file(path)
     return _table_rows(path, TABLES)
 

@@ -5,14 +5,14 @@ A file's columns say what it holds; ``FORMATS`` is the table of what is known.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layercut.data import files
+from layercut.data.chat import Conversation, parse_json, read_messages, text_of
+from layercut.data.columns import check_columns, drop_null
 from layercut.data.embedded_texts import NAMES, review_rows
 from layercut.data.sources import read_table
 from layercut.errors import DataError, suggestion
@@ -21,8 +21,12 @@ REVIEWS = ("reviews@train", "reviews@test")
 REVIEW_PROMPT = "Review: {text}\nSentiment:"
 REVIEW_CHOICES = {"fresh": " positive", "rotten": " negative"}
 """Category of a review → what the model is to say: words that it knows, unlike the site's."""
+MAX_TEXT = 8_000_000
+"""Characters of a row's text: encoding takes about 130 bytes of memory for each."""
 BLANK = re.compile(r"(?<!_)_(?!_)")
 """WinoGrande's gap; runs of underscores are drawn lines, as in ARC."""
+JSON_LINES = re.compile(r"\.jsonl(\.gz)?(@[^/]*)?$", re.IGNORECASE)
+"""Sources in which a null inside of an object is one that somebody wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +42,31 @@ class TaskRow:
         answer: index of the right choice.
         ending: what follows whichever choice; where there is one, choices are judged by its
             likelihood after each of them.
-        messages: a chat row's messages before the reply, which is its one choice.
+        messages: a chat row's messages before the reply, whose text is its one choice.
         where: the row's place, for errors.
+        reply: the reply with its reasoning and tool calls, where it has more than text.
+        variables: what the chat template is told besides: tools, documents and others.
     """
 
     prompt: str
     choices: tuple[str, ...]
     answer: int = 0
     ending: str = ""
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
     where: str = ""
+    reply: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def completion(self) -> str:
         """The right choice and what follows it."""
         return self.choices[self.answer] + self.ending
+
+    @property
+    def conversation(self) -> Conversation:
+        """What a chat row's template is given."""
+        reply = self.reply or {"role": "assistant", "content": self.completion}
+        return Conversation(self.messages, reply, self.variables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +77,13 @@ class Format:
         columns: every row has them.
         build: a row's columns → the row; raises `DataError` without the place.
         fits: what else tells it from the other formats, asked of every row.
+        optional: columns that are read where they are there.
     """
 
     columns: tuple[str, ...]
     build: Callable[[Mapping[str, Any]], TaskRow]
     fits: Callable[[Mapping[str, Any]], bool] = lambda _: True
+    optional: tuple[str, ...] = ()
 
 
 def read_rows(source: str) -> list[TaskRow]:
@@ -85,37 +101,21 @@ def read_rows(source: str) -> list[TaskRow]:
     """
     if source.startswith("embedded:"):
         return _reviews(source.removeprefix("embedded:"))
-    rows = list(_split_rows(source))
-    if not rows:
+    given = list(_split_rows(source))
+    if not given:
         raise DataError(f"{source} is empty: 0 rows")
-    build = _format_of(rows, source).build
+    filled = not JSON_LINES.search(source)
+    rows = [(where, drop_null(row, filled=filled)) for where, row in given]
+    form = _format_of(rows, list(given[0][1]), source)
+    check_columns(rows, form.columns, form.optional, source)
     task_rows = []
     for where, row in rows:
         location = f"{source}, {where}"
         try:
-            task_rows.append(replace(build(row), where=location))
+            task_rows.append(replace(form.build(row), where=location))
         except DataError as error:
             raise DataError(f"{location}: {error}") from None
     return task_rows
-
-
-def row_texts(source: str) -> Iterator[str]:
-    """Each row's prompt with its right choice, as one text.
-
-    Args:
-        source: as for `read_rows`.
-
-    Raises:
-        DataError: as `read_rows`, and for chat rows, whose text depends on a model's template.
-        NetworkError: the Hub is needed and cannot be reached.
-    """
-    for row in read_rows(source):
-        if row.messages:
-            raise DataError(
-                f"{row.where} is a chat row, which has no plain text of its own. Give rows of "
-                "prompt and completion, or a file of text."
-            )
-        yield row.prompt + row.completion
 
 
 def check_classes(rows: Sequence[TaskRow]) -> None:
@@ -158,7 +158,7 @@ def _reviews(name: str) -> list[TaskRow]:
 def _split_rows(source: str) -> Iterable[files.Row]:
     """The rows of ``source``; of ``path@value``, those of that split."""
     path, at, split = source.rpartition("@")
-    if source.startswith("hub:") or not at or Path(source).expanduser().exists():
+    if source.startswith("hub:") or not at or files.exists(files.local_path(source)):
         return read_table(source)
     rows = list(read_table(path))
     chosen = [(where, row) for where, row in rows if row.get("split") == split]
@@ -169,17 +169,23 @@ def _split_rows(source: str) -> Iterable[files.Row]:
     return chosen
 
 
-def _format_of(rows: Sequence[files.Row], source: str) -> Format:
-    """The first format that every row fits."""
-    first = rows[0][1]
-    named = [form for form in FORMATS if all(name in first for name in form.columns)]
-    if not named:
-        known = "; ".join(", ".join(form.columns) for form in FORMATS)
-        raise DataError(
-            f"{source} has none of the known sets of columns (columns: {', '.join(first)}). "
-            f"Rename its columns to one of: {known}."
-        )
-    return next(form for form in named if all(form.fits(row) for _, row in rows))
+def _format_of(rows: Sequence[files.Row], columns: Sequence[str], source: str) -> Format:
+    """The first format that every row fits.
+
+    Args:
+        rows: without columns that are null.
+        columns: all of the first row's.
+        source: what to call them.
+    """
+    for present in (rows[0][1], columns):
+        named = [form for form in FORMATS if all(name in present for name in form.columns)]
+        if named:
+            return next(form for form in named if all(form.fits(row) for _, row in rows))
+    known = "; ".join(dict.fromkeys(", ".join(form.columns) for form in FORMATS))
+    raise DataError(
+        f"{source} has none of the known sets of columns (columns: {', '.join(columns)}). "
+        f"Rename its columns to one of: {known}."
+    )
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -187,26 +193,24 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         got = "blank text" if isinstance(value, str) else type(value).__name__
         raise DataError(f"'{column}' should be text, got {got}")
+    if len(value) > MAX_TEXT:
+        raise DataError(
+            f"'{column}' holds {len(value):,} characters, and no model reads more than "
+            f"{MAX_TEXT:,} at once. Shorten it"
+        )
     return value
 
 
 def _choices(row: Mapping[str, Any]) -> tuple[str, ...]:
     choices = row.get("choices")
     if isinstance(choices, str):  # a CSV file has no lists
-        choices = _parsed(choices)
+        choices = parse_json(choices)
     texts = isinstance(choices, list | tuple) and all(
         isinstance(choice, str) and choice.strip() for choice in choices
     )
     if not isinstance(choices, list | tuple) or not texts or len(choices) < 2:
         raise DataError(f"'choices' should be a list of at least two texts, got {choices!r}")
     return tuple(choices)
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _answer(row: Mapping[str, Any]) -> int:
@@ -229,22 +233,15 @@ def _answer(row: Mapping[str, Any]) -> int:
 
 
 def _chat(row: Mapping[str, Any]) -> TaskRow:
-    messages = row.get("messages")
-    well_formed = isinstance(messages, list | tuple) and all(
-        isinstance(m, Mapping)
-        and isinstance(m.get("role"), str)
-        and isinstance(m.get("content"), str)
-        for m in messages
+    said = read_messages(row)
+    content = said.reply["content"]
+    return TaskRow(
+        "",
+        (text_of(said.reply),),
+        messages=said.messages,
+        reply=said.reply if len(said.reply) > 2 or not isinstance(content, str) else {},
+        variables=said.variables,
     )
-    if not well_formed or not messages:
-        raise DataError("'messages' should be a list of {role, content}, both text")
-    *before, reply = messages
-    if reply["role"] != "assistant" or not before or not reply["content"].strip():
-        raise DataError(
-            "'messages' should end with a reply of the role assistant after at least one other "
-            f"message, got the roles {', '.join(m['role'] for m in messages)}"
-        )
-    return TaskRow("", (reply["content"],), messages=tuple(dict(m) for m in before))
 
 
 def _completion(row: Mapping[str, Any]) -> TaskRow:
@@ -275,12 +272,22 @@ def _has_one_blank(row: Mapping[str, Any]) -> bool:
     return len(BLANK.findall(str(row.get("question")))) == 1
 
 
+def _has_lists(row: Mapping[str, Any]) -> bool:
+    prompt = parse_json(row.get("prompt"))
+    return isinstance(prompt, list | tuple) and all(
+        isinstance(message, Mapping) and "role" in message for message in prompt
+    )
+
+
+CHAT_COLUMNS = ("tools", "documents", "chat_template_kwargs", "system")
+
 FORMATS = (
-    Format(("messages",), _chat),
+    Format(("messages",), _chat, optional=(*CHAT_COLUMNS, "prompt", "completion")),
+    Format(("prompt", "completion"), _chat, fits=_has_lists, optional=CHAT_COLUMNS),
     Format(("prompt", "completion"), _completion),
     Format(("prompt", "choices", "answer"), _prompt_choices),
     # WinoGrande: one gap in every row. ARC, PIQA, and with a context BoolQ and PubMedQA: questions.
     Format(("question", "choices", "answer"), _blank, fits=_has_one_blank),
-    Format(("question", "choices", "answer"), _question),
+    Format(("question", "choices", "answer"), _question, optional=("context",)),
 )
 """Known files, by their columns; the first that fits every row is taken."""

@@ -3,8 +3,9 @@
 A forward pass cuts the autograd graph at every layer boundary. The backward pass then walks from
 the last layer to the first and hands out each layer's gradients before it touches the next, so
 that never two layers' weight gradients are alive at once, however many micro-batches a gradient
-group is split into. With one micro-batch per group the forward graph is kept; with several, only
-the boundary activations are, and each layer runs forward once more when its turn comes.
+group is split into. The forward graph is kept with one micro-batch per group, and with several on a
+GPU that has room for all of theirs; else only the boundary activations are, and each layer runs
+forward once more when its turn comes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from layercut.errors import NumericsError
 from layercut.models.view import DecoderView, LayerInputs
+from layercut.spool import choose_device
 
 
 @dataclass(slots=True)
@@ -74,15 +76,18 @@ def layer_gradients(
         NumericsError: the loss or a weight gradient is not finite.
     """
     micro_batches = list(input_ids.split(micro_batch))
-    keep_graph = len(micro_batches) == 1
     order = [i for i in range(view.n_layers) if i not in view.skipped]
     with _requires_grad(view, order if weights else []):
         inputs = [view.embed(ids) for ids in micro_batches]
-        chains = [_forward(view, i, order, keep_graph=keep_graph) for i in inputs]
-        upstream = [
-            _loss_gradient(view, chain[-1].output, ids) / n_targets
-            for chain, ids in zip(chains, micro_batches, strict=True)
-        ]
+        before = _allocated_bytes(view)
+        keep_graph = len(inputs) == 1 or view.device.type == "cuda"
+        chains = [_forward(view, inputs[0], order, keep_graph=keep_graph)]
+        graph = _allocated_bytes(view) - before
+        if len(inputs) > 1 and not (keep_graph and _has_room(view, len(inputs) * graph)):
+            keep_graph = False
+            chains = [[_Segment(s.hidden, s.output.detach()) for s in chains[0]]]
+        chains += [_forward(view, i, order, keep_graph=keep_graph) for i in inputs[1:]]
+        upstream = _loss_gradients(view, [c[-1].output for c in chains], micro_batches, n_targets)
         for layer in reversed(order):
             result = LayerGradients(layer, {}, [], [], list(upstream))
             for i, chain in enumerate(chains):
@@ -103,14 +108,18 @@ def layer_gradients(
             result.weights.clear()
 
 
-def _loss_gradient(view: DecoderView, hidden: Tensor, input_ids: Tensor) -> Tensor:
-    gradient, loss = view.loss_gradient(hidden, input_ids)
-    if not math.isfinite(loss):
+def _loss_gradients(
+    view: DecoderView, outputs: list[Tensor], micro_batches: list[Tensor], n_targets: int
+) -> list[Tensor]:
+    """The gradient of the loss with respect to h_L of every micro-batch."""
+    pairs = [view.loss_gradient(h, ids) for h, ids in zip(outputs, micro_batches, strict=True)]
+    total = float(torch.stack([loss for _, loss in pairs]).sum())
+    if not math.isfinite(total):
         raise NumericsError(
-            f"the calibration loss is {loss}: the model or its data yields values that are not "
+            f"the calibration loss is {total}: the model or its data yields values that are not "
             "finite. Check the weights, or use dtype: float32."
         )
-    return gradient
+    return [gradient / n_targets for gradient, _ in pairs]
 
 
 def _forward(
@@ -125,6 +134,15 @@ def _forward(
             hidden = view.run_layer(layer, leaf, inputs)
         chain.append(_Segment(leaf, hidden))
     return chain
+
+
+def _allocated_bytes(view: DecoderView) -> int:
+    return torch.cuda.memory_allocated(view.device) if view.device.type == "cuda" else 0
+
+
+def _has_room(view: DecoderView, n_bytes: int) -> bool:
+    """Whether graphs of that size leave half of the GPU's free memory to gradients."""
+    return choose_device(view.device, 2 * n_bytes) == view.device
 
 
 @contextmanager
@@ -147,10 +165,13 @@ def _take_gradients(view: DecoderView, layer: int) -> dict[str, Tensor]:
         parameter.grad = None
         if gradient is None:  # no token was routed there
             gradient = torch.zeros_like(parameter)
-        if not bool(gradient.isfinite().all()):
-            raise NumericsError(
-                f"the gradient of {name} is not finite. Look for broken calibration text, or use "
-                "dtype: float32."
-            )
-        taken[name] = gradient.float()
-    return taken
+        taken[name] = gradient
+    # One answer for all weights: a GPU would be waited for at each.
+    finite = torch.stack([gradient.isfinite().all() for gradient in taken.values()])
+    if not bool(finite.all()):
+        name = next(n for n, good in zip(taken, finite.tolist(), strict=True) if not good)
+        raise NumericsError(
+            f"the gradient of {name} is not finite. Look for broken calibration text, or use "
+            "dtype: float32."
+        )
+    return {name: gradient.float() for name, gradient in taken.items()}

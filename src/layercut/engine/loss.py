@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,8 +18,16 @@ def mean_loss(view: DecoderView, windows: Tensor, micro_batch: int) -> float:
     Raises:
         NumericsError: it is not finite.
     """
-    losses = [view.token_losses(ids) for ids in windows.split(micro_batch)]
-    return _finite(float(torch.cat(losses).double().mean()))
+    return mean(view.token_losses(ids) for ids in windows.split(micro_batch))
+
+
+def mean(losses: Iterable[Tensor]) -> float:
+    """The mean over all micro-batches' token losses, in nats.
+
+    Raises:
+        NumericsError: it is not finite.
+    """
+    return _finite(float(torch.cat(list(losses)).double().mean()))
 
 
 def kl_divergence(

@@ -8,31 +8,17 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layercut.models.hooks import capture
 from layercut.models.output_projections import LinearMap, in_features
 from layercut.models.view import DecoderView, LayerInputs
 from layercut.spool import Spool
 from layercut.types import CalibrationBatches
-
-
-def accumulation_device(device: torch.device, n_bytes: int) -> torch.device:
-    """Where sums over spooled rows are made: the model's GPU if it has ``n_bytes`` free.
-
-    Rows are spooled in the machine's memory, but on its cores the products of a large model's
-    activations take longer than its forward passes on a GPU.
-    """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        # What torch holds and nothing uses is free as well: without it the second sum has no room.
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if free > n_bytes:
-            return device
-    return torch.device("cpu")
 
 
 class ResidualStream:
@@ -55,18 +41,17 @@ class ResidualStream:
         self.history: list[Spool] | None = None
         self.saved_seconds = 0.0
         self.layer_seconds: list[float] = []
-        n_tokens = batches.n_sequences * batches.seq_len
-        self.states = Spool(n_tokens, view.hidden_size)
+        self.micro_batch, self.seq_len = batches.micro_batch, batches.seq_len
+        self.states = Spool(
+            batches.n_sequences * self.seq_len, view.hidden_size, device=view.device
+        )
+        self._input_ids = batches.input_ids
         self._inputs: dict[int, tuple[Any, torch.dtype]] = {}
-        self._spans: list[tuple[int, int, int]] = []
-        start = 0
-        for ids in batches.micro_batches():
+        self._spans = self._divide(batches.n_sequences)
+        for (start, _, n_sequences), ids in zip(self._spans, batches.micro_batches(), strict=True):
             inputs = view.embed(ids)
             self.states.write(start, inputs.hidden)
-            self._spans.append((start, start + ids.numel(), ids.shape[0]))
-            # Packed windows have no padding: masks and rotary tables depend on the shape alone.
-            self._inputs.setdefault(ids.shape[0], (inputs.rest, inputs.hidden.dtype))
-            start += ids.numel()
+            self._inputs.setdefault(n_sequences, (inputs.rest, inputs.hidden.dtype))
         if remember:
             self.history = [self.states]
 
@@ -84,9 +69,60 @@ class ResidualStream:
         """An independent stream at the same place."""
         twin = copy.copy(self)
         twin.history = None
-        twin.states = Spool(len(self.states), self.view.hidden_size)
+        twin.states = Spool(len(self.states), self.view.hidden_size, device=self.view.device)
         twin.states.write(0, self.states.rows)
         return twin
+
+    def take_sequences(self, sequences: Tensor) -> ResidualStream:
+        """An independent stream of some of the sequences, at the same place.
+
+        Args:
+            sequences: their indices, (n,), int64.
+        """
+        part = copy.copy(self)
+        part.history = None
+        seq_len = self.seq_len
+        part.states = Spool(
+            len(sequences) * seq_len, self.view.hidden_size, device=self.view.device
+        )
+        for place, sequence in enumerate(sequences.tolist()):
+            rows = self.states.rows[sequence * seq_len : (sequence + 1) * seq_len]
+            part.states.write(place * seq_len, rows)
+        part._spans = self._divide(len(sequences))
+        return part
+
+    def _divide(self, n_sequences: int) -> list[tuple[int, int, int]]:
+        """Micro-batches: first row, row behind the last, number of sequences."""
+        starts = range(0, n_sequences, self.micro_batch)
+        sizes = [min(self.micro_batch, n_sequences - start) for start in starts]
+        return [
+            (start * self.seq_len, (start + size) * self.seq_len, size)
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+
+    def _arguments(self, n_sequences: int) -> tuple[Any, torch.dtype]:
+        """What the layers of a micro-batch are given beside the stream, and the stream's dtype.
+
+        Packed windows have no padding: masks and rotary tables depend on the shape alone.
+        """
+        if n_sequences not in self._inputs:
+            inputs = self.view.embed(self._input_ids[:n_sequences])
+            self._inputs[n_sequences] = inputs.rest, inputs.hidden.dtype
+        return self._inputs[n_sequences]
+
+    @torch.no_grad()
+    def losses(self, input_ids: Tensor) -> Iterator[Tensor]:
+        """Cross-entropy of every predicted token behind the last layer, by micro-batch.
+
+        Args:
+            input_ids: the stream's sequences, (n, seq).
+        """
+        for (start, stop, n_sequences), ids in zip(
+            self._spans, input_ids.split(self.micro_batch), strict=True
+        ):
+            rows = self.states.rows[start:stop].view(n_sequences, self.seq_len, -1)
+            dtype = self._arguments(n_sequences)[1]
+            yield self.view.stream_losses(rows.to(self.view.device, dtype), ids)
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:
@@ -101,17 +137,18 @@ class ResidualStream:
                 self.rewind(layer + 1)
                 self.saved_seconds += self.layer_seconds[layer]
                 return
-            self.states = Spool(len(self.states), self.view.hidden_size)
+            self.states = Spool(len(self.states), self.view.hidden_size, device=self.view.device)
             self.states.write(0, self.history[layer].rows)
             self.history.append(self.states)
         for start, stop, n_sequences in self._spans:
-            rest, dtype = self._inputs[n_sequences]
+            rest, dtype = self._arguments(n_sequences)
             rows = self.states.rows[start:stop]
             hidden = rows.view(n_sequences, -1, rows.shape[1]).to(self.view.device, dtype)
             inputs = LayerInputs(hidden, rest)
             self.states.write(start, self.view.run_layer(layer, hidden, inputs).float())
         self.layer = layer + 1
         if self.history is not None:
+            float(self.states.rows[-1, -1])  # a GPU works behind the clock's back: wait for it
             self.layer_seconds.append(time.perf_counter() - begun)
 
 
@@ -130,7 +167,7 @@ def start_dense_stream(
 
 def advance_and_record_inputs(stream: ResidualStream, layer: int, module: LinearMap) -> Spool:
     """Move ``stream`` past ``layer`` and return what ``module`` read, (n_tokens, in)."""
-    inputs = Spool(len(stream.states), in_features(module))
+    inputs = Spool(len(stream.states), in_features(module), device=stream.view.device)
     with inputs.filling() as write, capture(module, lambda read, _: write(read, read)):
         stream.advance(layer)
     return inputs
@@ -138,7 +175,7 @@ def advance_and_record_inputs(stream: ResidualStream, layer: int, module: Linear
 
 def advance_and_record_outputs(stream: ResidualStream, layer: int, module: nn.Module) -> Spool:
     """Move ``stream`` past ``layer`` and return what ``module`` adds to it, (n_tokens, d)."""
-    outputs = Spool(len(stream.states), stream.states.rows.shape[1])
+    outputs = Spool(len(stream.states), stream.states.rows.shape[1], device=stream.view.device)
     with outputs.filling() as write, capture(module, write):
         stream.advance(layer)
     return outputs

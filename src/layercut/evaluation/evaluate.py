@@ -16,6 +16,7 @@ from layercut.evaluation.harness import run_harness
 from layercut.evaluation.perplexity import perplexity
 from layercut.evaluation.speed import decode_tokens_per_second, prefill_tokens_per_second
 from layercut.machine import peak_rss_bytes
+from layercut.models.special_tokens import text_frame
 from layercut.results import Estimate, Evaluation, TextWindows, harness_name
 
 if TYPE_CHECKING:
@@ -71,13 +72,16 @@ def evaluate(
         NumericsError: a loss is not finite.
     """
     estimates, cuts = {}, {}
+    frame = text_frame(view.tokenizer)
     for name, source in (text or {}).items():
         windows = evaluation_windows(
             source, view.tokenizer, seq_len=seq_len, max_tokens=max_tokens, detokenize=detokenize
         )
         estimates[name] = perplexity(view, windows)
         restored = is_detokenized(source, detokenize)
-        cuts[name] = TextWindows(source, len(windows), windows.shape[1], restored)
+        cuts[name] = TextWindows(
+            source, len(windows), windows.shape[1], restored, **frame.to_json()
+        )
         progress.status(f"{name} perplexity {estimates[name].value:.2f}")
     right = _accuracies(view, tasks or {})
     zero_shot = {}
@@ -96,6 +100,7 @@ def evaluate(
         harness=zero_shot,
         flops_per_token=flops_per_token(view, context=context),
         flops_context=context,
+        leading_token=frame.leading_token,
     )
 
 

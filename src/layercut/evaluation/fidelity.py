@@ -58,7 +58,7 @@ class DenseReference:
         start = 0
         for _, hidden in _final_states(view, windows):
             if self.states is None:
-                self.states = Spool(windows.numel(), hidden.shape[1])
+                self.states = Spool(windows.numel(), hidden.shape[1], device=hidden.device)
                 self._dtype = hidden.dtype
             if not bool(hidden.isfinite().all()):
                 raise NumericsError(

@@ -6,7 +6,6 @@ groups below can be given. Its data come from the Hub unless a task's file names
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import itertools
 import json
@@ -14,15 +13,16 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from layercut import progress
-from layercut.checkpoints.hf_calls import quiet
+from layercut.checkpoints.hf_calls import guard, quiet
+from layercut.data import files
 from layercut.errors import DataError, NetworkError, NumericsError, RecipeError, suggestion
+from layercut.evaluation.harness_model import wrap_model
 from layercut.results import Estimate
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _tasks(names: tuple[str, ...]) -> Mapping[str, Any]:
     wanted = expand_groups(names)
     known = {*manager.all_tasks, *GROUPS}
     for name in wanted:
-        if name.endswith(FILES) and not Path(name).expanduser().is_file():
+        if name.endswith(FILES) and not files.exists(files.local_path(name)):
             raise DataError(f"task file {name} does not exist")
         if name not in known and not name.endswith(FILES):
             raise RecipeError(
@@ -170,20 +170,16 @@ def _tasks(names: tuple[str, ...]) -> Mapping[str, Any]:
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
     """The tasks that one name stands for."""
-    import yaml
-    from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        with quiet():
+    with guard(f"task {name} cannot be loaded", DataError, "Correct the task's file."):
+        try:
             tasks: dict[str, Any] = manager.load([name])["tasks"]
-    except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
-        raise NetworkError(
-            f"the data of task {name} cannot be fetched: {error}. Connect, or give a task's YAML "
-            "file whose dataset_kwargs name local files."
-        ) from None
-    except (DatasetsError, OSError, ValueError, KeyError, RuntimeError, yaml.YAMLError) as error:
-        raise DataError(f"task {name} cannot be loaded: {error}") from None
+        except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
+            raise NetworkError(
+                f"the data of task {name} cannot be fetched: {error}. Connect, or give a task's "
+                "YAML file whose dataset_kwargs name local files."
+            ) from None
     return tasks
 
 
@@ -195,42 +191,12 @@ def _evaluate_tasks(
 
     with quiet():
         return simple_evaluate(
-            model=_wrap_model(view, size),
+            model=wrap_model(view, size),
             tasks=list(tasks.values()),
             task_manager=_manager(),
             limit=limit,
             batch_size=size,
         )
-
-
-def _wrap_model(view: DecoderView, batch_size: int) -> Any:
-    """The model as the harness sees one, in the arithmetic of the other evaluations."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Quiet(HFLM):  # type: ignore[misc]
-        """Without progress bars of its own."""
-
-        def _loglikelihood_tokens(self, requests: Any, *_: Any, **options: Any) -> Any:
-            return super()._loglikelihood_tokens(requests, **options | {"disable_tqdm": True})
-
-        def loglikelihood(self, requests: Any, *_: Any, **__: Any) -> Any:
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def loglikelihood_rolling(self, requests: Any, *_: Any, **__: Any) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, *_: Any, **__: Any) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-    return Quiet(
-        pretrained=view.model,
-        tokenizer=copy.deepcopy(view.tokenizer),  # which it may give a token to pad with
-        backend="causal",
-        max_length=min(view.context, 2**20),
-        batch_size=batch_size,
-        # It switches off an outer autocast, so that ours has to be asked for.
-        mixed_precision_dtype="bfloat16" if view.mixed_precision else None,
-    )
 
 
 def _estimates(

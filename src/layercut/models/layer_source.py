@@ -15,10 +15,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from layercut.checkpoints.hf_calls import quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.preflight import read_stored_tensors
 from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor, read_tensor
+from layercut.checkpoints.weight_names import Conversion
 from layercut.errors import ModelError
 from layercut.models.load import weights_dtype
 from layercut.models.view import DecoderView
@@ -45,7 +46,10 @@ def open_streamed(
     stored = read_stored_tensors(folder)
     dtype = dtype or weights_dtype("auto", stored, torch.device("cpu"))
     # Parameters get no memory; rotary tables and other buffers are computed as usual.
-    with quiet(), init_empty_weights(include_buffers=False):
+    with (
+        guard(f"{folder} cannot be loaded", ModelError, "See that its files belong together."),
+        init_empty_weights(include_buffers=False),
+    ):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention
@@ -61,10 +65,13 @@ def open_streamed(
         mixed_precision=False,
     )
     pieces: dict[int | None, dict[str, StoredTensor]] = defaultdict(dict)
+    conversion = Conversion(model)
     for name, tensor in stored.items():
         number = layout.stored_number(name)
-        if number is None or number < layout.n_layers:
+        if number is not None and number < layout.n_layers:
             pieces[number][name] = tensor
+        elif number is None and conversion.reads(name):  # other parts need no memory
+            pieces[None][name] = tensor
     missing = _read(model, pieces[None], dtype)
     absent = {n for n in missing - tied.keys() if not n.startswith(f"{layout.layers}.")}
     if absent:
@@ -100,7 +107,7 @@ def _stream(
     def read(*_: Any) -> None:
         if index not in view.skipped and (absent := own & _read(view.model, stored, dtype)):
             raise ModelError(
-                f"{view.path} holds nothing for {min(absent)}. Download the checkpoint again."
+                f"{view.path} holds nothing for {min(absent)}. Use the whole checkpoint."
             )
 
     def forget(*_: Any) -> None:
@@ -122,7 +129,9 @@ def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) ->
         weight_mapping=get_model_conversion_mapping(model),
     )
     tensors = {name: read_tensor(tensor) for name, tensor in stored.items() if _can_decode(tensor)}
-    with quiet():
+    with guard(
+        f"{model.name_or_path} cannot be loaded", ModelError, "Load the whole model instead."
+    ):
         info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
     model.requires_grad_(False)
     missing: set[str] = info.missing_keys

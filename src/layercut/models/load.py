@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from layercut.checkpoints.folder import list_weight_files
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard, muted
+from layercut.checkpoints.own_code import warn_of_own_code
 from layercut.checkpoints.preflight import check_folder, list_tokenizer_files, load_strictly
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor
@@ -22,6 +24,8 @@ from layercut.models.view import DecoderView
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16")
 NO_LENGTH_LIMIT = 1 << 62
+HASHED_AT_ONCE = 8
+"""Shards that are hashed side by side: one takes a second per 1.5 GB and core."""
 
 
 def load(
@@ -49,7 +53,8 @@ def load(
     target = _device(device)
     folder = find_folder(model, revision)
     layout, stored = check_folder(folder)
-    tokenizer = _tokenizer(folder)
+    warn_of_own_code(folder)
+    tokenizer = load_tokenizer(folder)
     fingerprint = _fingerprint(folder)
     weights = load_strictly(folder, weights_dtype(dtype, stored, target), target)
     _check_finite(weights)
@@ -122,18 +127,17 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(on for name, on in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
-def _tokenizer(folder: Path) -> Any:
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-    except (*INVALID, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"the tokenizer in {folder} cannot be read: {reason} "
-            "Copy the tokenizer files of the model again."
-        ) from error
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    what, remedy = "cannot be read", "Copy the tokenizer files of the model again."
+    with guard(f"the tokenizer in {folder} {what}", ModelError, remedy), muted():
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     # Calibration text is cut into windows after tokenising: its length is no mistake.
     tokenizer.model_max_length = NO_LENGTH_LIMIT
     return tokenizer
@@ -141,13 +145,18 @@ def _tokenizer(folder: Path) -> Any:
 
 def _fingerprint(folder: Path) -> str:
     """sha256 over the names and contents of the files that determine the model, names sorted."""
-    paths = {folder / "config.json", *list_tokenizer_files(folder), *list_weight_files(folder)}
+    weights = list_weight_files(folder)
+    paths = sorted({folder / "config.json", *list_tokenizer_files(folder), *weights})
     total = hashlib.sha256()
-    for path in sorted(paths):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    with ThreadPoolExecutor(min(HASHED_AT_ONCE, len(weights))) as pool:
+        for path, digest in zip(paths, pool.map(_hash_file, paths), strict=True):
+            total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
     return total.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_finite(model: Any) -> None:
@@ -156,5 +165,6 @@ def _check_finite(model: Any) -> None:
         low, high = parameter.detach().aminmax()
         if not bool(low.isfinite() & high.isfinite()):
             raise NumericsError(
-                f"{name} holds NaN or Inf. Download the checkpoint again, or use another one."
+                f"{name} holds NaN or Inf. Compare its file with the sha256 of the original, or "
+                "use another checkpoint."
             )

@@ -16,9 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from layercut.checkpoints.layout import Layout, decoder_path
 from layercut.models.hooks import DecoderOutput, identity, prepare_for_inference
+from layercut.models.special_tokens import n_given
 
 LOSS_CHUNK = 256
 """Tokens whose logits exist at once: 256 × 49,152 float32 logits are 48 MiB."""
+
+GPU_LOSS_CHUNK = 2048
+"""The same on a GPU, which smaller products leave idle: 2,048 × 128,256 float32 are 1 GiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +224,7 @@ class DecoderView:
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor) -> Tensor:
-        """Cross-entropy of every predicted token, (batch, seq − 1), float32, in nats."""
+        """Cross-entropy of every predicted token, (batch, seq − 1 − `n_given`), float32, nats."""
         input_ids = input_ids.to(self.device)
         with self.precision():
             output = self.decoder(input_ids=input_ids, use_cache=False)
@@ -232,15 +236,16 @@ class DecoderView:
         return self._losses(self._after_layers(hidden, input_ids), input_ids.to(self.device))
 
     def _losses(self, normed: Tensor, input_ids: Tensor) -> Tensor:
-        flat, targets = normed[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
-        chunks = zip(flat.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
+        n = n_given(self.tokenizer, input_ids)
+        flat, targets = normed[:, n:-1].flatten(0, 1), input_ids[:, n + 1 :].flatten()
+        chunks = zip(flat.split(self._loss_chunk), targets.split(self._loss_chunk), strict=True)
         losses = [self._chunk_losses(h, t) for h, t in chunks]
         return torch.cat(losses).view(input_ids.shape[0], -1)
 
-    def loss_gradient(self, hidden: Tensor, input_ids: Tensor) -> tuple[Tensor, float]:
-        """Gradient of the summed token loss with respect to h_L, and that loss in nats.
+    def loss_gradient(self, hidden: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of the summed token loss with respect to h_L, and that loss in nats, ().
 
-        The logits exist for ``LOSS_CHUNK`` tokens at a time, in both directions.
+        The logits exist for `_loss_chunk` tokens at a time, in both directions.
 
         Args:
             hidden: h_L, the residual stream *before* the final norm, (batch, seq, d).
@@ -249,19 +254,21 @@ class DecoderView:
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
             normed = self._after_layers(leaf, input_ids)
-        flat = normed.detach()[:, :-1].flatten(0, 1)
-        targets = input_ids[:, 1:].flatten().to(flat.device)
-        total, gradients = 0.0, []
-        for chunk, target in zip(flat.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+        n = n_given(self.tokenizer, input_ids)
+        flat = normed.detach()[:, n:-1].flatten(0, 1)
+        targets = input_ids[:, n + 1 :].flatten().to(flat.device)
+        total, gradients = torch.zeros((), dtype=torch.float64, device=flat.device), []
+        n_chunk = self._loss_chunk
+        for chunk, target in zip(flat.split(n_chunk), targets.split(n_chunk), strict=True):
             chunk = chunk.detach().requires_grad_()
             with torch.enable_grad():
                 loss = self._chunk_losses(chunk, target).sum()
                 (gradient,) = torch.autograd.grad(loss, chunk)
-            total += loss.item()
+            total += loss.detach()
             gradients.append(gradient)
         # The last position of a sequence predicts nothing.
         upstream = torch.zeros_like(normed)
-        upstream[:, :-1] = torch.cat(gradients).view_as(normed[:, :-1])
+        upstream[:, n:-1] = torch.cat(gradients).view_as(normed[:, n:-1])
         (gradient,) = torch.autograd.grad(normed, leaf, upstream)
         return gradient, total
 
@@ -294,6 +301,10 @@ class DecoderView:
         finally:
             del decoder.forward
         return logits[0]
+
+    @property
+    def _loss_chunk(self) -> int:
+        return GPU_LOSS_CHUNK if self.device.type == "cuda" else LOSS_CHUNK
 
     def _chunk_losses(self, normed: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(self.head(normed).float(), targets, reduction="none")

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
+from layercut.checkpoints.hf_calls import INVALID, quiet
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.patch import encode_patch
 from layercut.checkpoints.preflight import (
@@ -37,6 +38,9 @@ from layercut.models.view import DecoderView
 from layercut.types import PruningPlan, WeightPatch
 
 CHECK_SHAPE, PREFILL = (4, 32), 24
+STREAMED_SHAPE = (1, 26)
+"""Every step reads the whole model from disk once more."""
+PROMPT, N_GENERATED = 8, 3
 CACHED_TOLERANCE = 1e-4
 """Chunked linear attention (Qwen3-Next) and its single steps differ by 3e-5 in float32."""
 REMEDY = "Nothing was saved; please report this."
@@ -60,7 +64,7 @@ def verify_checkpoint(
         VerificationError: keys, bytes, logits, or logits computed step by step with a cache differ.
     """
     # On a GPU a second model always fits or fails at once; layer by layer, sums would differ.
-    fits = view.device.type != "cpu" or 4 * view.n_parameters <= available_memory_bytes()
+    fits = view.device.type != "cpu" or _fits(view)
     attention = read_attention(view.model.config)
     try:
         if fits:
@@ -79,14 +83,28 @@ def verify_checkpoint(
         expected = view.model(ids, use_cache=False).logits
         logits = written(ids, use_cache=False).logits
     _compare_logits(logits, expected, "the model's in memory")
-    # Float32: in a narrower dtype, rounding alone would exceed the tolerance.
-    gap = measure_cache_gap(written.float(), ids, PREFILL) if fits else 0.0
-    # Of some families, transformers' cached decoding is off whatever is dropped.
-    if gap > CACHED_TOLERANCE >= measure_cache_gap(reload(view).model.float(), ids, PREFILL):
-        raise VerificationError(
-            "the written checkpoint's cached logits differ from its uncached ones by "
-            f"{gap:.2g} of the largest. {REMEDY}"
-        )
+    if fits:
+        try:
+            check_decoding(written, ids, PREFILL)
+        except VerificationError:
+            # Of some families, transformers' cached decoding is off whatever is dropped.
+            if measure_cache_gap(reload(view).model.float(), ids, PREFILL) <= CACHED_TOLERANCE:
+                raise
+    else:
+        del written
+        _check_streamed_decoding(folder, ids)
+
+
+def _check_streamed_decoding(folder: Path, ids: Tensor) -> None:
+    """`check_decoding` with one layer in memory at a time, on a few tokens."""
+    view = open_streamed(folder, read_layout(folder), dtype=torch.float32)
+    n_rows, length = STREAMED_SHAPE
+    check_decoding(view.model, ids[:n_rows, :length], PREFILL)
+
+
+def _fits(view: DecoderView) -> bool:
+    """Whether memory holds the model's weights in float32 once more."""
+    return 4 * view.n_parameters <= available_memory_bytes()
 
 
 def verify_files(
@@ -129,19 +147,28 @@ def verify_files(
 def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPlan) -> None:
     """Compare the written model with the source whose dropped layers pass their input through.
 
+    The written one then decodes step by step: from memory if it fits there, else layer by layer.
+
     Raises:
         ModelError: the layers cannot be run one at a time.
-        VerificationError: the logits differ.
+        VerificationError: the logits differ, or it does not decode as it should.
     """
     dense = open_streamed(source, layout)
     ids = draw_probe_ids(dense, *CHECK_SHAPE)
     with dense.skipping(plan.dropped):
         expected = compute_logits(dense, ids)
+    fits = _fits(dense)
     del dense
-    written = compute_logits(open_streamed(folder, read_layout(folder)), ids)
+    view = open_streamed(folder, read_layout(folder))
+    written = compute_logits(view, ids)
     # Queries that took a factor for their layer's new number are rounded once more.
     rounding = rounding_of_rescaled(expected) if layout.index_scaled else 0.0
     _compare_logits(written, expected, "the source's", rounding)
+    del view
+    if fits:
+        check_decoding(load_strictly(folder, torch.float32, ids.device).eval(), ids, PREFILL)
+    else:
+        _check_streamed_decoding(folder, ids)
 
 
 def sha256(tensor: Content) -> str:
@@ -185,6 +212,55 @@ def measure_cache_gap(model: Any, ids: Tensor, prefill: int) -> float:
             found = float((logits - whole).abs().max()) / limit
             gap = min(gap, math.inf if math.isnan(found) else found)
     return gap
+
+
+@torch.no_grad()
+def check_decoding(model: Any, ids: Tensor, prefill: int) -> None:
+    """Compare logits with a cache and without, and let the model generate a few tokens.
+
+    Args:
+        model: a written checkpoint's model; its weights become float32.
+        ids: (batch, seq).
+        prefill: tokens that are processed at once.
+
+    Raises:
+        VerificationError: they differ, or a step fails.
+    """
+    # Float32: in a narrower dtype, rounding alone would exceed the tolerance.
+    if model.dtype != torch.float32:
+        model = model.float()
+    bound = CACHED_TOLERANCE * max(1.0, float(model(ids, use_cache=False).logits.abs().max()))
+    try:
+        gap = measure_cache_gap(model, ids, prefill) / CACHED_TOLERANCE * bound
+        if gap <= bound:
+            gap = _generation_gap(model, ids[:1, :PROMPT])
+            what = " generates tokens that are not its likeliest: their logits are lower"
+        else:
+            what = "'s cached logits differ from its uncached ones"
+    except (*INVALID, IndexError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise VerificationError(
+            f"the written checkpoint cannot decode step by step: {reason}. {REMEDY}"
+        ) from error
+    if not gap <= bound:
+        raise VerificationError(f"the written checkpoint{what} by {gap:.2g}. {REMEDY}")
+
+
+def _generation_gap(model: Any, prompt: Tensor) -> float:
+    """By how much the logits of greedily generated tokens lie below the highest ones."""
+    settings = GenerationConfig(
+        max_new_tokens=N_GENERATED, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    before, model.generation_config = model.generation_config, settings
+    try:
+        with quiet():
+            tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt))
+    finally:
+        model.generation_config = before
+    new = tokens[:, prompt.shape[1] :]
+    logits = model(tokens[:, :-1], use_cache=False).logits[:, prompt.shape[1] - 1 :]
+    chosen = logits.gather(-1, new[..., None])[..., 0]
+    return float((logits.max(dim=-1).values - chosen).max())
 
 
 @torch.no_grad()

@@ -13,15 +13,17 @@ import torch
 
 from layercut.checkpoints.config_check import build_meta_model
 from layercut.checkpoints.config_edit import read_config
-from layercut.checkpoints.folder import list_weight_files, read_json_object
+from layercut.checkpoints.folder import list_weight_files, read_model_config
+from layercut.checkpoints.layer_names import CONFIG_KEYS
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.preflight import check_folder, compute_expected_shapes
-from layercut.checkpoints.quantization import CONFIG_KEYS, is_quantised
+from layercut.checkpoints.quantization import is_quantised
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
 from layercut.data.calibration import MICRO_BATCH_TOKENS
 from layercut.errors import ModelError
-from layercut.models.load import has_bfloat16, weights_dtype
+from layercut.models.load import has_bfloat16, load_tokenizer, weights_dtype
+from layercut.models.special_tokens import text_frame
 from layercut.models.view import LOSS_CHUNK
 from layercut.recipe.recipe import Recipe
 from layercut.registry import describe
@@ -67,6 +69,8 @@ class Inspection:
         by_plan: whether `layercut prune` can apply a plan to it nevertheless.
         layers: each layer; empty where the family's layout is not known.
         scoring: memory_bytes, seconds and n_tokens of the default score on this machine's CPU.
+        leading_token: what starts every window of text; ``None``: nothing, or no tokenizer is read.
+        document_separator: what stands between documents; ``None`` likewise.
     """
 
     model: str
@@ -83,6 +87,8 @@ class Inspection:
     by_plan: bool
     layers: tuple[Layer, ...] = ()
     scoring: Mapping[str, float] = field(default_factory=dict)
+    leading_token: str | None = None
+    document_separator: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``--json``."""
@@ -106,7 +112,7 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
         NetworkError: the Hub is needed and does not give the model.
     """
     folder = find_folder(model, revision)
-    raw = read_json_object(folder / "config.json")
+    raw = read_model_config(folder)
     stored: dict[str, StoredTensor] = {}
     for path in list_weight_files(folder):
         stored |= read_shard(path).tensors
@@ -133,7 +139,16 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
         by_plan=by_plan is not None,
         layers=layers,
         scoring=_scoring(values, n_parameters, stored) if layout is not None else {},
+        **_frame(folder),
     )
+
+
+def _frame(folder: Path) -> dict[str, str | None]:
+    """What stands around text; nothing where no tokenizer can be read: `load` says why."""
+    try:
+        return text_frame(load_tokenizer(folder)).to_json()
+    except ModelError:
+        return {}
 
 
 def _checked(folder: Path, *, as_files: bool) -> tuple[Layout | None, str]:

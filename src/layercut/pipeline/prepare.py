@@ -9,6 +9,7 @@ from typing import Any
 
 from layercut import registry
 from layercut.checkpoints.output_dir import check_disk_space, check_output_dir
+from layercut.checkpoints.writer import check_named_layers
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
 from layercut.engine.loss import check_vocabulary
@@ -23,7 +24,7 @@ from layercut.pipeline.size_search import split
 from layercut.recipe.recipe import Recipe
 from layercut.registry import MethodCall
 from layercut.selection.select import Request, check_scoring, resolve_request
-from layercut.types import CalibrationBatches
+from layercut.types import CalibrationBatches, PruningPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,11 @@ def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> Job:
         recovery=recovery,
         search_size=search_size,
         **section.model_dump(exclude={"max_perplexity_ratio"}),
+    )
+    # Which layers go is not known yet: after a drop of the first, every name is another.
+    dropped = tuple(section.drop or (0,))
+    check_named_layers(
+        view.path, view.layout, PruningPlan(view.name, view.n_layers, dropped, "given")
     )
     check_evaluation(recipe, view)
     check_lengths(

@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from layercut.checkpoints.config_check import prune_config
 from layercut.checkpoints.folder import read_json_object
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.output_dir import check_disk_space, check_output_dir, staged_folder
+from layercut.checkpoints.own_code import warn_of_own_code
 from layercut.checkpoints.plan_file import read_lineage, read_plan
 from layercut.checkpoints.preflight import check_folder
 from layercut.checkpoints.quantization import is_quantised
 from layercut.checkpoints.resolve import find_folder
-from layercut.checkpoints.writer import write_checkpoint
+from layercut.checkpoints.writer import check_named_layers, write_checkpoint
 from layercut.errors import ModelError, PlanError
 from layercut.machine import peak_rss_bytes, provenance
 from layercut.output.verify import verify_files, verify_streamed
@@ -70,7 +72,10 @@ def prune(
             source = find_folder(model, revision)
             check_output_dir(output_dir, source, overwrite=overwrite)
             layout, stored = check_folder(source, as_files=True)
-            chosen = _plan(model, layout.n_layers, file_plan, drop or ())
+            warn_of_own_code(source)
+            chosen = fit_plan(model, layout.n_layers, file_plan, drop or ())
+            prune_config(source, layout, chosen.kept)
+            check_named_layers(source, layout, chosen)
             check_disk_space(source, output_dir)
         result.plan, result.lineage = chosen, read_lineage(source)
         result.recovery = {"method": NOTHING.method, "tensors_changed": 0}
@@ -99,10 +104,14 @@ def _recipe(model: str, revision: str | None, plan: PruningPlan) -> dict[str, An
     }
 
 
-def _plan(
+def fit_plan(
     model: str, n_layers: int, file_plan: PruningPlan | None, drop: Sequence[int]
 ) -> PruningPlan:
-    """The plan for this checkpoint, if it fits."""
+    """The plan for this checkpoint, if it fits.
+
+    Raises:
+        PlanError: it is of another model, or the layers cannot be dropped.
+    """
     if file_plan is not None and file_plan.n_layers != n_layers:
         raise PlanError(
             f"the plan is for {file_plan.n_layers} layers, but {model} has {n_layers}. "
@@ -127,9 +136,17 @@ def _verify(
     check_folder(folder, as_files=True)
     checks = [f"{n_tensors:,} tensors have the names, shapes and sha256 that they should."]
     if quantised:
-        return [*checks, "Logits were not compared: the weights are quantised."]
+        return [
+            *checks,
+            "Logits were not compared: the weights are quantised.",
+            "Whether it decodes with a cache and generates was not tried, for the same reason.",
+        ]
     try:
         verify_streamed(source, folder, layout, plan)
     except ModelError as error:
-        return [*checks, f"Logits were not compared: {error}"]
-    return [*checks, "Logits are those of the source with the dropped layers left out."]
+        return [*checks, f"Logits were not compared, and no text was generated: {error}"]
+    return [
+        *checks,
+        "Cached logits equal uncached ones, and tokens are generated.",
+        "Logits are those of the source with the dropped layers left out.",
+    ]

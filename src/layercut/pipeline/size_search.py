@@ -55,11 +55,11 @@ def prune_within(
         DataError: too little calibration text to set any aside.
         PlanError: dropping a single layer is already too much, or not possible.
     """
-    fits, fails = 0, 1 + most_droppable(view.n_layers, len(request.protect))
+    n_kept = len(request.protect) + bool(request.keep_one_of)
+    fits, fails = 0, 1 + most_droppable(view.n_layers, n_kept)
     if fails <= 1:
         raise PlanError(
-            f"no layer of {view.n_layers} may be dropped: {len(request.protect)} are protected. "
-            "Protect fewer."
+            f"no layer of {view.n_layers} may be dropped: {n_kept} are protected. Protect fewer."
         )
     fitting, held_out = split(batches)
     dense = mean_loss(view, held_out.input_ids, held_out.micro_batch)

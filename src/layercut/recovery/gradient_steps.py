@@ -34,6 +34,8 @@ ETA = 0.001
 SHORTEST = ETA / 8
 SMALLEST = 1e-8
 """Part of the largest squared singular value below which one is noise, and not raised to 1."""
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5 + ((1.875, -1.25, 0.375),) * 2
+"""Coefficients of every iteration: Muon's five, arXiv:2502.16982, and two that converge to 1."""
 
 
 def take_steps(
@@ -113,11 +115,13 @@ def compute_divergence_gradients(
                 )
             value.backward()
         gradients = {n: w.grad for n, w in weights.items() if w.grad is not None}
-    for name, gradient in gradients.items():
-        if not bool(gradient.isfinite().all()):
-            raise NumericsError(
-                f"the gradient of {name} is not finite. Use dtype: float32, or gradient_steps: 0."
-            )
+    # One answer for all weights: a GPU would be waited for at each.
+    finite = torch.stack([gradient.isfinite().all() for gradient in gradients.values()])
+    if not bool(finite.all()):
+        name = next(n for n, good in zip(gradients, finite.tolist(), strict=True) if not good)
+        raise NumericsError(
+            f"the gradient of {name} is not finite. Use dtype: float32, or gradient_steps: 0."
+        )
     return gradients
 
 
@@ -143,17 +147,36 @@ def step_weights(
 def orthogonalize(gradient: Tensor) -> Tensor:
     """U Vᵀ of a matrix U S Vᵀ, float32: all its singular values become 1, but for noise's.
 
-    From the eigenvectors Q of the smaller Gram matrix, G Gᵀ = Q Λ Qᵀ: U Vᵀ = Q Λ^(−½) Qᵀ G.
+    On a CPU from the eigenvectors Q of the smaller Gram matrix, G Gᵀ = Q Λ Qᵀ, as
+    U Vᵀ = Q Λ^(−½) Qᵀ G; on a GPU by products alone, which takes a tenth of the time there.
     """
-    wide = gradient if gradient.shape[0] <= gradient.shape[1] else gradient.T
-    wide = wide.float()
-    if not bool(wide.any()):
-        return torch.zeros_like(gradient, dtype=torch.float32)
-    wide = wide / wide.norm()
+    is_wide = gradient.shape[0] <= gradient.shape[1]
+    wide = (gradient if is_wide else gradient.T).float()
+    wide = wide / wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    factor = _iterate(wide) if wide.is_cuda else _decompose(wide)
+    return factor if is_wide else factor.T
+
+
+def _decompose(wide: Tensor) -> Tensor:
+    """U Vᵀ by the eigenvalues of the Gram matrix; ``wide`` has norm 1, or is zero."""
     values, vectors = torch.linalg.eigh((wide @ wide.T).double())
-    raised = values.clamp_min(float(values[-1]) * SMALLEST).rsqrt()
+    least = max(float(values[-1]) * SMALLEST, 1e-30)  # of zeros nothing is raised
+    raised = values.clamp_min(least).rsqrt()
     factor: Tensor = ((vectors * raised) @ vectors.T).float() @ wide
-    return factor if gradient.shape[0] <= gradient.shape[1] else factor.T
+    return factor
+
+
+def _iterate(wide: Tensor) -> Tensor:
+    """U Vᵀ by Newton–Schulz in bfloat16: each step maps every singular value s to as + bs³ + cs⁵.
+
+    The first steps raise small values fast and leave all between 0.7 and 1.2; the last ones, which
+    converge, bring those to within a hundredth of 1.
+    """
+    x = wide.bfloat16()
+    for a, b, c in NEWTON_SCHULZ:
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.float()
 
 
 @contextmanager

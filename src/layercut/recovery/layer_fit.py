@@ -1,21 +1,14 @@
-"""Least squares with a ridge: the sums, the one solver, and the refit of layer after layer.
-
-Everything here is the ridge regression of docs/methods.md#ridge-solver: D = C (G + λ̂ I)⁻¹ with
-C = Σ e aᵀ, G = Σ a aᵀ and λ̂ = λ · tr(G)/in; only the rows e and a and their weights differ.
-"""
+"""The refit of layer after layer, and the sums of a linear map, by `layercut.recovery.ridge`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from layercut.engine.residual_stream import (
-    ResidualStream,
-    accumulation_device,
-    advance_and_record_inputs,
-)
+from layercut.engine.residual_stream import ResidualStream, advance_and_record_inputs
 from layercut.errors import DataError
 from layercut.models.output_projections import (
     attention_output,
@@ -25,10 +18,9 @@ from layercut.models.output_projections import (
 )
 from layercut.models.view import DecoderView
 from layercut.recovery.paired_walk import KeptLayer, paired_walk
-from layercut.spool import Spool
+from layercut.recovery.ridge import fast_products, fit_best_penalty
+from layercut.spool import SLICE, Spool, choose_device
 from layercut.types import CalibrationBatches, PruningPlan
-
-PENALTY_GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def check_refit(view: DecoderView) -> None:
@@ -70,6 +62,35 @@ def refit_layers(
     return tensors
 
 
+def refit_cuts(
+    view: DecoderView,
+    plan: PruningPlan,
+    batches: CalibrationBatches,
+    held_out: Tensor,
+    dense: ResidualStream,
+) -> ResidualStream:
+    """The stream of the pruned model whose down-projections before the cuts are refitted.
+
+    Args:
+        view: the intact model; unchanged afterwards.
+        plan: which layers go; not layer 0.
+        batches: calibration text.
+        held_out: mask of the tokens that choose λ.
+        dense: the intact model's stream.
+
+    Returns:
+        It, behind the last refitted layer: at the layer after the last cut.
+    """
+    last = plan.cuts[-1][0] - 1
+    for kept in paired_walk(view, plan, batches, dense=dense):
+        if kept.before_cut:
+            _refit_layer(view, kept, held_out, attention=False)
+        if kept.layer == last:
+            break
+    kept.pruned.layer = plan.target_of(last)
+    return kept.pruned
+
+
 def mask_held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
     """Mask over all calibration tokens: True in every ``every``-th sequence.
 
@@ -109,8 +130,9 @@ def _refit_layer(
         changed[f"{prefix}.weight"] = module.weight + store_like(module, update).to(module.weight)
         # The layer's output is linear in its down-projection: no second forward pass is needed.
         right = update.float().T
-        for rows, a in zip(pruned.states.slices(), inputs.slices(), strict=True):
-            rows += (a.to(right.device) @ right).to(rows.device)
+        with fast_products(right.device):
+            for rows, a in zip(pruned.states.slices(), inputs.slices(), strict=True):
+                rows += (a.to(right.device) @ right).to(rows.device)
     return changed
 
 
@@ -121,7 +143,7 @@ def fit_ridge_update(
     held_out: Tensor,
     device: torch.device,
 ) -> Tensor | None:
-    """The change D that lowers the held-out error most, (out, in) float64; ``None`` if none does.
+    """The change D that lowers the held-out error most, (out, in); ``None`` if none does.
 
     Args:
         inputs: a, (n_tokens, in).
@@ -131,43 +153,23 @@ def fit_ridge_update(
         device: where D is computed, and is then, if there is memory for it; else the CPU.
     """
     width, out = inputs.rows.shape[1], outputs.rows.shape[1]
-    # Both Gram matrices, the ridged one and its factor; as many of D's shape; slices of rows.
-    device = accumulation_device(device, 8 * width * (6 * width + 6 * out) + 2**28)
-    gram = torch.zeros(2, width, width, dtype=torch.float64, device=device)
-    cross = torch.zeros(2, out, width, dtype=torch.float64, device=device)
-    slices = zip(inputs.slices(), outputs.slices(), targets.slices(), strict=True)
-    for spooled, held in zip(slices, held_out.split(4096), strict=True):
-        # Products of 4,096 rows in float32, their sums in float64.
-        (a, output, target), mask = (rows.to(device) for rows in spooled), held.to(device)
-        weight = target.norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
-        a, e = a * weight, (target - output) * weight
-        for part, rows in enumerate((~mask, mask)):
-            gram[part] += a[rows].T @ a[rows]
-            cross[part] += e[rows].T @ a[rows]
-    best, lowest = None, 0.0
-    for penalty in PENALTY_GRID:
-        factor = factor_ridge(gram[0], penalty)
-        if factor is None:
-            continue
-        change = torch.cholesky_solve(cross[0].T, factor).T
-        # ‖e − D·a‖² − ‖e‖², summed over the held-out tokens.
-        gain = (change @ gram[1] * change).sum() - 2 * (change * cross[1]).sum()
-        if float(gain) < lowest:
-            best, lowest = change, float(gain)
-    return best
+    n_held_out = int(held_out.sum())
+    n_fitted = len(held_out) - n_held_out
+    side = min(n_fitted, width)
+    # The Gram matrix, ridged and factored; two solutions, the right side and D; the rows of the
+    # tokens' side and the held-out ones; slices.
+    n_bytes = 8 * side * (3 * side + 5 * out) + 4 * (side + n_held_out) * (width + out) + 2**28
+    device = choose_device(device, n_bytes)
 
+    def pick(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        slices = zip(inputs.slices(), outputs.slices(), targets.slices(), strict=True)
+        for spooled, chosen in zip(slices, mask.split(SLICE), strict=True):
+            index = chosen.nonzero().squeeze(1)
+            a, output, target = (rows[index.to(rows.device)].to(device) for rows in spooled)
+            weight = target.norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
+            yield a * weight, (target - output) * weight
 
-def factor_ridge(gram: Tensor, penalty: float) -> Tensor | None:
-    """Cholesky factor of G + λ · tr(G)/in · I, (in, in); ``None`` if that is not positive definite.
-
-    Args:
-        gram: G = Σ a aᵀ, (in, in) float64.
-        penalty: λ, as a share of the mean square of a.
-    """
-    ridged = gram.clone()
-    ridged.diagonal().add_(penalty * gram.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(ridged)
-    return None if int(info) else factor
+    return fit_best_penalty(pick(~held_out), pick(held_out), n_fitted, width, out, device)
 
 
 def sum_products(residual: Spool, output: Spool) -> tuple[Tensor, Tensor]:
@@ -176,20 +178,22 @@ def sum_products(residual: Spool, output: Spool) -> tuple[Tensor, Tensor]:
     float64 because a few massive activations exceed the rest by orders of magnitude.
     """
     width = output.rows.shape[1]
-    cross = torch.zeros(width, width, dtype=torch.float64)
-    gram = torch.zeros(width, width, dtype=torch.float64)
+    cross = torch.zeros(width, width, dtype=torch.float64, device=output.device)
+    gram = torch.zeros_like(cross)
     for r, m in zip(residual.slices(), output.slices(), strict=True):
         m64 = m.double()
-        cross += r.double().T @ m64
+        cross += r.to(m64).T @ m64
         gram += m64.T @ m64
     return cross, gram
 
 
 def mean_squared_errors(residual: Spool, output: Spool, projection: Tensor) -> tuple[float, float]:
     """Mean squared distance to the target before and after the projection."""
-    change = (projection - torch.eye(len(projection), dtype=projection.dtype)).float()
-    before = after = 0.0
+    change = (projection - torch.eye(len(projection)).to(projection)).float().to(output.device)
+    errors = torch.zeros(2, dtype=torch.float64, device=output.device)
     for r, m in zip(residual.slices(), output.slices(), strict=True):
-        before += float(r.square().sum(dtype=torch.float64))
-        after += float((r - m @ change.T).square().sum(dtype=torch.float64))
-    return before / len(residual), after / len(residual)
+        r = r.to(m.device)
+        errors[0] += r.square().sum(dtype=torch.float64)
+        errors[1] += (r - m @ change.T).square().sum(dtype=torch.float64)
+    before, after = (errors / len(residual)).tolist()
+    return before, after

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from layercut import progress
 from layercut.engine.residual_stream import ResidualStream, start_dense_stream
 from layercut.models.view import DecoderView
@@ -42,8 +40,12 @@ class KeptLayer:
 
     def missing(self) -> Spool:
         """What the layer's output lacks of the target, (n_tokens, d), once the layer has run."""
-        rows = Spool(len(self.pruned.states), self.pruned.states.rows.shape[1])
-        torch.sub(self.target.rows, self.pruned.states.rows, out=rows.rows)
+        outputs = self.pruned.states
+        rows = Spool(len(outputs), outputs.rows.shape[1], device=outputs.device)
+        for missing, target, output in zip(
+            rows.slices(), self.target.slices(), outputs.slices(), strict=True
+        ):
+            missing.copy_(target.to(output.device) - output)
         return rows
 
 

@@ -42,7 +42,7 @@ def fit_maps(
             kept.pruned.advance(kept.layer)
             maps[kept.layer] = fit_map(kept)
             for rows in kept.pruned.states.slices():
-                rows.copy_(rows @ maps[kept.layer])
+                rows.copy_(rows @ maps[kept.layer].to(rows.device))
     return maps
 
 

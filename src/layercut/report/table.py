@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from layercut.results import Estimate, Evaluation, RunResult, harness_name
+from layercut.results import Estimate, Evaluation, RunResult, describe_windows, harness_name
 
 if TYPE_CHECKING:
     from layercut.results import Generation
@@ -105,11 +105,20 @@ def compared_stages(result: RunResult) -> tuple[str, str]:
 def measured(stage: Evaluation) -> list[tuple[str, str]]:
     """What one model was measured to be, as (what was measured, its value)."""
     rows = [(label, measure.text) for label, measure in _measures(stage).items()]
+    if stage.leading_token and not stage.windows:
+        rows.append(("Prompts start with", stage.leading_token))
     for name, cut in stage.windows.items():
-        restored = ", detokenized" if cut.detokenized else ""
-        text = f"{cut.n_windows} of {cut.seq_len:,} tokens{restored}"
-        rows.append((f"Windows, {name}", text))
+        rows.append((f"Windows, {name}", describe_windows(cut)))
     return rows
+
+
+def windows(result: RunResult) -> dict[str, str]:
+    """Text → how it was cut, of all stages: they read the same windows."""
+    return {
+        name: describe_windows(cut)
+        for stage in result.stages.values()
+        for name, cut in stage.windows.items()
+    }
 
 
 def _measures(stage: Evaluation, training: str = "Fine-tuning") -> dict[str, _Measure]:

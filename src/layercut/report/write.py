@@ -16,12 +16,17 @@ from markupsafe import Markup
 from layercut.checkpoints.plan_file import plan_content
 from layercut.errors import NumericsError, OutputError, ResourceError
 from layercut.report import plots, table
+from layercut.report.literal import code_span, escape_controls, plain_words
 from layercut.results import RunResult
 from layercut.types import LayerScores
 
 EMBEDDED_LICENSE = "apache-2.0"
 HEADLINES = {"Prefill": "prompt speed", "Fine-tuning": "fine-tuning time"}
 NO_HEADLINE = ("Layers", "Decoding", "Peak memory", "GFLOPs per token", "Zero-shot")
+MAX_FRONT_MATTER = 100_000
+"""Bytes of a model card that are looked at."""
+MAX_BRACKETS = 1000
+"""In them: the reading takes time with the square of the depth."""
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -114,7 +119,10 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = lambda text: text.replace("|", "\\|")
+    environment.filters["cell"] = lambda text: plain_words(text).replace("|", "\\|")
+    environment.filters["words"] = plain_words
+    environment.filters["code"] = code_span
+    environment.filters["line"] = escape_controls
     return environment
 
 
@@ -127,6 +135,7 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
         "rows": table.rows(result),
         "sizes": table.sizes(result),
         "compared": table.change_compares(result),
+        "windows": table.windows(result),
         "compared_title": "Dense and pruned" if "pruned" in result.stages else "Figures",
         "headline": write_headline(result),
         "recovery": format_labels(result.recovery),
@@ -200,11 +209,17 @@ def _is_hub_name(model: str) -> bool:
 def _license_of(source: Path) -> dict[str, Any]:
     """The licence keys of the source's own model card; empty if it has none that can be read."""
     card = source / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    match = re.match(r"---\r?\n(.*?)\r?\n---", text, flags=re.DOTALL)
     try:
-        front_matter = yaml.safe_load(match.group(1)) if match else None
-    except yaml.YAMLError:
+        if not card.is_file():
+            return {}
+        with card.open("rb") as file:
+            text = file.read(MAX_FRONT_MATTER).decode(errors="replace")
+        match = re.match(r"---\r?\n(.*?)\r?\n---", text, flags=re.DOTALL)
+        front = match.group(1) if match else ""
+        if sum(map(front.count, "[{")) > MAX_BRACKETS:
+            return {}
+        front_matter = yaml.safe_load(front)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     if not isinstance(front_matter, dict):
         return {}
@@ -241,7 +256,8 @@ def write_text(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        # A name that is not UTF-8 is spelled out; in JSON that is an escape.
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(

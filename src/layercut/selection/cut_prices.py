@@ -13,7 +13,7 @@ Cost     one forward-backward through activations and one forward pass over the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,15 +21,13 @@ from torch import Tensor
 from layercut import progress
 from layercut.checkpoints.layer_types import LayerTypes
 from layercut.engine.layerwise import layer_gradients
-from layercut.engine.residual_stream import (
-    ResidualStream,
-    accumulation_device,
-    advance_and_record_inputs,
-)
+from layercut.engine.residual_stream import ResidualStream, advance_and_record_inputs
 from layercut.models.output_projections import down_projection
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import factor_ridge, mask_held_out_rows
-from layercut.spool import Spool
+from layercut.recovery.layer_fit import mask_held_out_rows
+from layercut.recovery.ridge import factor_ridge, fast_products
+from layercut.selection.pattern import keeps_one
+from layercut.spool import Spool, choose_device
 from layercut.types import CalibrationBatches, Cut, LayerSet
 
 HELD_OUT_EVERY = 4
@@ -44,25 +42,27 @@ def sensitivities(
     """‖∇h_l‖ of every token at every boundary, and every layer's residual sensitivity.
 
     Returns:
-        Slopes, (L + 1, n_tokens), where row l is for the stream entering layer l (row 0 is zero),
+        Slopes on the model's device, (L + 1, n_tokens), where row l is for the stream entering
+        layer l (row 0 is zero),
         and the sum over tokens of ‖∇h_{l+1}‖·‖h_{l+1} − h_l‖ per layer.
     """
-    slopes = torch.zeros(view.n_layers + 1, batches.n_sequences * batches.seq_len)
-    values = [0.0] * view.n_layers
+    n_tokens = batches.n_sequences * batches.seq_len
+    slopes = torch.zeros(view.n_layers + 1, n_tokens, device=view.device)
     start = 0
     n_slices = -(-batches.n_sequences // batches.micro_batch)
     for ids in progress.track(batches.micro_batches(), total=n_slices):
         stop = start + ids.numel()
         for g in layer_gradients(view, ids, micro_batch=len(ids), n_targets=1, weights=False):
-            slopes[g.layer + 1, start:stop] = g.grad_out[0].float().norm(dim=-1).flatten().cpu()
+            slopes[g.layer + 1, start:stop] = g.grad_out[0].float().norm(dim=-1).flatten()
         start = stop
     for layer in range(view.n_layers):
         dense.advance(layer)
     assert dense.history is not None
-    for layer, (before, after) in enumerate(zip(dense.history, dense.history[1:], strict=False)):
-        change = (after.rows - before.rows).norm(dim=1)
-        values[layer] = float((slopes[layer + 1] * change).sum(dtype=torch.float64))
-    return slopes, values
+    values = []
+    for slope, before, after in zip(slopes[1:], dense.history, dense.history[1:], strict=False):
+        change = (after.rows - before.rows.to(after.device)).norm(dim=1)
+        values.append((slope.to(change.device) * change).sum(dtype=torch.float64).to(view.device))
+    return slopes, torch.stack(values).tolist()
 
 
 def price_cuts(
@@ -74,6 +74,8 @@ def price_cuts(
 ) -> Prices:
     """The price of every cut (first layer, number of layers) of at most ``longest`` layers."""
     held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
+    fitted_rows, held_out_rows = (mask.nonzero().squeeze(1) for mask in (~held_out, held_out))
+    weights = slopes[:, held_out_rows.to(slopes.device)]
     prices: Prices = {}
     assert dense.history is not None
     for start in progress.track(range(1, view.n_layers), total=view.n_layers - 1):
@@ -82,46 +84,96 @@ def price_cuts(
         inputs = advance_and_record_inputs(dense.fork(), start - 1, module)
         ends = range(start + 1, min(start + longest, view.n_layers) + 1)
         targets = [dense.history[end] for end in ends]
-        residuals = _residuals(inputs, dense.history[start], targets, held_out, view.device)
-        for end, length in zip(ends, residuals, strict=True):
-            price = (slopes[end, held_out] * length).sum(dtype=torch.float64)
-            prices[start, end - start] = float(price)
+        rows = fitted_rows, held_out_rows
+        lengths = _residuals(inputs, dense.history[start], targets, rows, view.device)
+        costs = [
+            (weights[end].to(length.device) * length).sum(dtype=torch.float64)
+            for end, length in zip(ends, lengths, strict=True)
+        ]
+        for end, price in zip(ends, torch.stack(costs).tolist(), strict=True):
+            prices[start, end - start] = price
     return prices
 
 
 def _residuals(
-    inputs: Spool, origin: Spool, targets: list[Spool], held_out: Tensor, device: torch.device
+    inputs: Spool,
+    origin: Spool,
+    targets: list[Spool],
+    rows: tuple[Tensor, Tensor],
+    device: torch.device,
 ) -> Iterator[Tensor]:
     """‖target − origin − D·a‖ of every held-out token, per target; D = 0 where that is better."""
     width, out = inputs.rows.shape[1], origin.rows.shape[1]
+    side = min(width, len(rows[0]))
     # Rows of the inputs and of one target's changes; the Gram matrix, its factor, the fit.
-    n_bytes = 4 * len(inputs) * (width + 3 * out) + 8 * width * (5 * width + 4 * out)
-    device = accumulation_device(device, n_bytes)
-    seen = ~held_out
-    weight = origin.rows[seen].norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
-    a, a_held = (inputs.rows[seen] * weight).to(device), inputs.rows[held_out].to(device)
+    n_bytes = 4 * len(inputs) * (width + 3 * out) + 8 * side * (4 * side + len(rows[1]) + 4 * out)
+    device = choose_device(device, n_bytes)
+
+    def pick(spool: Spool, part: int) -> Tensor:
+        return spool.rows[rows[part].to(spool.device)].to(device)
+
+    start, start_held = pick(origin, 0), pick(origin, 1)
+    weight = start.norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
+    a, a_held = pick(inputs, 0) * weight, pick(inputs, 1)
+    with fast_products(device):
+        predict = _prepare_prediction(a, a_held)
+        for target in targets:
+            missing = pick(target, 1) - start_held
+            length = missing.norm(dim=1)
+            # A layer whose MLP is silent gives nothing to fit with.
+            if predict is not None:
+                after = (missing - predict((pick(target, 0) - start) * weight)).norm(dim=1)
+                length = torch.where(after.sum() < length.sum(), after, length)
+            yield length
+
+
+def _prepare_prediction(a: Tensor, a_held: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """D·a of the held-out rows as a function of the change that D is fitted to.
+
+    Args:
+        a: weighted rows to fit with, (n, in).
+        a_held: held-out rows, (m, in).
+    """
+    if len(a) < a.shape[1]:
+        factor = factor_ridge((a @ a.T).double(), PENALTY, a.shape[1])
+        if factor is None:
+            return None
+        solved = torch.cholesky_solve((a @ a_held.T).double(), factor).T.float()
+        return lambda change: solved @ change
     factor = factor_ridge((a.T @ a).double(), PENALTY)
-    for target in targets:
-        missing = (target.rows[held_out] - origin.rows[held_out]).to(device)
-        length = missing.norm(dim=1)
-        # A layer whose MLP is silent gives nothing to fit with.
-        if factor is not None:
-            change = ((target.rows[seen] - origin.rows[seen]) * weight).to(device)
-            update = torch.cholesky_solve((a.T @ change).double(), factor).float()
-            after = (missing - a_held @ update).norm(dim=1)
-            length = after if after.sum() < length.sum() else length
-        yield length.cpu()
+    if factor is None:
+        return None
+    return lambda change: a_held @ torch.cholesky_solve((a.T @ change).double(), factor).float()
 
 
 def find_cheapest_plans(
-    prices: Prices, n_layers: int, protect: frozenset[int], layer_types: LayerTypes | None = None
+    prices: Prices,
+    n_layers: int,
+    protect: frozenset[int],
+    layer_types: LayerTypes | None = None,
+    keep_one_of: frozenset[int] = frozenset(),
 ) -> dict[int, tuple[float, LayerSet]]:
     """For every number of dropped layers, the lowest sum of prices and the plan that has it.
 
     A shortest path over positions: from a kept layer, either keep the next one or make a cut and
     keep the layer after it. With ``layer_types``, a layer is kept only where its new
-    place is of its type.
+    place is of its type. Where the cheapest plan of a size drops all of ``keep_one_of``, it is the
+    cheapest of those that keep a certain one of them.
     """
+    plans = _find_cheapest_plans(prices, n_layers, protect, layer_types)
+    if all(keeps_one(keep_one_of, plan) for _, plan in plans.values()):
+        return plans
+    kept: dict[int, tuple[float, LayerSet]] = {}
+    for layer in sorted(keep_one_of):
+        found = _find_cheapest_plans(prices, n_layers, protect | {layer}, layer_types)
+        for n_dropped, entry in found.items():
+            kept[n_dropped] = min(kept.get(n_dropped, entry), entry)
+    return kept
+
+
+def _find_cheapest_plans(
+    prices: Prices, n_layers: int, protect: frozenset[int], layer_types: LayerTypes | None
+) -> dict[int, tuple[float, LayerSet]]:
     # best[p][n]: layers before p are decided, n of them dropped, and layer p − 1 is kept.
     best: list[dict[int, tuple[float, LayerSet]]] = [{} for _ in range(n_layers + 2)]
     best[1][0] = (0.0, ())

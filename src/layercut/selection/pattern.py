@@ -6,7 +6,7 @@ them only if its kept layers follow the pattern that a fresh configuration of as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from layercut.checkpoints.config_edit import edit_config, read_config
@@ -50,7 +50,9 @@ def pattern_to_keep(
         )
     if drop is not None and not keeps_pattern(layer_types, drop):
         raise no_such_plan_error(n_drop, len(layer_types))
-    choose_lowest_in_pattern([0.0] * len(layer_types), layer_types, n_drop, frozenset(protect))
+    choose_lowest_in_pattern(
+        [0.0] * len(layer_types), layer_types, n_drop, frozenset(protect), view.layout.keep_one_of
+    )
     return layer_types
 
 
@@ -79,16 +81,43 @@ def keeps_pattern(layer_types: LayerTypes | None, dropped: Sequence[int]) -> boo
     return kept == list(layer_types[: len(kept)])
 
 
+def keeps_one(layers: Collection[int], dropped: Collection[int]) -> bool:
+    """Whether a plan keeps one of ``layers``, if there are any."""
+    return not layers or not set(layers) <= set(dropped)
+
+
 def choose_lowest_in_pattern(
-    values: Sequence[float], layer_types: LayerTypes, n_drop: int, protect: frozenset[int]
+    values: Sequence[float],
+    layer_types: LayerTypes,
+    n_drop: int,
+    protect: frozenset[int],
+    keep_one_of: frozenset[int] = frozenset(),
 ) -> tuple[int, ...]:
     """The ``n_drop`` layers of the lowest total score whose loss keeps the pattern.
 
     Exact: of layers 0…l with j kept, the cheapest choice depends on nothing else.
 
     Raises:
-        PlanError: no choice of this size keeps it.
+        PlanError: no choice of this size keeps it, the protected layers, and one of
+            ``keep_one_of``.
     """
+    plan = _choose_lowest_in_pattern(values, layer_types, n_drop, protect)
+    if plan is not None and not keeps_one(keep_one_of, plan[1]):
+        # The best of all, whichever of these layers is the one that stays.
+        plans = (
+            _choose_lowest_in_pattern(values, layer_types, n_drop, protect | {layer})
+            for layer in sorted(keep_one_of)
+        )
+        plan = min((plan for plan in plans if plan is not None), default=None)
+    if plan is None:
+        raise no_such_plan_error(n_drop, len(layer_types))
+    return plan[1]
+
+
+def _choose_lowest_in_pattern(
+    values: Sequence[float], layer_types: LayerTypes, n_drop: int, protect: frozenset[int]
+) -> tuple[float, tuple[int, ...]] | None:
+    """The lowest total score and its layers; ``None`` if no choice of this size does."""
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for layer, (value, layer_type) in enumerate(zip(values, layer_types, strict=True)):
         after: dict[int, tuple[float, tuple[int, ...]]] = {}
@@ -101,9 +130,7 @@ def choose_lowest_in_pattern(
             for n, entry in moves:
                 after[n] = min(after.get(n, entry), entry)
         best = after
-    if n_drop not in best:
-        raise no_such_plan_error(n_drop, len(layer_types))
-    return best[n_drop][1]
+    return best.get(n_drop)
 
 
 def no_such_plan_error(n_drop: int, n_layers: int) -> PlanError:

@@ -33,6 +33,7 @@ class Request:
         n_drop: layers that go, or that may at most where the size is searched.
         drop: exactly these layers go, and nothing is scored.
         protect: layers that must stay.
+        keep_one_of: layers of which at least one must stay; empty where there is no such need.
         layer_types: the pattern that kept layers must follow, if there is one to preserve.
         scorer: computes scores; `layercut.scoring.score.score_layers`, or one that remembers.
     """
@@ -43,6 +44,7 @@ class Request:
     n_drop: int = DEFAULT_DROP_LAYERS
     drop: LayerSet | None = None
     protect: frozenset[int] = frozenset()
+    keep_one_of: frozenset[int] = frozenset()
     layer_types: LayerTypes | None = None
     scorer: Scorer = score_layers
 
@@ -99,6 +101,7 @@ def resolve_request(
     _check_indices(view.n_layers, drop or (), protect)
     if drop is None:
         kept |= set(layers_to_keep(view))
+    one_of = view.layout.keep_one_of if not view.layout.keep_one_of & kept else frozenset()
     n_drop = check_request(
         view.n_layers,
         drop_layers=1 if search_size else drop_layers,
@@ -106,8 +109,11 @@ def resolve_request(
         drop=drop,
         protect=sorted(kept),
     )
+    n_kept = len(kept) + bool(one_of)
     if search_size:
-        n_drop = most_droppable(view.n_layers, len(kept))
+        n_drop = most_droppable(view.n_layers, n_kept)
+    if drop is None:
+        _check_count(n_drop, view.n_layers, n_kept)
     if drop is not None:
         check_dropped(view, drop)
     layer_types = None
@@ -122,6 +128,7 @@ def resolve_request(
         n_drop=n_drop,
         drop=None if drop is None else tuple(sorted(drop)),
         protect=frozenset(kept),
+        keep_one_of=one_of,
         layer_types=layer_types,
         scorer=scorer,
     )

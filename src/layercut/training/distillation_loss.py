@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from layercut.engine.loss import kl_divergence, log_normaliser
+from layercut.models.special_tokens import n_given
 from layercut.models.view import DecoderView
 
 CHUNK = 128
@@ -55,8 +56,9 @@ class Divergence:
         normed = _normed_states(self.student, input_ids)
         ids = input_ids.to(normed.device)
         labels = torch.full_like(ids, -1)
-        labels[:, :-1] = ids[:, 1:]
-        n_labels = ids.shape[0] * (ids.shape[1] - 1)
+        n = n_given(self.student.tokenizer, ids)
+        labels[:, n:-1] = ids[:, n + 1 :]
+        n_labels = ids.shape[0] * (ids.shape[1] - 1 - n)
         weights = ((1 - self.label_weight) / ids.numel(), self.label_weight / n_labels)
         total, gradients = torch.zeros((), device=normed.device), []
         for states, guiding, targets in zip(

@@ -161,7 +161,11 @@ def _prepare_examples(
 def _windows(batches: CalibrationBatches) -> list[Example]:
     """Each window of calibration text as it stands, learnt from its second token on."""
     return [
-        {"input_ids": ids, "labels": [IGNORED, *ids[1:]], "length": len(ids)}
+        {
+            "input_ids": ids,
+            "labels": [IGNORED] * batches.n_unscored + ids[batches.n_unscored :],
+            "length": len(ids),
+        }
         for ids in batches.input_ids.tolist()
     ]
 

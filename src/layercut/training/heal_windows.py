@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layercut.data.calibration import pack_tokens, texts_of
+from layercut.data.calibration import cut_windows, read_tokens, texts_of
 from layercut.engine.loss import check_vocabulary
 from layercut.errors import DataError, RecipeError
+from layercut.models.special_tokens import TextFrame, text_frame
 from layercut.models.view import DecoderView
 from layercut.recipe.heal import HealConfig
 from layercut.recipe.recipe import CalibrationConfig
@@ -65,18 +66,20 @@ def _windows(
     batches: CalibrationBatches,
 ) -> Tensor:
     """The first ``n_wanted`` windows of a text that hold nothing of the calibration."""
+    frame = text_frame(tokenizer)
+    n_leading = len(frame.leading)
+    n_text, used = seq_len - n_leading, _without_leading(batches.input_ids, frame)
     # Each calibration window excludes what lies in it and, at its edges, parts of two windows.
-    n_excluded = batches.n_sequences * (batches.seq_len + 2 * seq_len)
-    texts = texts_of(source, column)
-    tokens = pack_tokens(texts, tokenizer, seq_len=1, max_tokens=n_wanted * seq_len + n_excluded)
-    stream = tokens.flatten()
-    if len(stream) < seq_len:
+    n_excluded = len(used) * (used.shape[1] + 2 * n_text)
+    texts = texts_of(source, column, tokenizer)
+    ids = read_tokens(texts, tokenizer, frame, n_wanted * n_text + n_excluded)
+    if len(ids) < n_text:
         raise DataError(
-            f"{source} holds {len(stream)} tokens, fewer than one window of heal.seq_len "
+            f"{source} holds {len(ids)} tokens, fewer than one window of heal.seq_len "
             f"{seq_len}. Use more text, or lower heal.seq_len."
         )
-    windows = _cut(stream, seq_len)
-    is_unseen = ~_cut(overlap_mask(stream, batches.input_ids), seq_len).any(dim=1)
+    windows = cut_windows(ids, frame, seq_len)
+    is_unseen = ~_cut(overlap_mask(torch.tensor(ids), used), n_text).any(dim=1)
     unseen = windows[is_unseen]
     if 2 * len(unseen) < min(len(windows), n_wanted):
         warnings.warn(
@@ -88,8 +91,20 @@ def _windows(
     return unseen[:n_wanted]
 
 
+def _without_leading(windows: Tensor, frame: TextFrame) -> Tensor:
+    """The windows' text alone: what their source holds, wherever it is looked for."""
+    n = len(frame.leading)
+    starts = windows[:, :n].tolist()
+    return windows[:, n:] if n and all(tuple(s) == frame.leading for s in starts) else windows
+
+
 def overlap_mask(stream: Tensor, used: Tensor) -> Tensor:
-    """Which tokens of a text are in calibration windows, which were cut from its start as well."""
+    """Which tokens of a text are in calibration windows, which were cut from its start as well.
+
+    Args:
+        stream: the text's tokens, (n,), without leading ones.
+        used: the text of the windows, (n_windows, length), without leading tokens.
+    """
     seen = torch.zeros(len(stream), dtype=torch.bool)
     if len(stream) < used.shape[1]:
         return seen

@@ -20,8 +20,9 @@ from layercut.engine.residual_stream import ResidualStream, advance_and_record_o
 from layercut.errors import NumericsError
 from layercut.models.output_projections import check_exact, fold, mlp_output
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import factor_ridge, mean_squared_errors, sum_products
+from layercut.recovery.layer_fit import mean_squared_errors, sum_products
 from layercut.recovery.paired_walk import paired_walk
+from layercut.recovery.ridge import factor_ridge
 from layercut.registry import Method, MethodOptions
 from layercut.spool import Spool
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
@@ -87,7 +88,7 @@ def fit_linear_map(missing: Spool, mlp: Spool, alpha: float) -> Tensor:
     """
     cross, gram = sum_products(missing, mlp)
     if float(gram.diagonal().mean()) == 0:
-        return torch.eye(len(gram), dtype=gram.dtype)
+        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor = factor_ridge(gram, max(alpha, LEAST_ALPHA))
     if factor is None:
         raise NumericsError(
@@ -100,6 +101,6 @@ def fit_linear_map(missing: Spool, mlp: Spool, alpha: float) -> Tensor:
 
 def _map_outputs(outputs: Spool, mlp: Spool, projection: Tensor) -> None:
     """Turn y + m into y + m·T, in place: the layer's output is linear in its MLP's."""
-    change = (projection - torch.eye(len(projection), dtype=projection.dtype)).float()
+    change = (projection - torch.eye(len(projection)).to(projection)).float()
     for rows, m in zip(outputs.slices(), mlp.slices(), strict=True):
-        rows += m @ change.T
+        rows += (m @ change.T.to(m.device)).to(rows.device)

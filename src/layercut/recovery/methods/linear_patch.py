@@ -54,7 +54,7 @@ def fit(
 
 def fit_map(stream: Spool, target: Spool, seq_len: int) -> Tensor:
     """A = H·diag(r)·Hᵀ, (d, d) float32."""
-    rotation = hadamard(stream.rows.shape[1])
+    rotation = hadamard(stream.rows.shape[1]).to(stream.device)
     ratios = channel_ratios(stream, target, seq_len, rotation).float()
     return rotation * ratios @ rotation.T
 

@@ -106,8 +106,9 @@ def channel_ratios(
         seq_len: tokens per sequence, over which a norm runs.
         rotation: (d, d) that is applied to both first.
     """
-    totals = torch.zeros(before.rows.shape[1], dtype=torch.float64)
+    totals = torch.zeros(before.rows.shape[1], dtype=torch.float64, device=before.device)
     for x, y in zip(before.slices(seq_len), after.slices(seq_len), strict=True):
+        y = y.to(x.device)
         if rotation is not None:
             x, y = x @ rotation, y @ rotation
         totals += y.abs().sum(dim=0, dtype=torch.float64) / x.abs().sum(dim=0, dtype=torch.float64)

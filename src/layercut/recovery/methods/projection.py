@@ -24,8 +24,9 @@ from layercut.engine.residual_stream import ResidualStream, advance_and_record_o
 from layercut.errors import DataError, NumericsError
 from layercut.models.output_projections import check_exact, fold, mlp_output
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import factor_ridge, mean_squared_errors, sum_products
+from layercut.recovery.layer_fit import mean_squared_errors, sum_products
 from layercut.recovery.paired_walk import paired_walk
+from layercut.recovery.ridge import factor_ridge
 from layercut.registry import Method, MethodOptions
 from layercut.spool import Spool
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
@@ -114,7 +115,9 @@ def find_largest_mean_shift(
         output = advance_and_record_outputs(kept.pruned, kept.layer, module)
         total = torch.zeros(view.hidden_size, dtype=torch.float64)
         for ours, target in zip(kept.pruned.states.slices(), kept.target.slices(), strict=True):
-            total += (ours - target).sum(dim=0, dtype=torch.float64)
+            total += (
+                (ours - target.to(ours.device)).sum(dim=0, dtype=torch.float64).to(total.device)
+            )
         norm = float((total / len(output)).norm())
         if norm > (-1.0 if best is None else best.norm):
             best = Shift(kept.layer, norm, kept.missing(), output)
@@ -139,7 +142,10 @@ def solve_closed_form(residual: Spool, output: Spool, penalty: float) -> Tensor:
             "the projection's normal equations are singular. Use a recovery penalty above 0 or "
             "more calibration text."
         )
-    return torch.eye(len(gram), dtype=gram.dtype) + torch.cholesky_solve(cross.T, factor).T
+    return (
+        torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        + torch.cholesky_solve(cross.T, factor).T
+    )
 
 
 def solve_gradient_descent(
@@ -169,10 +175,10 @@ def solve_gradient_descent(
         gradient = ridge * ahead
         for r, m in zip(residual.slices(), output.slices(), strict=True):
             m64 = m.double()
-            gradient += (m64 @ ahead.T - r).T @ m64
+            gradient += (m64 @ ahead.T - r.to(m64)).T @ m64
         previous, change = change, ahead - gradient / highest
         if gradient.norm() <= tolerance * cross.norm():
-            return change + torch.eye(len(gram), dtype=gram.dtype)
+            return change + torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     raise NumericsError(
         f"gradient descent did not converge in {max_steps} steps. Use recovery.options.solver: "
         "closed-form or a larger penalty."

@@ -54,7 +54,8 @@ def angular_distances(view: DecoderView, batches: CalibrationBatches, options: O
         turns a rounding of 1e-7 near 1 into an angle of 4e-4.
     """
     kept = slice(-1, None) if options.tokens == "last" else slice(None)
-    totals = torch.zeros(view.n_layers + 1, view.n_layers + 1, dtype=torch.float64)
+    size = view.n_layers + 1
+    totals = torch.zeros(size, size, dtype=torch.float64, device=view.device)
     n_tokens = 0
     n_slices = -(-batches.n_sequences // batches.micro_batch)
     for ids in progress.track(batches.micro_batches(), total=n_slices):
@@ -67,6 +68,6 @@ def angular_distances(view: DecoderView, batches: CalibrationBatches, options: O
         for rows in zip(*(stream.split(TOKENS_AT_ONCE) for stream in streams), strict=True):
             directions = functional.normalize(torch.stack(rows, dim=1).double(), dim=-1)
             cosines = (directions @ directions.mT).clamp(-1, 1)
-            totals += cosines.arccos().sum(dim=0).cpu()
+            totals += cosines.arccos().sum(dim=0)
         n_tokens += len(streams[0])
-    return totals / (n_tokens * math.pi)
+    return totals.cpu() / (n_tokens * math.pi)

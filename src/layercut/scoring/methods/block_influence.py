@@ -29,7 +29,7 @@ METHOD = Method()
 @torch.no_grad()
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward pass over ``batches``."""
-    totals = torch.zeros(view.n_layers, dtype=torch.float64)
+    totals = torch.zeros(view.n_layers, dtype=torch.float64, device=view.device)
     n_slices = -(-batches.n_sequences // batches.micro_batch)
     for ids in progress.track(batches.micro_batches(), total=n_slices):
         inputs = view.embed(ids)
@@ -37,7 +37,7 @@ def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> L
         for layer in range(view.n_layers):
             output = view.run_layer(layer, hidden, inputs)
             cosine = functional.cosine_similarity(hidden.float(), output.float(), dim=-1)
-            totals[layer] += cosine.sum(dtype=torch.float64).cpu()
+            totals[layer] += cosine.sum(dtype=torch.float64)
             hidden = output
     n_tokens = batches.n_sequences * batches.seq_len
     return LayerScores(tuple((1 - totals / n_tokens).tolist()))

@@ -41,26 +41,26 @@ METHOD = Method(rounds="each")
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward-backward over ``batches``; every gradient is reduced and freed at once."""
-    totals = [0.0] * view.n_layers
+    totals = torch.zeros(view.n_layers, dtype=torch.float64, device=view.device)
     n_groups = -(-batches.n_sequences // batches.gradient_batch)
     for group in progress.track(batches.groups(), total=n_groups):
         for gradients in layer_gradients(
             view, group, micro_batch=batches.micro_batch, n_targets=batches.n_targets
         ):
-            totals[gradients.layer] += sum(
-                magnitude(gradient, options.norm) for gradient in gradients.weights.values()
-            )
+            for gradient in gradients.weights.values():
+                totals[gradients.layer] += magnitude(gradient, options.norm)
+    values = totals.tolist()
     if options.reduction == "mean":
-        totals = [total / _n_weights(view, layer) for layer, total in enumerate(totals)]
-    return LayerScores(tuple(totals), n_targets=batches.n_targets)
+        values = [total / _n_weights(view, layer) for layer, total in enumerate(values)]
+    return LayerScores(tuple(values), n_targets=batches.n_targets)
 
 
-def magnitude(gradient: Tensor, norm: Norm) -> float:
-    """The norm of one gradient, accumulated in float64: float32 sums of 10⁷ terms drift."""
+def magnitude(gradient: Tensor, norm: Norm) -> Tensor:
+    """The norm of one gradient, (), accumulated in float64: float32 sums of 10⁷ terms drift."""
     if norm == "l1":
-        return float(gradient.abs().sum(dtype=torch.float64))
-    squares = sum((rows.double().square().sum().item() for rows in gradient.split(256)), 0.0)
-    return squares**0.5 if norm == "l2" else squares
+        return gradient.abs().sum(dtype=torch.float64)
+    squares = torch.stack([rows.double().square().sum() for rows in gradient.split(256)]).sum()
+    return squares.sqrt() if norm == "l2" else squares
 
 
 def _n_weights(view: DecoderView, layer: int) -> int:

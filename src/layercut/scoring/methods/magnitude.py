@@ -28,7 +28,7 @@ def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> L
     """No pass over ``batches``."""
     return LayerScores(
         tuple(
-            sum(magnitude(weight.detach(), "l1") for weight in view.linear_weights(layer).values())
+            float(sum(magnitude(w.detach(), "l1") for w in view.linear_weights(layer).values()))
             for layer in range(view.n_layers)
         )
     )

@@ -28,7 +28,7 @@ METHOD = Method()
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward-backward over ``batches``; tokens are independent, so groups do not matter."""
-    totals = [0.0] * view.n_layers
+    totals = torch.zeros(view.n_layers, dtype=torch.float64, device=view.device)
     n_slices = -(-batches.n_sequences // batches.micro_batch)
     for ids in progress.track(batches.micro_batches(), total=n_slices):
         for gradients in layer_gradients(
@@ -37,5 +37,5 @@ def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> L
             (before,), (after,) = gradients.hidden_in, gradients.hidden_out
             change = (after.float() - before.float()).norm(dim=-1)
             slope = gradients.grad_out[0].float().norm(dim=-1)
-            totals[gradients.layer] += (slope * change).sum(dtype=torch.float64).item()
-    return LayerScores(tuple(totals), n_targets=batches.n_targets)
+            totals[gradients.layer] += (slope * change).sum(dtype=torch.float64)
+    return LayerScores(tuple(totals.tolist()), n_targets=batches.n_targets)

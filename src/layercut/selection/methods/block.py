@@ -18,7 +18,7 @@ from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
 from layercut.scoring.methods.angular_distance import angular_distances
 from layercut.scoring.score import with_provenance
-from layercut.selection.pattern import keeps_pattern, no_such_plan_error
+from layercut.selection.pattern import keeps_one, keeps_pattern, no_such_plan_error
 from layercut.selection.select import PlanOfSize, Request
 from layercut.types import CalibrationBatches, Evidence, LayerScores, LayerSet, PruningPlan, Round
 
@@ -67,7 +67,11 @@ def find_closest_block(distances: list[float], n_drop: int, request: Request) ->
     """
     n_layers = len(distances) + n_drop - 1
     blocks = {start: tuple(range(start, start + n_drop)) for start in range(len(distances))}
-    free = {s: block for s, block in blocks.items() if not request.protect & set(block)}
+    free = {
+        start: block
+        for start, block in blocks.items()
+        if not request.protect & set(block) and keeps_one(request.keep_one_of, block)
+    }
     if not free:
         raise PlanError(
             f"no block of {n_drop} of {n_layers} layers lies between the protected ones. Lower "

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 from layercut import progress
 from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
-from layercut.selection.pattern import choose_lowest_in_pattern
+from layercut.selection.pattern import choose_lowest_in_pattern, keeps_one
 from layercut.selection.select import PlanOfSize, Request
 from layercut.types import (
     CalibrationBatches,
@@ -51,7 +52,7 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
                 gradient_log = gradient_log or new.gradient_log
                 memory.append(replace(new, gradient_log=None))
             scores = memory[len(rounds)]
-            chosen, margin = _choose(scores.values, n_each, request)
+            chosen, margin = _choose(scores.values, n_each, request, dropped)
             dropped += chosen
             rounds.append(Round(scores.values, tuple(chosen), margin))
         evidence = Evidence(tuple(memory[: len(rounds)]), gradient_log=gradient_log)
@@ -69,13 +70,22 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
 
 
 def _choose(
-    values: Sequence[float | None], n: int, request: Request
+    values: Sequence[float | None], n: int, request: Request, dropped: Sequence[int]
 ) -> tuple[list[int], float | None]:
     if request.layer_types is None:
-        return choose_lowest(values, n, protect=request.protect)
+        left = request.keep_one_of - set(dropped)
+        chosen, margin = choose_lowest(values, n, protect=request.protect)
+        if keeps_one(left, chosen):
+            return chosen, margin
+        # The best that can be done is to keep the one with the highest score, ties the lower.
+        best = max(left, key=lambda layer: (cast(float, values[layer]), -layer))
+        return choose_lowest(values, n, protect=request.protect | {best})
     # One-shot: every layer has a score.
     scored = [value for value in values if value is not None]
-    return list(choose_lowest_in_pattern(scored, request.layer_types, n, request.protect)), None
+    plan = choose_lowest_in_pattern(
+        scored, request.layer_types, n, request.protect, request.keep_one_of
+    )
+    return list(plan), None
 
 
 def choose_lowest(

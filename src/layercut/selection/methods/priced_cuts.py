@@ -15,11 +15,11 @@ from dataclasses import replace
 
 from layercut import progress
 from layercut.checkpoints.layer_types import LayerTypes
-from layercut.engine.loss import mean_loss
+from layercut.engine.loss import mean
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_layers
+from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_cuts
 from layercut.registry import Method, MethodOptions
 from layercut.scoring.score import with_provenance
 from layercut.selection.cut_prices import (
@@ -29,7 +29,7 @@ from layercut.selection.cut_prices import (
     price_cuts,
     sensitivities,
 )
-from layercut.selection.pattern import keeps_pattern, no_such_plan_error
+from layercut.selection.pattern import keeps_one, keeps_pattern, no_such_plan_error
 from layercut.selection.select import PlanOfSize, Request
 from layercut.types import CalibrationBatches, Evidence, LayerScores, LayerSet, PruningPlan, Round
 
@@ -57,22 +57,23 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
     slopes, values = sensitivities(view, sample, dense)
     prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT)
     n_priced = int(mask_held_out_rows(sample, HELD_OUT_EVERY).sum())
-    cheapest = find_cheapest_plans(prices, view.n_layers, protect, request.layer_types)
+    types, one_of = request.layer_types, request.keep_one_of
+    cheapest = find_cheapest_plans(prices, view.n_layers, protect, types, one_of)
     curve = {n: cheapest[n][0] / n_priced for n in sorted(cheapest)}
     bare = LayerScores(tuple(values), n_targets=sample.n_targets)
     seconds = time.perf_counter() - start
     scores = with_provenance(view, sample, bare, request.scoring, seconds)
 
     def plan_size(n_drop: int) -> tuple[PruningPlan, Evidence]:
-        starts = find_starting_plans(prices, view.n_layers, protect, n_drop, request.layer_types)
-        if not starts and request.layer_types is not None:
+        starts = find_starting_plans(prices, view.n_layers, protect, n_drop, types, one_of)
+        if not starts and types is not None:
             raise no_such_plan_error(n_drop, view.n_layers)
         if not starts:
             raise PlanError(
                 f"no plan drops {n_drop} of {view.n_layers} layers around the protected ones. "
                 "Lower drop_layers or protect fewer."
             )
-        dropped, _ = search(view, sample, dense, starts, prices, protect, request.layer_types)
+        dropped, _ = search(view, sample, dense, starts, prices, protect, types, one_of)
         chosen = PruningPlan(
             model=view.name,
             n_layers=view.n_layers,
@@ -103,6 +104,7 @@ def find_starting_plans(
     protect: frozenset[int],
     n_drop: int,
     layer_types: LayerTypes | None = None,
+    keep_one_of: frozenset[int] = frozenset(),
 ) -> list[LayerSet]:
     """The cheapest plan with cuts of any length, and those with no cut longer than 1, 2, 3, 4, 6.
 
@@ -112,7 +114,7 @@ def find_starting_plans(
     plans = []
     for longest in LENGTH_LIMITS:
         allowed = {cut: price for cut, price in prices.items() if cut[1] <= longest}
-        curve = find_cheapest_plans(allowed, n_layers, protect, layer_types)
+        curve = find_cheapest_plans(allowed, n_layers, protect, layer_types, keep_one_of)
         if n_drop in curve:
             plans.append(curve[n_drop][1])
     return list(dict.fromkeys(plans))
@@ -126,6 +128,7 @@ def search(
     prices: Prices,
     protect: frozenset[int],
     layer_types: LayerTypes | None = None,
+    keep_one_of: frozenset[int] = frozenset(),
 ) -> tuple[LayerSet, dict[LayerSet, float]]:
     """Try the starts, then follow neighbours of the best by held-out loss, until the budget ends.
 
@@ -136,7 +139,11 @@ def search(
     best = min(starts, key=lambda plan: losses[plan])
     while len(losses) < PLANS_TRIED:
         near = list_neighbours(best, view.n_layers, protect)
-        candidates = [p for p in near if p not in losses and keeps_pattern(layer_types, p)]
+        candidates = [
+            p
+            for p in near
+            if p not in losses and keeps_pattern(layer_types, p) and keeps_one(keep_one_of, p)
+        ]
         if not candidates:
             break
         candidate = min(candidates, key=lambda plan: plan_price(plan, prices))
@@ -153,12 +160,11 @@ def plan_loss(
     """Held-out cross-entropy of the plan after a refit at its cuts, in nats."""
     plan = PruningPlan(view.name, view.n_layers, dropped, "priced-cuts")
     held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
-    tensors = refit_layers(
-        view, plan, batches, held_out, layers="cuts", modules="down", dense=dense
-    )
-    sequences = batches.input_ids[held_out[:: batches.seq_len]]
-    with view.skipping(dropped), view.patched(tensors):
-        return mean_loss(view, sequences, batches.micro_batch)
+    sequences = held_out[:: batches.seq_len].nonzero().squeeze(1)
+    # Behind the last cut nothing is fitted any more: only what is held out goes on.
+    stream = refit_cuts(view, plan, batches, held_out, dense).take_sequences(sequences)
+    stream.advance_to(view.n_layers)
+    return mean(stream.losses(batches.input_ids[sequences]))
 
 
 def list_neighbours(plan: LayerSet, n_layers: int, protect: frozenset[int]) -> list[LayerSet]:
