@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layercut.checkpoints.families import (
     ATTENTION_OUTPUTS,
@@ -13,6 +17,7 @@ from layercut.checkpoints.families import (
     LAYER_COUNTS,
     MTP_COUNTS,
     NOT_PER_LAYER,
+    ONE_BASED_LISTS,
     PER_LAYER_STRINGS,
     PREFIX_COUNTS,
     RE_KEYED,
@@ -21,7 +26,11 @@ from layercut.checkpoints.families import (
     FamilyRules,
 )
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "families.md"
+sys.path.append(str(ROOT / "tests" / "support"))
+
+from decoder_status import CACHE_INEXACT, NOT_BUILT, REFUSED  # noqa: E402
 
 HEAD = """# Model families
 
@@ -45,8 +54,8 @@ like Llama needs no rule. What layercut does not know, it refuses; it is never g
 A checkpoint may name code of its own (`auto_map`), as those of DeepSeek, Phi and Falcon do. That
 code is never run. If its classes are called as transformers' own for that model type, the
 checkpoint is read as the built-in family, with a warning; else it is refused. The written
-`config.json` has no `auto_map`: the files that it names are not copied, and readers that trust them
-would fail.
+`config.json` has no `auto_map`: the files that it names are not copied, and readers that trust
+them would fail.
 
 ## Why layers are not cut out in memory
 
@@ -148,12 +157,34 @@ def render() -> str:
     ]
     parts = (lines, special, places)
     body = ["\n".join(part) + "\n" for part in parts]
-    return HEAD + body[0] + MIDDLE + body[1] + TAIL + body[2] + END
+    return HEAD + body[0] + MIDDLE + body[1] + TAIL + body[2] + _status() + END
+
+
+def _status() -> str:
+    """What becomes of every causal model type of the installed transformers."""
+    types = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    exact = sorted(types - REFUSED.keys() - NOT_BUILT.keys())
+    refused = {name: why.replace("|", " or ") for name, why in REFUSED.items()}
+    not_built = {name: why for name, (_, why) in NOT_BUILT.items()}
+    return STATUS.format(
+        n=len(types),
+        n_exact=len(exact),
+        exact=_code(tuple(exact)),
+        n_refused=len(refused),
+        refused=_rows(refused),
+        not_built=_rows(not_built),
+        inexact=_rows(CACHE_INEXACT),
+    )
+
+
+def _rows(reasons: Mapping[str, str]) -> str:
+    return "\n".join(f"| `{name}` | {why} |" for name, why in sorted(reasons.items()))
 
 
 def _generic() -> list[tuple[str, tuple[str, ...], str]]:
     return [
         ("lists of layer numbers", INDEX_LISTS, "the kept ones' new numbers"),
+        ("the same, counted from 1", ONE_BASED_LISTS, "the kept ones' new numbers"),
         ("the first n layers", PREFIX_COUNTS, "the kept ones among them"),
         ("the last n layers", SUFFIX_COUNTS, "the kept ones among them"),
         ("every s-th layer is sparse", tuple(STEPS), f"1, with {_code(tuple(STEPS.values()))}"),
@@ -190,6 +221,34 @@ def _special(rules: FamilyRules) -> list[str]:
     return found
 
 
+STATUS = """
+## Every causal model type
+
+The {n} types that transformers maps to a causal language model. Each is built at toy size from its
+own defaults and loses several sets of layers; a new type takes part by existing.
+
+**Exact, whatever layers go** ({n_exact}): {exact}.
+
+**Refused, for all or for some of the layers** ({n_refused}). The words are those of the message.
+
+| model type | why |
+|---|---|
+{refused}
+
+**Not built at toy size**, so not tried:
+
+| model type | why |
+|---|---|
+{not_built}
+
+**Cached decoding is inexact in transformers itself**, unpruned. The cached logits of a pruned model
+are then not held against the uncached ones:
+
+| model type | when |
+|---|---|
+{inexact}
+"""
+
 END = """
 ## How families are tested
 
@@ -211,8 +270,7 @@ gemma2, gemma3, gemma3n, gemma4, glm4_moe, gpt2, gpt2 with inverse scaling, gpt_
 gpt_oss, gptj, granite, granitemoehybrid, jamba, lfm2, llama, llama4, mamba, minimax, mistral,
 mixtral, modernbert-decoder, mpt, nemotron_h, olmo2, olmo3, olmoe, opt, phi, phi3, phimoe, qwen2,
 qwen2_moe, qwen3, qwen3_moe, qwen3_next, qwen3_5_text, recurrent_gemma, seed_oss, smollm3, stablelm,
-starcoder2, and zamba2, which is refused. Further families were tried with four sets of dropped
-layers each: exact, or refused.
+starcoder2, and zamba2, which is refused.
 """
 
 

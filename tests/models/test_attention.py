@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from conftest import plan_of
+from family_configs import Family
 from layercut.models.attention import LONGEST, eager
+from layercut.models.load import load
+from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
+from saved_families import save_family
+from toy_configs import toy_settings
 
 
 def test_short_rows_attend_by_plain_products_and_long_ones_do_not(view: DecoderView):
@@ -32,3 +40,14 @@ def test_both_kernels_give_the_same_logits(view: DecoderView):
         with eager(view, 12):
             plain = view.model(input_ids=ids).logits
     torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_decoder_beside_a_tower_with_another_kernel_keeps_its_own(tmp_path: Path):
+    save_family(tmp_path, Family("got_ocr2", toy_settings("got_ocr2")))
+    view = load(str(tmp_path), dtype="float32")
+    before = view.model.config
+    kernels = (before._attn_implementation, before.text_config._attn_implementation)
+    assert kernels == ("eager", "sdpa")
+    apply(view, plan_of(1, 2, n_layers=8))
+    after = view.model.config
+    assert (after._attn_implementation, after.text_config._attn_implementation) == kernels

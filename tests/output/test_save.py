@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import plan_of, save_tiny
+from family_configs import Family
 from layercut.checkpoints.output_dir import staged_folder
 from layercut.checkpoints.patch import round_patch
 from layercut.checkpoints.preflight import read_layout
@@ -23,6 +24,8 @@ from layercut.models.surgery import apply
 from layercut.output.save import save
 from layercut.output.verify import verify_checkpoint
 from layercut.types import WeightPatch
+from saved_families import save_family
+from toy_configs import toy_settings
 from written import NOTHING, all_tensors, digest, identity_logits, patch_for, read_back
 
 
@@ -98,6 +101,13 @@ def test_a_wrong_cache_fails_verification(
     monkeypatch.setattr(verify, "load_strictly", two_layers_share_a_slot)
     with pytest.raises(VerificationError, match="cached logits differ from its uncached ones"):
         verify_checkpoint(tiny_llama, load(str(tiny_llama)), plan_of(), NOTHING)
+
+
+def test_a_cache_that_is_wrong_in_the_dense_model_too_fails_nothing(tmp_path: Path) -> None:
+    # transformers' own cached decoding of Moshi is off once the sliding window is exceeded.
+    source = save_family(tmp_path / "source", Family("moshi", toy_settings("moshi")))
+    view = load(str(source), dtype="float32")
+    verify_checkpoint(source, view, plan_of(n_layers=8), NOTHING)
 
 
 DISK_FULL = """

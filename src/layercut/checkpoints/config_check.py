@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from layercut.checkpoints.config_edit import NO_MODEL, RESTORE, Json, edit_config, read_config
 from layercut.checkpoints.families import COUNT_ATTRIBUTE, INDEX_ATTRIBUTE, INDEX_SCALED_ATTRIBUTES
-from layercut.checkpoints.folder import read_json_object
+from layercut.checkpoints.folder import list_weight_files, read_json_object
 from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
+from layercut.checkpoints.quantization import is_quantised
+from layercut.checkpoints.safetensors_file import read_shard
+from layercut.checkpoints.tensor_names import find_loading_info, find_surplus, some
 from layercut.errors import ModelError
 
 
@@ -36,6 +40,7 @@ def prune_config(folder: Path, layout: Layout, kept: Sequence[int]) -> Json:
     new = build_meta_model(read_config(edited))
     exempt = INDEX_SCALED_ATTRIBUTES if layout.index_scaled else frozenset()
     check_same_layers(layout.layer_list(old), layout.layer_list(new), kept, exempt)
+    _check_stored(folder, raw, layout, kept, old, new)
     return edited
 
 
@@ -73,11 +78,16 @@ def check_same_layers(
             "be expressed in this family's configuration. Choose other layers."
         )
     new_index = {k: i for i, k in enumerate(kept)}
-    for i, (before, after) in enumerate(zip((old[k] for k in kept), new, strict=True)):
-        was, becomes = _signature(before, exempt), _signature(after, exempt)
+    signatures = [_signature(layer, exempt) for layer in old]
+    ordinals = _find_ordinals(signatures)
+    for i, (k, after) in enumerate(zip(kept, new, strict=True)):
+        was, becomes = signatures[k], _signature(after, exempt)
         for name in {**was, **becomes}:
             value, becomes_value = was.get(name), becomes.get(name)
-            if value == becomes_value or _is_place(name, value, becomes_value, new_index, len(old)):
+            if value == becomes_value:
+                continue
+            is_place = _is_place(name, value, becomes_value, new_index, len(old))
+            if is_place and name not in ordinals:
                 continue
             if isinstance(value, list) and len(value) == len(old):
                 value = [value[k] for k in kept]  # an entry for each of the model's layers
@@ -86,6 +96,44 @@ def check_same_layers(
                     f"layer {kept[i]} cannot be expressed as layer {i} of the pruned model: its "
                     f"{name} would change from {value} to {becomes_value}. Choose other layers."
                 )
+
+
+def _check_stored(
+    folder: Path, raw: Json, layout: Layout, kept: Sequence[int], old: nn.Module, new: nn.Module
+) -> None:
+    """Let transformers match the renamed tensors with the pruned model.
+
+    Where names on disk are not those in memory, a layer's tensors may lie outside of it.
+
+    Raises:
+        ModelError: a tensor would be missing, surplus or of another shape.
+    """
+    stored = {
+        name: tensor
+        for path in list_weight_files(folder)
+        for name, tensor in read_shard(path).tensors.items()
+    }
+    if stored.keys() <= old.state_dict().keys() or is_quantised(raw, stored):
+        return
+    new_index = {k: i for i, k in enumerate(kept)}
+    renamed = {}
+    for name, tensor in stored.items():
+        new_name = layout.new_stored_name(name, new_index)
+        dimension = layout.slice_dimension(name)
+        if new_name is not None and dimension is not None:
+            shape = list(tensor.shape)
+            shape[dimension] = shape[dimension] // layout.n_layers * len(kept)
+            tensor = replace(tensor, shape=tuple(shape))
+        if new_name is not None:
+            renamed[new_name] = tensor
+    info = find_loading_info(new, renamed)
+    names = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    names |= set(find_surplus(new.config, new, info["unexpected_keys"], renamed))
+    if names:
+        raise ModelError(
+            f"'{layout.model_type}' stores parts of its layers outside of them, so that the pruned "
+            f"model would not find {some(sorted(names))} in its place. Choose another model."
+        )
 
 
 def _is_place(
@@ -99,6 +147,17 @@ def _is_place(
     return is_index and value in new_index and new_index[value] == becomes_value
 
 
+def _find_ordinals(signatures: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Attributes that count the layers which have them, and so do not say where a layer stands."""
+    found = set()
+    for name in {name for signature in signatures for name in signature}:
+        owners = [i for i, signature in enumerate(signatures) if name in signature]
+        values = [signatures[i][name] for i in owners]
+        if values == list(range(len(owners))) and values != owners:
+            found.add(name)
+    return found
+
+
 def _signature(layer: nn.Module, exempt: frozenset[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for path, module in layer.named_modules():
@@ -110,7 +169,7 @@ def _signature(layer: nn.Module, exempt: frozenset[str]) -> dict[str, Any]:
         ):
             values[f"{prefix}{name}"] = tensor.shape
         for name, value in vars(module).items():
-            plain = isinstance(value, bool | int | float | str | tuple | list | None)
+            plain = isinstance(value, bool | int | float | str | tuple | list | dict | set | None)
             if plain and not name.startswith("_") and name not in exempt:
                 values[f"{prefix}{name}"] = value
     return values

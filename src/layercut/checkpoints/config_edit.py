@@ -21,6 +21,7 @@ from layercut.checkpoints.families import (
     LAYER_COUNTS,
     MTP_COUNTS,
     NOT_PER_LAYER,
+    ONE_BASED_LISTS,
     PER_LAYER_STRINGS,
     PREFIX_COUNTS,
     RE_KEYED,
@@ -29,11 +30,12 @@ from layercut.checkpoints.families import (
     TYPE_LISTS,
     FamilyRules,
 )
-from layercut.checkpoints.hf_calls import guard
+from layercut.checkpoints.hf_calls import INVALID, guard, quiet
 from layercut.checkpoints.intervals import mend_intervals
 from layercut.errors import ModelError
 
 Json = dict[str, Any]
+NUMBER_LISTS = INDEX_LISTS + ONE_BASED_LISTS
 
 NO_MODEL = "config.json does not describe a model"
 RESTORE = "Restore the original configuration."
@@ -126,11 +128,13 @@ def layer_values(text: Any) -> dict[str, list[Any]]:
     They have one entry per layer, or are lists of layer numbers.
     """
     per_layer: dict[str, list[Any]] = {}
-    for key in dir(text):
-        value = None if key.startswith("_") else _value(text, key)
+    keys = [key for key in dir(text) if not key.startswith("_")]
+    with quiet():
+        values = {key: _value(text, key) for key in keys}
+    for key, value in values.items():
         if not isinstance(value, list):
             continue
-        if key in INDEX_LISTS or _is_per_layer(key, value, text.num_hidden_layers):
+        if key in NUMBER_LISTS or _is_per_layer(key, value, text.num_hidden_layers):
             per_layer[key] = value
     return per_layer
 
@@ -157,8 +161,8 @@ def _edit_section(section: Json, text: Any, rules: FamilyRules, kept: Sequence[i
             continue
         if key in rules.patterns:
             section[key] = _pattern(value, rules.patterns[key], kept)
-        elif key in INDEX_LISTS:
-            section[key] = [new_index[i] for i in value if i in new_index]
+        elif key in NUMBER_LISTS:
+            section[key] = _renumber(key, value, new_index)
         elif _is_per_layer(key, value, n_layers):
             part = [value[i] for i in kept]
             section[key] = "".join(part) if isinstance(value, str) else part
@@ -173,6 +177,12 @@ def _edit_section(section: Json, text: Any, rules: FamilyRules, kept: Sequence[i
     for count in (*LAYER_COUNTS, _count_key(text)):
         if section.get(count) == n_layers:
             section[count] = len(kept)
+
+
+def _renumber(key: str, layers: Sequence[int], new_index: Mapping[int, int]) -> list[int]:
+    """The kept ones of listed layers by their new numbers."""
+    base = int(key in ONE_BASED_LISTS)
+    return [new_index[i - base] + base for i in layers if i - base in new_index]
 
 
 def _remove_steps(text: Any, kept: Sequence[int]) -> Json:
@@ -202,9 +212,7 @@ def _wanted(text: Any, kept: Sequence[int]) -> Json:
     """What the pruned configuration must say of the kept layers, given or derived."""
     new_index = {old: new for new, old in enumerate(kept)}
     wanted: Json = {
-        key: [new_index[i] for i in value if i in new_index]
-        if key in INDEX_LISTS
-        else [value[i] for i in kept]
+        key: _renumber(key, value, new_index) if key in NUMBER_LISTS else [value[i] for i in kept]
         for key, value in layer_values(text).items()
     }
     return wanted | _remove_steps(text, kept) | {_count_key(text): len(kept)}
@@ -216,14 +224,14 @@ def _differences(edited: Json, path: Sequence[str], wanted: Json) -> Json:
         text = get_section(read_config(edited), path)
     except ModelError:
         return wanted
-    return {key: value for key, value in wanted.items() if _value(text, key) != value}
+    with quiet():
+        return {key: value for key, value in wanted.items() if _value(text, key) != value}
 
 
 def _value(text: Any, key: str) -> Any:
     """An attribute, tuples as lists; ``None`` where a derived one refuses to be computed."""
     try:
-        with guard(NO_MODEL, ModelError, RESTORE):
-            value = getattr(text, key, None)
-    except ModelError:
+        value = getattr(text, key, None)
+    except (*INVALID, LookupError):
         return None
     return list(value) if isinstance(value, tuple) else value

@@ -23,6 +23,8 @@ INDEX_LISTS = (
     "local_layer_ids",
 )
 """Keys that list layer numbers; they may well have one entry per layer by chance."""
+ONE_BASED_LISTS = ("ple_layer_ids",)
+"""Keys that list layer numbers, the first layer being 1."""
 PREFIX_COUNTS = (
     "first_k_dense_replace",
     "num_dense_layers",
@@ -42,7 +44,7 @@ MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_laye
 """Multi-token prediction layers behind the decoder; 0 where their tensors are not written."""
 MTP_PART = re.compile(r"(^|\.)mtp[._]")
 """In names of tensors that transformers passes over whatever the number of layers: carried."""
-LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks")
 """Keys by which engines look for the number of layers; a configuration may hold several."""
 LENDING = {
     "indexer_types": (
@@ -53,6 +55,10 @@ LENDING = {
 }
 """Per-layer key → the type that computes something, the type that reuses the last such layer's, and
 why the former must stay."""
+ENCODER_COUNTS = ("encoder_layers", "num_encoder_layers")
+"""Keys that only a configuration of an encoder-decoder has."""
+FROM_PREVIOUS = re.compile(r"prev(ious)?_(?!topk_indices$).+")
+"""What a layer is given by the one before beside the stream; selected positions have a rule."""
 TYPE_LISTS = ("layer_types", "mlp_layer_types", "indexer_types")
 """Per-layer lists that may go on with entries for prediction layers behind the decoder's."""
 LEFTOVER_TABLES = re.compile(
@@ -150,6 +156,7 @@ class FamilyRules:
 
 
 KV_PRODUCERS = Pin("kv-producers", "later layers reuse its keys and values (key-value sharing)")
+LAST_IS_FULL = Pin("last", "transformers makes the last layer full_attention, whatever it was")
 PER_LAYER_EMBEDDINGS = {
     "embed_tokens_per_layer.weight": 1,
     "per_layer_model_projection.weight": 0,
@@ -162,6 +169,12 @@ RESCALED = "it halves the stream and its weights every few layers, counted by th
 LISTS = "its layers return lists, which no other layer can stand in for"
 PROMPT = "it puts a learned prompt before the text, so that states and tokens do not correspond"
 CROSS_ATTENTION = "its layers also read another stream than the text's own"
+BLOCK_SUMS = "its layers attend to the sums of whole groups of earlier layers, counted by number"
+RECURRENT_STACKS = "its two stacks of layers run several times over, in turns"
+SPREAD = "each of its layers is spread over several lists of modules"
+DOUBLE = "each of its layers holds two of the layers that its configuration counts"
+BIDIRECTIONAL = "its tokens see later ones"
+DRAFTER = "it drafts for another model, whose states, keys and values it reads"
 
 FAMILIES: dict[str, FamilyRules] = {
     "gemma3n_text": FamilyRules(
@@ -169,12 +182,10 @@ FAMILIES: dict[str, FamilyRules] = {
     ),
     "gemma4_text": FamilyRules(
         unscorable=SHARED_KV,
-        pinned=(
-            KV_PRODUCERS,
-            Pin("last", "transformers makes the last layer full_attention, whatever it was"),
-        ),
+        pinned=(KV_PRODUCERS, LAST_IS_FULL),
         sliced=PER_LAYER_EMBEDDINGS,
     ),
+    "gemma4_unified_text": FamilyRules(pinned=(LAST_IS_FULL,)),
     "gpt2": FamilyRules(index_scaled=("scale_attn_by_inverse_layer_idx", "attn.c_attn")),
     "gpt_neo": FamilyRules(patterns={"attention_types": "runs"}),
     "minimax": FamilyRules(
@@ -190,6 +201,16 @@ FAMILIES: dict[str, FamilyRules] = {
     "cpmant": FamilyRules(refused=PROMPT),
     "openai-gpt": FamilyRules(refused=LISTS),
     "rwkv": FamilyRules(refused=RESCALED),
+    "gemma4_assistant": FamilyRules(refused=DRAFTER),
+    "gemma4_unified_assistant": FamilyRules(refused=DRAFTER),
+    "gpt_neox_japanese": FamilyRules(
+        pinned=(Pin("last", "the last layer alone adds a bias behind its attention"),)
+    ),
+    "hrm_text": FamilyRules(refused=RECURRENT_STACKS),
+    "inkling2_text": FamilyRules(refused=BLOCK_SUMS),
+    "longcat_flash": FamilyRules(refused=DOUBLE),
+    "xlm": FamilyRules(refused=SPREAD),
+    "xlnet": FamilyRules(refused=BIDIRECTIONAL),
     "zamba": FamilyRules(refused=SHARED_BLOCKS),
     "zamba2": FamilyRules(refused=SHARED_BLOCKS),
     "mllama": FamilyRules(refused=CROSS_ATTENTION),

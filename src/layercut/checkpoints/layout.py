@@ -13,6 +13,8 @@ from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicCache
 
 from layercut.checkpoints.config_edit import get_section, section_path
 from layercut.checkpoints.families import (
+    FROM_PREVIOUS,
+    KV_PRODUCERS,
     LENDING,
     MTP_COUNTS,
     MTP_PART,
@@ -116,6 +118,7 @@ def find_layout(config: Any, model: nn.Module, names: Collection[str]) -> Layout
     text = get_section(config, section_path(config))
     rules = find_rules(text.model_type)
     layers = _layer_path(model, text.num_hidden_layers)
+    _check_inputs(model.get_submodule(layers), text.model_type)
     conversion = Conversion(model)
     stored = find_stored_prefix(conversion, layers, names)
     n_mtp = next((getattr(text, key) for key in MTP_COUNTS if getattr(text, key, None)), 0)
@@ -150,6 +153,17 @@ def stored_layers(layout: Layout, names: Iterable[str]) -> set[int]:
     return _numbers(names, layout.stored) - set(behind)
 
 
+def _check_inputs(layers: Any, model_type: str) -> None:
+    """Refuse layers that read more of the one before than the stream."""
+    for layer in layers:
+        for name in inspect.signature(layer.forward).parameters:
+            if FROM_PREVIOUS.fullmatch(name):
+                raise ModelError(
+                    f"the layers of '{model_type}' also read {name}, which the layer before passes "
+                    "on, so that none can be dropped exactly. Choose another model."
+                )
+
+
 def _rename(name: str, prefix: str, new_index: Mapping[int, int]) -> str | None:
     match = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
     if match is None:
@@ -170,14 +184,16 @@ def _layer_path(model: Any, n_layers: int) -> str:
     """
     whole = set(model._no_split_modules or ())
     embedding = model.get_input_embeddings()
-    paths = [
-        path
+    lists = {
+        path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == n_layers
         and not re.search(r"\.\d+(\.|$)", path)
-        and (not whole or any(type(layer).__name__ in whole for layer in module))
-    ]
+    }
+    # Some families name only parts of their layers there.
+    named = [p for p, m in lists.items() if any(type(layer).__name__ in whole for layer in m)]
+    paths = named or list(lists)
     beside = [
         path
         for path in paths
@@ -230,7 +246,8 @@ def _layers_that_count(text: Any) -> frozenset[int]:
 
 def _lenders(text: Any) -> dict[int, str]:
     """Layers whose results a later layer reuses → why they must stay."""
-    lenders = {}
+    modes = getattr(text, "kv_sharing_modes", None) or ()
+    lenders = {i: KV_PRODUCERS.why for i, mode in enumerate(modes) if mode == "store"}
     for key, (lends, borrows, why) in LENDING.items():
         last = None
         for i, kind in enumerate(getattr(text, key, None) or ()):

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from layercut.checkpoints.config_check import build_meta_model
 from layercut.checkpoints.config_counts import check_layer_count
 from layercut.checkpoints.config_edit import get_section, read_config, section_path
-from layercut.checkpoints.families import ALWAYS_CAUSAL, find_rules
+from layercut.checkpoints.families import ALWAYS_CAUSAL, ENCODER_COUNTS, find_rules
 from layercut.checkpoints.folder import (
     check_plain_file,
     list_weight_files,
@@ -210,6 +210,12 @@ def check_config(config: Mapping[str, Any], path: Path, *, quantised: bool = Fal
             "AutoModelForCausalLM does not load it, and layercut prunes what it loads. Choose a "
             "decoder-only model, or save the text decoder as a checkpoint of its own."
         )
+    if any(hasattr(CONFIG_MAPPING[model_type], key) for key in ENCODER_COUNTS):
+        raise ModelError(
+            f"{path}: '{model_type}' describes an encoder beside its decoder, and its number of "
+            "layers is the encoder's; layercut prunes decoder-only models. "
+            "Choose a decoder-only model."
+        )
     if refused := find_rules(model_type).refused:
         raise ModelError(
             f"{path}: no layer of '{model_type}' can be dropped exactly: {refused}. "
@@ -255,7 +261,10 @@ def list_matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 
 def load_strictly(
-    folder: Path, dtype: torch.dtype, device: torch.device, attention: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str | dict[str, str] | None = None,
 ) -> Any:
     """The model of a checkpoint; no tensor may be missing, surplus or of another shape.
 
@@ -263,7 +272,7 @@ def load_strictly(
         folder: a local checkpoint.
         dtype: of the loaded weights.
         device: where they go.
-        attention: attention implementation; transformers' choice if ``None``.
+        attention: attention implementation, perhaps by part; transformers' choice if ``None``.
 
     Raises:
         ModelError: keys or shapes differ from the configured model's.

@@ -37,7 +37,7 @@ def check_weights(
             f"{type(model).__name__} reads them. Use the configuration that belongs to these "
             "weights."
         )
-    info = _loading_info(model, stored)
+    info = find_loading_info(model, stored)
     if missing := sorted(info["missing_keys"]):
         own: Any = model.config
         if getattr(config, TIED, False) and not getattr(own, TIED, False):
@@ -90,7 +90,7 @@ def find_surplus(
     )
 
 
-def _loading_info(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def find_loading_info(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """What transformers would miss, ignore or not fit, from the headers alone.
 
     Raises:
@@ -101,20 +101,29 @@ def _loading_info(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, A
         name: torch.empty(tensor.shape, dtype=dtypes.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in stored.items()
     }
-    with guard(
-        "the weights' names and shapes do not fit config.json: transformers cannot put them "
-        "together, as where experts of a layer are missing",
-        ModelError,
-        "Use the configuration that belongs to these weights.",
-    ):
-        _, info = type(model).from_pretrained(
-            None,
-            config=model.config,
-            state_dict=headers,
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    try:
+        with guard(
+            "the weights' names and shapes do not fit config.json: transformers cannot put them "
+            "together, as where experts of a layer are missing",
+            ModelError,
+            "Use the configuration that belongs to these weights.",
+        ):
+            _, info = type(model).from_pretrained(
+                None,
+                config=model.config,
+                state_dict=headers,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except ModelError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise  # else a tensor on meta was to be computed with
+        raise ModelError(
+            f"the stored tensors of '{model.config.model_type}' become the model's in a way that "
+            "can only be followed with their content, which layercut does not do. Choose another "
+            "model."
+        ) from error
     loaded: dict[str, Any] = info
     return loaded
 

@@ -30,7 +30,7 @@ def open_streamed(
     layout: Layout,
     *,
     dtype: torch.dtype | None = None,
-    attention: str | None = None,
+    attention: str | dict[str, str] | None = None,
 ) -> DecoderView:
     """A model on the CPU whose layers read their weights when they run and forget them after.
 

@@ -19,6 +19,7 @@ from layercut.checkpoints.preflight import check_folder, list_tokenizer_files, l
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor
 from layercut.errors import ModelError, NumericsError, RecipeError, suggestion
+from layercut.models.attention import read_attention
 from layercut.models.view import DecoderView
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16")
@@ -71,7 +72,7 @@ def load(
 
 def reload(view: DecoderView) -> DecoderView:
     """The checkpoint of ``view`` once more, as it is on disk, in the same dtype and place."""
-    attention = view.model.config._attn_implementation
+    attention = read_attention(view.model.config)
     weights = load_strictly(view.path, view.model.dtype, view.device, attention)
     return DecoderView(
         weights,

@@ -19,6 +19,7 @@ from layercut.checkpoints.config_edit import read_config
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.patch import rescale_queries
 from layercut.errors import PlanError, VerificationError
+from layercut.models.attention import read_attention
 from layercut.models.check_method import draw_probe_ids
 from layercut.models.hooks import prepare_for_inference
 from layercut.models.view import DecoderView
@@ -95,7 +96,7 @@ def _rebuild(view: DecoderView, plan: PruningPlan, state: Mapping[str, Tensor]) 
     config._name_or_path = old.config._name_or_path  # PEFT looks the vocabulary up there
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(
-            config, dtype=old.dtype, attn_implementation=old.config._attn_implementation
+            config, dtype=old.dtype, attn_implementation=read_attention(old.config)
         )
     renamed = {
         name: _keep_slices(layout, plan, old_name, tensor)

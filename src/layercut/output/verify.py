@@ -7,6 +7,8 @@ files: every key, shape and byte; and where layers can be run one at a time, the
 from __future__ import annotations
 
 import hashlib
+import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from layercut.checkpoints.safetensors_file import Content, StoredTensor, keep_sl
 from layercut.checkpoints.shard_writer import view_bytes
 from layercut.errors import ModelError, VerificationError
 from layercut.machine import available_memory_bytes
+from layercut.models.attention import read_attention
 from layercut.models.check_method import draw_probe_ids
 from layercut.models.layer_source import compute_logits, open_streamed
+from layercut.models.load import reload
 from layercut.models.surgery import rounding_of_rescaled
 from layercut.models.view import DecoderView
 from layercut.types import PruningPlan, WeightPatch
@@ -61,7 +65,7 @@ def verify_checkpoint(
     """
     # On a GPU a second model always fits or fails at once; layer by layer, sums would differ.
     fits = view.device.type != "cpu" or _fits(view)
-    attention = view.model.config._attn_implementation
+    attention = read_attention(view.model.config)
     try:
         if fits:
             written = load_strictly(folder, view.model.dtype, view.device, attention).eval()
@@ -80,7 +84,12 @@ def verify_checkpoint(
         logits = written(ids, use_cache=False).logits
     _compare_logits(logits, expected, "the model's in memory")
     if fits:
-        check_decoding(written, ids, PREFILL)
+        try:
+            check_decoding(written, ids, PREFILL)
+        except VerificationError:
+            # Of some families, transformers' cached decoding is off whatever is dropped.
+            if measure_cache_gap(reload(view).model.float(), ids, PREFILL) <= CACHED_TOLERANCE:
+                raise
     else:
         del written
         _check_streamed_decoding(folder, ids)
@@ -185,6 +194,27 @@ def _compare_logits(logits: Tensor, expected: Tensor, whose: str, rounding: floa
 
 
 @torch.no_grad()
+def measure_cache_gap(model: Any, ids: Tensor, prefill: int) -> float:
+    """How far cached logits are from uncached ones, over the largest of these or 1.
+
+    Args:
+        model: a causal language model in float32.
+        ids: (batch, seq).
+        prefill: tokens that are processed at once.
+    """
+    whole = model(ids, use_cache=False).logits
+    limit = max(1.0, float(whole.abs().max()))
+    gap = math.inf
+    for with_positions in (False, True):
+        # Bamba counts positions by its first layer's cache, unless they are given.
+        if gap > CACHED_TOLERANCE:
+            logits = cached_logits(model, ids, prefill, with_positions=with_positions)
+            found = float((logits - whole).abs().max()) / limit
+            gap = min(gap, math.inf if math.isnan(found) else found)
+    return gap
+
+
+@torch.no_grad()
 def check_decoding(model: Any, ids: Tensor, prefill: int) -> None:
     """Compare logits with a cache and without, and let the model generate a few tokens.
 
@@ -199,10 +229,9 @@ def check_decoding(model: Any, ids: Tensor, prefill: int) -> None:
     # Float32: in a narrower dtype, rounding alone would exceed the tolerance.
     if model.dtype != torch.float32:
         model = model.float()
-    whole = model(ids, use_cache=False).logits
-    bound = CACHED_TOLERANCE * max(1.0, float(whole.abs().max()))
+    bound = CACHED_TOLERANCE * max(1.0, float(model(ids, use_cache=False).logits.abs().max()))
     try:
-        gap = float((cached_logits(model, ids, prefill) - whole).abs().max())
+        gap = measure_cache_gap(model, ids, prefill) / CACHED_TOLERANCE * bound
         if gap <= bound:
             gap = _generation_gap(model, ids[:1, :PROMPT])
             what = " generates tokens that are not its likeliest: their logits are lower"
@@ -235,14 +264,17 @@ def _generation_gap(model: Any, prompt: Tensor) -> float:
 
 
 @torch.no_grad()
-def cached_logits(model: Any, ids: Tensor, prefill: int) -> Tensor:
+def cached_logits(model: Any, ids: Tensor, prefill: int, *, with_positions: bool = False) -> Tensor:
     """Logits of a prefill and single steps after it, (batch, seq, vocabulary).
 
     Args:
         model: a causal language model.
         ids: (batch, seq).
         prefill: tokens that are processed at once.
+        with_positions: whether the tokens' places are given where they are taken, as text
+            generation does.
     """
+    takes = "position_ids" in inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
     output = model(ids[:, :prefill], use_cache=True)
     if not _caches(output):
@@ -253,10 +285,10 @@ def cached_logits(model: Any, ids: Tensor, prefill: int) -> Tensor:
         output = model(ids[:, :prefill], use_cache=True, **inputs)
     logits = [output.logits]
     for position in range(prefill, ids.shape[1]):
-        if inputs:
-            inputs["position_ids"] = torch.full_like(ids[:, :1], position)
+        places = torch.full_like(ids[:, :1], position)
+        given = {"position_ids": places} if inputs or (takes and with_positions) else {}
         step = ids[:, position : position + 1]
-        output = model(step, use_cache=True, **(_caches(output) or inputs))
+        output = model(step, use_cache=True, **(_caches(output) or inputs), **given)
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 
