@@ -36,7 +36,7 @@ def check_weights(
             f"{type(model).__name__} reads them. Use the configuration that belongs to these "
             "weights."
         )
-    info = _loading_info(model, stored)
+    info = loading_info(model, stored)
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"the weights lack {some(missing)}, which transformers would fill with random numbers. "
@@ -82,7 +82,7 @@ def find_surplus(
     )
 
 
-def _loading_info(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def loading_info(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """What transformers would miss, ignore or not fit, from the headers alone.
 
     Raises:
