@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -86,7 +86,26 @@ class Shard:
     metadata: dict[str, str] | None
 
 
-Content: TypeAlias = "StoredTensor | StoredSlices | Tensor"
+class Pieces(Protocol):
+    """A tensor that is made while it is written."""
+
+    @property
+    def dtype(self) -> str:
+        """As the format spells it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Its bytes, in order."""
+
+
+Content: TypeAlias = "StoredTensor | Pieces | Tensor"
 """What `write_shard` can put into a file."""
 
 

@@ -122,6 +122,9 @@ def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) ->
 
     Returns:
         Every name of the model's state dict that was not among them.
+
+    Raises:
+        ModelError: transformers cannot put a tensor together, or it has another shape.
     """
     config = LoadStateDictConfig(
         dtype=dtype,
@@ -134,6 +137,14 @@ def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) ->
     ):
         info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
     model.requires_grad_(False)
+    failed = {name: f"shape {list(shape)}" for name, shape, _ in info.mismatched_keys}
+    failed |= info.conversion_errors
+    if failed:
+        name = min(failed)
+        raise ModelError(
+            f"transformers cannot fill {name} from the stored weights ("
+            f"{' '.join(failed[name].split())}). Use the configuration that belongs to them."
+        )
     missing: set[str] = info.missing_keys
     return missing
 

@@ -1,0 +1,87 @@
+"""Tensors of GGUF files in the layout of transformers, made one at a time when written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from layercut.checkpoints.gguf_header import GgufTensor
+from layercut.checkpoints.safetensors_file import shrunk_file_error
+
+Weights = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantised:
+    """One tensor of the checkpoint, made of (a part of) one of the GGUF file while it is written.
+
+    Attributes:
+        source: where the file keeps it.
+        shape: of the result, float32.
+        expert: which entry of the source's slowest dimension this is; all of it if ``None``.
+        n_heads: heads whose rotated pairs are taken apart; 0 for none.
+        offset: what is taken off every number.
+        transpose: whether the two dimensions change places.
+    """
+
+    source: GgufTensor
+    shape: tuple[int, ...]
+    expert: int | None = None
+    n_heads: int = 0
+    offset: float = 0.0
+    transpose: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors spells it."""
+        return "F32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result."""
+        return 4 * math.prod(self.shape)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The result's bytes.
+
+        Raises:
+            ModelError: the file became shorter since its header was read.
+        """
+        yield np.ascontiguousarray(self.read()).reshape(-1).view(np.uint8).data
+
+    def read(self) -> Weights:
+        """The result.
+
+        Raises:
+            ModelError: the file became shorter since its header was read.
+        """
+        weight = self._dequantise()
+        if self.n_heads:
+            # (pair, 2) → (2, pair) in every head.
+            width = math.prod(self.shape[1:])
+            weight = weight.reshape(self.n_heads, -1, 2, width).swapaxes(1, 2)
+        if self.transpose:
+            weight = weight.reshape(self.shape[::-1]).T
+        if self.offset:
+            weight = weight - np.float32(self.offset)
+        return weight.reshape(self.shape)
+
+    def _dequantise(self) -> Weights:
+        """The stored numbers, (rows, width of a row)."""
+        from gguf import GGMLQuantizationType, dequantize  # an optional extra
+
+        source = self.source
+        rows = math.prod(source.shape[1:])
+        nbytes, begin = source.nbytes, source.begin
+        if self.expert is not None:
+            rows, nbytes = rows // source.shape[-1], nbytes // source.shape[-1]
+            begin += self.expert * nbytes
+        stored = np.fromfile(source.path, np.uint8, nbytes, offset=begin)
+        if stored.size != nbytes:
+            raise shrunk_file_error(source.path)
+        weight: Weights = dequantize(stored.reshape(rows, -1), GGMLQuantizationType(source.number))
+        return weight
