@@ -37,10 +37,11 @@ def prune_config(folder: Path, layout: Layout, kept: Sequence[int]) -> Json:
     old = build_meta_model(read_config(raw))
     layout.check_dropped(set(range(layout.n_layers)) - set(kept))
     edited = edit_config(raw, layout.rules, kept, with_mtp=layout.carries_mtp)
-    new = build_meta_model(read_config(edited))
+    config = read_config(edited)
+    new = build_meta_model(config)
     exempt = INDEX_SCALED_ATTRIBUTES if layout.index_scaled else frozenset()
     check_same_layers(layout.layer_list(old), layout.layer_list(new), kept, exempt)
-    _check_stored(folder, raw, layout, kept, old, new)
+    _check_stored(folder, config, layout, kept, old, new)
     return edited
 
 
@@ -99,7 +100,7 @@ def check_same_layers(
 
 
 def _check_stored(
-    folder: Path, raw: Json, layout: Layout, kept: Sequence[int], old: nn.Module, new: nn.Module
+    folder: Path, config: Any, layout: Layout, kept: Sequence[int], old: nn.Module, new: nn.Module
 ) -> None:
     """Let transformers match the renamed tensors with the pruned model.
 
@@ -113,6 +114,7 @@ def _check_stored(
         for path in list_weight_files(folder)
         for name, tensor in read_shard(path).tensors.items()
     }
+    raw = read_json_object(folder / "config.json")
     if stored.keys() <= old.state_dict().keys() or is_quantised(raw, stored):
         return
     new_index = {k: i for i, k in enumerate(kept)}
@@ -128,7 +130,8 @@ def _check_stored(
             renamed[new_name] = tensor
     info = find_loading_info(new, renamed)
     names = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    names |= set(find_surplus(new.config, new, info["unexpected_keys"], renamed))
+    # The configuration of all parts: what only a vision tower reads is no surplus.
+    names |= set(find_surplus(config, new, info["unexpected_keys"], renamed))
     if names:
         raise ModelError(
             f"'{layout.model_type}' stores parts of its layers outside of them, so that the pruned "
