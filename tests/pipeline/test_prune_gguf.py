@@ -12,7 +12,7 @@ import torch
 
 from gguf_bytes import BOOL, U32, Tensor, gguf_bytes, key, listed, model_keys, write_toy
 from layercut.checkpoints import embedded_model, output_file
-from layercut.checkpoints.gguf_file import read_gguf
+from layercut.checkpoints.gguf.file import read_gguf
 from layercut.cli import main
 from layercut.errors import ModelError, OutputError, PlanError, ResourceError, VerificationError
 from layercut.pipeline import prune_gguf as pruning

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from layercut.checkpoints.gguf_header import TENSOR_TYPES
+from layercut.checkpoints.gguf.header import TENSOR_TYPES
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 FORMS = dict(

@@ -11,9 +11,9 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from layercut.checkpoints import gguf
 from layercut.checkpoints.conversion_cache import Convert, cache_conversion
-from layercut.checkpoints.gguf_file import read_gguf
+from layercut.checkpoints.gguf.checkpoint import prepare as prepare_gguf
+from layercut.checkpoints.gguf.file import read_gguf
 from layercut.errors import ModelError
 
 NAME = "embedded:smollm2-135m"
@@ -51,4 +51,4 @@ def _packaged_file() -> Path:
 
 
 def _prepare() -> Convert:
-    return gguf.prepare((read_gguf(_packaged_file()),))
+    return prepare_gguf((read_gguf(_packaged_file()),))

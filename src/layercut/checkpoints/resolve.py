@@ -16,7 +16,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionResolutionError,
 )
 
-from layercut.checkpoints import embedded_model, gguf
+from layercut.checkpoints import embedded_model
+from layercut.checkpoints.gguf.checkpoint import checkpoint_folder as convert_gguf
 from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.preflight import COPIED
 from layercut.errors import ModelError, NetworkError
@@ -45,7 +46,7 @@ def find_folder(model: str, revision: str | None) -> Path:
         return path.resolve()
     if path is not None:
         if path.suffix.lower() == ".gguf":
-            return gguf.checkpoint_folder(path.resolve())
+            return convert_gguf(path.resolve())
         raise ModelError(
             f"{model} is neither a folder nor a .gguf file. Name the folder that holds config.json."
         )

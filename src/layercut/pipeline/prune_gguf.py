@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layercut import progress
-from layercut.checkpoints.gguf_file import MAGIC
-from layercut.checkpoints.gguf_layers import GgufLayers, find_layers
-from layercut.checkpoints.gguf_model import find_parts, read_language_model
-from layercut.checkpoints.gguf_plan import find_warnings, new_names, new_records
-from layercut.checkpoints.gguf_writer import GgufContent, verify_gguf, write_gguf
+from layercut.checkpoints.gguf.file import MAGIC
+from layercut.checkpoints.gguf.layers import GgufLayers, find_layers
+from layercut.checkpoints.gguf.model import find_parts, read_language_model
+from layercut.checkpoints.gguf.plan import find_warnings, new_names, new_records
+from layercut.checkpoints.gguf.writer import GgufContent, verify_gguf, write_gguf
 from layercut.checkpoints.output_file import check_file_space, check_output_file, staged_file
 from layercut.checkpoints.plan_file import read_plan
 from layercut.errors import ModelError, PlanError

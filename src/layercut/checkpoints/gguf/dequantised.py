@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from layercut.checkpoints.gguf_header import GgufTensor
+from layercut.checkpoints.gguf.header import GgufTensor
 from layercut.checkpoints.safetensors_file import shrunk_file_error
 
 Weights = npt.NDArray[np.float32]

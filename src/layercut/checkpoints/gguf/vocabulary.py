@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layercut.checkpoints.gguf_keys import ORIGINAL
+from layercut.checkpoints.gguf.keys import ORIGINAL
 from layercut.errors import ModelError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -20,8 +20,8 @@ from gguf_files import (
     transposed,
     write_gguf,
 )
-from layercut.checkpoints.gguf_architectures import ARCHITECTURES
-from layercut.checkpoints.gguf_rope import _llama3_factors
+from layercut.checkpoints.gguf.architectures import ARCHITECTURES
+from layercut.checkpoints.gguf.rope import _llama3_factors
 from layercut.errors import ModelError
 from layercut.models.load import load
 

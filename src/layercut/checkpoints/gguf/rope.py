@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layercut.checkpoints.gguf_keys import Keys
+from layercut.checkpoints.gguf.keys import Keys
 
 Factors = npt.NDArray[np.float32]
 

@@ -27,9 +27,9 @@ from gguf_bytes import (
     model_keys,
 )
 from layercut.checkpoints import embedded_model
-from layercut.checkpoints.gguf_file import read_gguf
-from layercut.checkpoints.gguf_header import TENSOR_TYPES
-from layercut.checkpoints.gguf_model import check_token_ids, find_parts, read_language_model
+from layercut.checkpoints.gguf.file import read_gguf
+from layercut.checkpoints.gguf.header import TENSOR_TYPES
+from layercut.checkpoints.gguf.model import check_token_ids, find_parts, read_language_model
 from layercut.cli import main
 from layercut.errors import ModelError
 

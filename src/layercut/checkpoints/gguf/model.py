@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from layercut.checkpoints.gguf_file import read_gguf
-from layercut.checkpoints.gguf_header import FLOATS, INTEGERS, GgufHeader
+from layercut.checkpoints.gguf.file import read_gguf
+from layercut.checkpoints.gguf.header import FLOATS, INTEGERS, GgufHeader
 from layercut.errors import ModelError
 
 ARCHITECTURE = "general.architecture"

@@ -18,11 +18,11 @@ import numpy as np
 from transformers import AutoConfig
 
 from layercut.checkpoints.config_check import build_meta_model
-from layercut.checkpoints.gguf_architectures import ARCHITECTURES, Architecture
-from layercut.checkpoints.gguf_dequantised import Dequantised
-from layercut.checkpoints.gguf_header import TENSOR_TYPES, GgufTensor
-from layercut.checkpoints.gguf_keys import ORIGINAL, Keys
-from layercut.checkpoints.gguf_rope import llama3_scaling
+from layercut.checkpoints.gguf.architectures import ARCHITECTURES, Architecture
+from layercut.checkpoints.gguf.dequantised import Dequantised
+from layercut.checkpoints.gguf.header import TENSOR_TYPES, GgufTensor
+from layercut.checkpoints.gguf.keys import ORIGINAL, Keys
+from layercut.checkpoints.gguf.rope import llama3_scaling
 from layercut.checkpoints.hf_calls import INVALID, quiet
 from layercut.checkpoints.safetensors_file import StoredTensor
 from layercut.checkpoints.tensor_names import find_loading_info, some

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from layercut.checkpoints.gguf_layers import GgufLayers
+from layercut.checkpoints.gguf.layers import GgufLayers
 from layercut.errors import ModelError
 from layercut.types import PruningPlan
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from layercut.checkpoints.gguf_header import GgufHeader, GgufTensor
-from layercut.checkpoints.gguf_model import ARCHITECTURE
-from layercut.checkpoints.gguf_rules import RULES, GgufRules
+from layercut.checkpoints.gguf.header import GgufHeader, GgufTensor
+from layercut.checkpoints.gguf.model import ARCHITECTURE
+from layercut.checkpoints.gguf.rules import RULES, GgufRules
 from layercut.errors import ModelError
 
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.")

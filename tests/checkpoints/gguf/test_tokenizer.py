@@ -9,8 +9,8 @@ import pytest
 from transformers import GenerationConfig
 
 from gguf_files import TOKENS, TYPES, byte_level_keys, write_llama
-from layercut.checkpoints.gguf_tokenizer import build_tokenizer
-from layercut.checkpoints.gguf_vocabulary import Vocabulary, read_vocabulary
+from layercut.checkpoints.gguf.tokenizer import build_tokenizer
+from layercut.checkpoints.gguf.vocabulary import Vocabulary, read_vocabulary
 from layercut.errors import ModelError
 from layercut.models.load import load
 

@@ -6,11 +6,11 @@ import pytest
 
 from conftest import plan_of
 from gguf_bytes import BOOL, F32, I32, STRING, U32, key, listed, write_toy
-from layercut.checkpoints.gguf_header import GgufHeader
-from layercut.checkpoints.gguf_layers import find_layers
-from layercut.checkpoints.gguf_model import read_language_model
-from layercut.checkpoints.gguf_plan import find_warnings, new_names, new_records
-from layercut.checkpoints.gguf_rules import BY_PLACE, PLAIN_FAMILIES, RULES
+from layercut.checkpoints.gguf.header import GgufHeader
+from layercut.checkpoints.gguf.layers import find_layers
+from layercut.checkpoints.gguf.model import read_language_model
+from layercut.checkpoints.gguf.plan import find_warnings, new_names, new_records
+from layercut.checkpoints.gguf.rules import BY_PLACE, PLAIN_FAMILIES, RULES
 from layercut.errors import ModelError
 
 WINDOW = "attention.sliding_window"

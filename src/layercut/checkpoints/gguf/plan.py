@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import struct
 
-from layercut.checkpoints.gguf_header import LETTERS, GgufHeader, GgufTensor
-from layercut.checkpoints.gguf_kinds import check_kinds, wrong_length_error
-from layercut.checkpoints.gguf_layers import BLOCK, NAMED_LAYER, GgufLayers
-from layercut.checkpoints.gguf_rules import (
+from layercut.checkpoints.gguf.header import LETTERS, GgufHeader, GgufTensor
+from layercut.checkpoints.gguf.kinds import check_kinds, wrong_length_error
+from layercut.checkpoints.gguf.layers import BLOCK, NAMED_LAYER, GgufLayers
+from layercut.checkpoints.gguf.rules import (
     OTHER_LISTS,
     PER_LAYER_FREE,
     PER_LAYER_LISTS,

@@ -21,7 +21,7 @@ from gguf_files import (
     write_llama,
 )
 from layercut.checkpoints import embedded_model
-from layercut.checkpoints.gguf import checkpoint_folder
+from layercut.checkpoints.gguf.checkpoint import checkpoint_folder
 from layercut.errors import ModelError
 from layercut.models.load import load
 

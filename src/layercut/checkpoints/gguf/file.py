@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from layercut.checkpoints.folder import check_plain_file, open_file
-from layercut.checkpoints.gguf_header import (
+from layercut.checkpoints.gguf.header import (
     ARRAY,
     NAMES,
     SCALARS,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from layercut.checkpoints.gguf_keys import Keys
-from layercut.checkpoints.gguf_rope import rope_parameters
+from layercut.checkpoints.gguf.keys import Keys
+from layercut.checkpoints.gguf.rope import rope_parameters
 
 Config = dict[str, Any]
 

@@ -22,8 +22,8 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from layercut.checkpoints.gguf_keys import ORIGINAL
-from layercut.checkpoints.gguf_vocabulary import (
+from layercut.checkpoints.gguf.keys import ORIGINAL
+from layercut.checkpoints.gguf.vocabulary import (
     BYTE,
     BYTE_LEVEL,
     NORMAL,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from layercut.checkpoints.gguf_file import MAGIC, read_gguf
-from layercut.checkpoints.gguf_header import GgufHeader, GgufTensor
+from layercut.checkpoints.gguf.file import MAGIC, read_gguf
+from layercut.checkpoints.gguf.header import GgufHeader, GgufTensor
 from layercut.checkpoints.safetensors_file import read_chunks
 from layercut.checkpoints.shard_writer import copy_bytes, write_bytes
 from layercut.errors import ModelError, VerificationError

@@ -13,11 +13,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from layercut.checkpoints.conversion_cache import Convert, cache_conversion
 from layercut.checkpoints.folder import SINGLE_FILE
-from layercut.checkpoints.gguf_conversion import ConvertedModel, plan_conversion
-from layercut.checkpoints.gguf_header import GgufHeader
-from layercut.checkpoints.gguf_model import check_token_ids, find_parts, read_language_model
-from layercut.checkpoints.gguf_tokenizer import build_tokenizer
-from layercut.checkpoints.gguf_vocabulary import Vocabulary, read_vocabulary
+from layercut.checkpoints.gguf.conversion import ConvertedModel, plan_conversion
+from layercut.checkpoints.gguf.header import GgufHeader
+from layercut.checkpoints.gguf.model import check_token_ids, find_parts, read_language_model
+from layercut.checkpoints.gguf.tokenizer import build_tokenizer
+from layercut.checkpoints.gguf.vocabulary import Vocabulary, read_vocabulary
 from layercut.checkpoints.hf_calls import quiet
 from layercut.checkpoints.shard_writer import write_shard
 from layercut.errors import ModelError
