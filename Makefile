@@ -14,7 +14,7 @@ demo: $(STAMP) ## prune the embedded SmolLM2-135M (recipes/demo.yaml) into runs/
 	$(BIN)/layercut run recipes/demo.yaml --output-dir runs/demo --overwrite
 
 test: $(STAMP) ## run the whole test suite
-	$(BIN)/pytest
+	scripts/test
 
 check: $(STAMP) ## formatting, lint, types and tests
 	scripts/check
