@@ -246,13 +246,17 @@ def test_the_embedded_model_gives_the_logits_of_its_pruned_conversion(
 
 PROMPTS = ("The capital of France is", "Once upon a time", "def add(a, b):")
 N_TOKENS = 8
-"""Later ones may differ: llama.cpp rounds activations to 8 bits where weights are quantised."""
+NEAR = 1.5
+"""Nats: llama.cpp rounds activations to 8 bits beside quantised weights, which turns near ties."""
 
 
-def greedy(model: Any, tokenizer: Any, prompt: str) -> str:
-    inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=N_TOKENS, do_sample=False)
-    return str(tokenizer.decode(output[0][inputs.input_ids.shape[1] :], skip_special_tokens=True))
+@torch.no_grad()
+def gaps_to_the_likeliest(model: Any, tokenizer: Any, prompt: str, answer: str) -> torch.Tensor:
+    """By how many nats each of an answer's tokens is less likely than the likeliest one, (n,)."""
+    before = tokenizer(prompt).input_ids
+    ids = torch.tensor([before + tokenizer(answer, add_special_tokens=False).input_ids])
+    likely = model(ids).logits[0, len(before) - 1 : -1].log_softmax(-1)
+    return likely.amax(-1) - likely.gather(1, ids[0, len(before) :, None])[:, 0]
 
 
 def by_llama_cpp(path: Path, prompt: str) -> str:
@@ -277,5 +281,7 @@ def test_llama_cpp_runs_the_pruned_file_as_transformers_runs_its_conversion(
     prune_gguf(source, tmp_path / "pruned.gguf", drop=[13, 14])
     view = load(str(tmp_path / "pruned.gguf"), dtype="float32")
     for prompt in PROMPTS:
-        expected = greedy(view.model, view.tokenizer, prompt)
-        assert by_llama_cpp(tmp_path / "pruned.gguf", prompt) == expected
+        answer = by_llama_cpp(tmp_path / "pruned.gguf", prompt)
+        gaps = gaps_to_the_likeliest(view.model, view.tokenizer, prompt, answer)
+        assert float(gaps.max()) < NEAR, (prompt, answer, gaps)
+        assert float(gaps.median()) == 0
