@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from layercut.checkpoints.preflight import read_layout, read_stored_tensors
+from layercut.checkpoints.preflight import read_layout
+from layercut.checkpoints.safetensors_file import read_stored_tensors
 from layercut.checkpoints.shard_writer import write_shard
 from layercut.types import PruningPlan, WeightPatch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -61,11 +62,16 @@ def save_tiny(folder: Path, model_type: str = "llama", **overrides: object) -> P
         "pad_token_id": 2,
     }
     config = AutoConfig.for_model(model_type, **(settings | overrides))
+    return save_with_noise(folder, config, AutoModelForCausalLM, scale=0.2)
+
+
+def save_with_noise(folder: Path, config: Any, auto_class: Any, *, scale: float) -> Path:
+    """A float32 checkpoint of a configuration with noise on every parameter, and a tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(scale * torch.randn_like(parameter))
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

@@ -22,7 +22,7 @@ from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import ModelError
 from layercut.models.load import load
 from layercut.models.surgery import apply
-from layercut.output.verify import measure_cache_gap
+from layercut.output.decoding import measure_cache_gap
 from layercut.recovery.fit import fit
 from layercut.scoring.score import score
 from layercut.types import CalibrationBatches

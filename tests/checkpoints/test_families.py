@@ -16,7 +16,7 @@ from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import ModelError
 from layercut.models.load import load
 from layercut.models.surgery import apply
-from layercut.output.verify import cached_logits
+from layercut.output.decoding import cached_logits
 from saved_families import NOTHING, identity_logits, save_family, strictly, tokens
 
 

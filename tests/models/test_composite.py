@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from conftest import byte_tokenizer, plan_of
+from conftest import plan_of, save_with_noise
 from family_configs import LINEAR, ROTARY, WINDOW
 from layercut.errors import ModelError
 from layercut.models.load import load
@@ -52,13 +52,7 @@ MTP = {"mtp.layers.0.mlp.up_proj.weight": torch.randn(4, 4), "mtp.norm.weight": 
 def save_composite(folder: Path, model_type: str) -> Path:
     """A checkpoint as published, with prediction layers where the family has them."""
     config = AutoConfig.for_model(model_type, **COMPOSITES[model_type])
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_with_noise(folder, config, AutoModelForImageTextToText, scale=0.05)
     if model_type == "qwen3_5":
         change(folder, MTP)
     return folder

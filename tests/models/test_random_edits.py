@@ -101,6 +101,11 @@ def contents(source: Path) -> dict[str, dict]:
     return {name: json.loads((source / name).read_text()) for name in stored} | given
 
 
+SEEDED = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
 def check(source: Path, contents: dict[str, dict], edits: list) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(shutil.copytree(source, Path(folder) / "model"))
@@ -120,13 +125,7 @@ def check(source: Path, contents: dict[str, dict], edits: list) -> None:
                 assert any(name in text for name in named), text
 
 
-@settings(
-    max_examples=25,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@settings(SEEDED, max_examples=25)
 @given(edits=EDITS)
 def test_random_edits_end_well_or_in_one_line(
     source: Path, contents: dict[str, dict], edits: list
@@ -135,13 +134,7 @@ def test_random_edits_end_well_or_in_one_line(
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=3000,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+@settings(SEEDED, max_examples=3000)
 @given(edits=EDITS)
 def test_many_random_edits_end_well_or_in_one_line(
     source: Path, contents: dict[str, dict], edits: list

@@ -291,4 +291,6 @@ def test_a_repaired_model_takes_adapters_too(adapter: Path, pruned: Path, tmp_pa
     plan = tmp_path / "plan.json"
     content = json.loads(plan_in(pruned).read_text())
     plan.write_text(json.dumps(content | {"recovery": {"method": "refit", "tensors_changed": 3}}))
-    move_adapter(adapter, tmp_path / "out", plan=plan, base=pruned)
+    moved = move_adapter(adapter, tmp_path / "out", plan=plan, base=pruned)
+    assert (moved.plan.dropped, moved.base) == (tuple(DROPPED), str(pruned))
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys()

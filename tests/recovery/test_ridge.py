@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layercut.recovery import ridge
-from layercut.recovery.ridge import factor_ridge, fit_best_penalty
+from layercut.recovery.ridge import Shape, factor_ridge, fit_best_penalty
 
 CPU = torch.device("cpu")
 N, WIDTH, OUT = 20, 32, 5
@@ -39,7 +39,9 @@ def test_the_best_penalty_is_that_of_the_definition(n_fitted: int, n_held_out: i
     # Fewer tokens than features are solved on the tokens' side, others on the features'; held-out
     # errors come from rows or from sums. All four must choose and give the same.
     fitted, held_out = rows(n_fitted, 0), rows(n_held_out, 1)
-    found = fit_best_penalty(sliced(fitted), sliced(held_out), n_fitted, WIDTH, OUT, CPU)
+    found = fit_best_penalty(
+        sliced(fitted), sliced(held_out), Shape(n_fitted, n_held_out, WIDTH, OUT), CPU
+    )
     errors = {}
     for penalty in ridge.PENALTY_GRID:
         change = fit_by_definition(fitted, penalty)
@@ -53,9 +55,10 @@ def test_the_best_penalty_is_that_of_the_definition(n_fitted: int, n_held_out: i
 @pytest.mark.parametrize("n_fitted", [20, 200])
 def test_what_lowers_no_held_out_error_is_not_found(n_fitted: int):
     fitted, (a, e) = rows(n_fitted, 0), rows(9, 1)
-    assert fit_best_penalty(sliced(fitted), sliced((a, -e)), n_fitted, WIDTH, OUT, CPU) is None
+    shape = Shape(n_fitted, 9, WIDTH, OUT)
+    assert fit_best_penalty(sliced(fitted), sliced((a, -e)), shape, CPU) is None
     silent = torch.zeros(n_fitted, WIDTH), fitted[1]
-    assert fit_best_penalty(sliced(silent), sliced((a, e)), n_fitted, WIDTH, OUT, CPU) is None
+    assert fit_best_penalty(sliced(silent), sliced((a, e)), shape, CPU) is None
 
 
 def test_the_penalty_is_a_share_of_the_features_mean_square_on_both_sides():

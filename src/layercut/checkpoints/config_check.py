@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from layercut.checkpoints.config_edit import NO_MODEL, RESTORE, Json, edit_config, read_config
 from layercut.checkpoints.families import COUNT_ATTRIBUTE, INDEX_ATTRIBUTE, INDEX_SCALED_ATTRIBUTES
-from layercut.checkpoints.folder import list_weight_files, read_json_object
+from layercut.checkpoints.folder import read_json_object
 from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.quantization import is_quantised
-from layercut.checkpoints.safetensors_file import read_shard
+from layercut.checkpoints.safetensors_file import read_stored_tensors
 from layercut.checkpoints.tensor_names import find_loading_info, find_surplus, some
 from layercut.errors import ModelError
 
@@ -109,11 +109,7 @@ def _check_stored(
     Raises:
         ModelError: a tensor would be missing, surplus or of another shape.
     """
-    stored = {
-        name: tensor
-        for path in list_weight_files(folder)
-        for name, tensor in read_shard(path).tensors.items()
-    }
+    stored = read_stored_tensors(folder)
     raw = read_json_object(folder / "config.json")
     if stored.keys() <= old.state_dict().keys() or is_quantised(raw, stored):
         return

@@ -30,7 +30,7 @@ from layercut.checkpoints.families import (
     TYPE_LISTS,
     FamilyRules,
 )
-from layercut.checkpoints.hf_calls import INVALID, guard, quiet
+from layercut.checkpoints.hf_calls import guard, quiet
 from layercut.checkpoints.intervals import mend_intervals
 from layercut.errors import ModelError
 
@@ -232,6 +232,6 @@ def _value(text: Any, key: str) -> Any:
     """An attribute, tuples as lists; ``None`` where a derived one refuses to be computed."""
     try:
         value = getattr(text, key, None)
-    except (*INVALID, LookupError):
+    except Exception:  # noqa: BLE001 - a library's property; `guard` takes long for each of them
         return None
     return list(value) if isinstance(value, tuple) else value

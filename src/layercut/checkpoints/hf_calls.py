@@ -108,17 +108,3 @@ def quiet() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-INVALID = (
-    StrictDataclassError,
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    RuntimeError,
-    OSError,
-)
-"""What libraries usually raise for impossible values, where a caller must tell it from the rest."""

@@ -23,7 +23,7 @@ from layercut.checkpoints.families import (
     Pin,
     find_rules,
 )
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.weight_names import Conversion, find_stored_prefix
 from layercut.errors import ModelError
 
@@ -231,9 +231,9 @@ def decoder_path(model: nn.Module, layers: str) -> str:
 def _layers_that_count(text: Any) -> frozenset[int]:
     """Layers whose cache knows how many tokens it has seen: those with keys and values."""
     try:
-        with quiet():
+        with guard("no cache can be made", ModelError, "Restore the original configuration."):
             slots = DynamicCache(config=text).layers
-    except INVALID:
+    except ModelError:
         return frozenset()
     if len(slots) != text.num_hidden_layers:
         return frozenset()

@@ -20,8 +20,12 @@ from layercut.checkpoints.config_edit import read_config
 from layercut.checkpoints.folder import read_json_object
 from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.preflight import read_stored_tensors
-from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor, read_tensor
+from layercut.checkpoints.safetensors_file import (
+    DTYPES,
+    StoredTensor,
+    read_stored_tensors,
+    read_tensor,
+)
 from layercut.checkpoints.weight_names import Conversion
 from layercut.errors import PlanError
 from layercut.types import PruningPlan, WeightPatch

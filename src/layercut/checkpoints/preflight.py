@@ -21,7 +21,6 @@ from layercut.checkpoints.config_edit import get_section, read_config, section_p
 from layercut.checkpoints.families import ALWAYS_CAUSAL, ENCODER_COUNTS, find_rules
 from layercut.checkpoints.folder import (
     check_plain_file,
-    list_weight_files,
     read_json_object,
     read_model_config,
 )
@@ -29,7 +28,7 @@ from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout, find_layout
 from layercut.checkpoints.own_code import is_built_in
 from layercut.checkpoints.quantization import check_names, is_packed, is_quantised
-from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
+from layercut.checkpoints.safetensors_file import StoredTensor, read_stored_tensors
 from layercut.checkpoints.tensor_names import check_weights, find_surplus, is_ignored, some
 from layercut.checkpoints.weight_names import Conversion, build_whole_model
 from layercut.errors import ModelError
@@ -221,25 +220,6 @@ def check_config(config: Mapping[str, Any], path: Path, *, quantised: bool = Fal
             f"{path}: no layer of '{model_type}' can be dropped exactly: {refused}. "
             "Choose another model."
         )
-
-
-def read_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint by name, from the headers alone.
-
-    Raises:
-        ModelError: a file is damaged, or two files hold the same tensor.
-    """
-    stored: dict[str, StoredTensor] = {}
-    for path in list_weight_files(folder):
-        tensors = read_shard(path).tensors
-        twice = sorted(stored.keys() & tensors.keys())
-        if twice:
-            raise ModelError(
-                f"{path} and {stored[twice[0]].path.name} both hold {twice[0]}. Remove the file "
-                "that does not belong to this checkpoint."
-            )
-        stored |= tensors
-    return stored
 
 
 def list_tokenizer_files(folder: Path) -> list[Path]:

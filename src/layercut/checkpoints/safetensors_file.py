@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from layercut.checkpoints.folder import check_plain_file, open_file
+from layercut.checkpoints.folder import check_plain_file, list_weight_files, open_file
 from layercut.checkpoints.layout import Layout
 from layercut.errors import ModelError
 from layercut.types import PruningPlan
@@ -140,6 +140,25 @@ def read_shard(path: Path) -> Shard:
     if expected != size:
         raise damaged_file_error(path, f"it has {size} bytes, its header describes {expected}")
     return Shard(path, ordered, metadata)
+
+
+def read_stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint by name, from the headers alone.
+
+    Raises:
+        ModelError: a file is damaged, or two files hold the same tensor.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for path in list_weight_files(folder):
+        tensors = read_shard(path).tensors
+        twice = sorted(stored.keys() & tensors.keys())
+        if twice:
+            raise ModelError(
+                f"{path} and {stored[twice[0]].path.name} both hold {twice[0]}. Remove the file "
+                "that does not belong to this checkpoint."
+            )
+        stored |= tensors
+    return stored
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:

@@ -101,13 +101,13 @@ def find_loading_info(model: Any, stored: Mapping[str, StoredTensor]) -> dict[st
         name: torch.empty(tensor.shape, dtype=dtypes.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in stored.items()
     }
-    try:
-        with guard(
-            "the weights' names and shapes do not fit config.json: transformers cannot put them "
-            "together, as where experts of a layer are missing",
-            ModelError,
-            "Use the configuration that belongs to these weights.",
-        ):
+    with guard(
+        "the weights' names and shapes do not fit config.json: transformers cannot put them "
+        "together, as where experts of a layer are missing",
+        ModelError,
+        "Use the configuration that belongs to these weights.",
+    ):
+        try:
             _, info = type(model).from_pretrained(
                 None,
                 config=model.config,
@@ -116,14 +116,12 @@ def find_loading_info(model: Any, stored: Mapping[str, StoredTensor]) -> dict[st
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except ModelError as error:
-        if not isinstance(error.__cause__, NotImplementedError):
-            raise  # else a tensor on meta was to be computed with
-        raise ModelError(
-            f"the stored tensors of '{model.config.model_type}' become the model's in a way that "
-            "can only be followed with their content, which layercut does not do. Choose another "
-            "model."
-        ) from error
+        except NotImplementedError as error:  # a tensor on meta was to be computed with
+            raise ModelError(
+                f"the stored tensors of '{model.config.model_type}' become the model's in a way "
+                "that can only be followed with their content, which layercut does not do. Choose "
+                "another model."
+            ) from error
     loaded: dict[str, Any] = info
     return loaded
 

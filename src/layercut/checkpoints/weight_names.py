@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.errors import ModelError
 
 NUMBER = re.compile(r"\.(\d+)\.")
@@ -124,11 +125,9 @@ def build_whole_model(config: Any, model: Any) -> Any | None:
         class_ = getattr(transformers, name, None)
         if getattr(class_, "config_class", None) is not type(config):
             continue
-        try:
-            with quiet(), torch.device("meta"):
-                return class_._from_config(config)  # type: ignore[union-attr]
-        except (*INVALID, ImportError):
-            continue
+        what, remedy = f"{name} cannot be built", "Restore the original configuration."
+        with suppress(ModelError), guard(what, ModelError, remedy), torch.device("meta"):
+            return class_._from_config(config)  # type: ignore[union-attr]
     return None
 
 

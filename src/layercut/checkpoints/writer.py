@@ -26,14 +26,14 @@ from layercut.checkpoints.json_edit import remove_key, replace_values
 from layercut.checkpoints.layer_names import LayerNames
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.patch import encode_patch
-from layercut.checkpoints.preflight import (
-    COPIED,
-    list_matching_files,
-    read_models,
+from layercut.checkpoints.preflight import COPIED, list_matching_files, read_models
+from layercut.checkpoints.quantization import CONFIG_FILES
+from layercut.checkpoints.safetensors_file import (
+    Content,
+    keep_slices,
+    read_shard,
     read_stored_tensors,
 )
-from layercut.checkpoints.quantization import CONFIG_FILES
-from layercut.checkpoints.safetensors_file import Content, keep_slices, read_shard
 from layercut.checkpoints.shard_writer import write_shard
 from layercut.errors import ModelError, PlanError
 from layercut.types import PruningPlan, WeightPatch

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from layercut.models.special_tokens import leading_tokens
-
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
@@ -18,7 +16,7 @@ def wrap_model(view: DecoderView, batch_size: int) -> Any:
     """The model as the harness sees one, in the arithmetic of the other evaluations."""
     from lm_eval.models.huggingface import HFLM
 
-    leading = list(leading_tokens(view.tokenizer))
+    leading = list(view.leading)
 
     class Model(HFLM):  # type: ignore[misc]
         """Without progress bars of its own, and with the tokenizer's leading tokens exactly once.

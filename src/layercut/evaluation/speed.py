@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from layercut.models.special_tokens import leading_tokens
-
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
@@ -49,7 +47,7 @@ def decode_tokens_per_second(view: DecoderView) -> float:
 
 def _prompt(view: DecoderView, n_tokens: int) -> torch.Tensor:
     """Any tokens behind those that start every text: routers and sinks work as on real text."""
-    leading = leading_tokens(view.tokenizer)[:n_tokens]
+    leading = view.leading[:n_tokens]
     ids = torch.arange(n_tokens, device=view.device) % view.vocabulary_size
     ids[: len(leading)] = torch.tensor(leading, device=view.device)
     return ids[None]

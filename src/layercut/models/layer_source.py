@@ -17,8 +17,13 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.preflight import read_stored_tensors
-from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor, read_tensor
+from layercut.checkpoints.safetensors_file import (
+    DTYPES,
+    TABLES,
+    StoredTensor,
+    read_stored_tensors,
+    read_tensor,
+)
 from layercut.checkpoints.weight_names import Conversion
 from layercut.errors import ModelError
 from layercut.models.load import weights_dtype

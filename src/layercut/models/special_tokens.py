@@ -144,16 +144,15 @@ def leading_tokens(tokenizer: Any) -> tuple[int, ...]:
     return tuple(leading)
 
 
-def n_given(tokenizer: Any, input_ids: Tensor) -> int:
+def n_given(leading: tuple[int, ...], input_ids: Tensor) -> int:
     """How many of a window's next tokens are given, not predicted: the leading ones but the first.
 
     0 for nearly all tokenizers, which add one token at most, and for windows that start otherwise.
 
     Args:
-        tokenizer: the model's.
+        leading: ids of the tokens that the tokenizer puts in front of every text.
         input_ids: (batch, seq).
     """
-    leading = leading_tokens(tokenizer)
     n = len(leading)
     if n < 2 or any(tuple(start) != leading for start in input_ids[:, :n].tolist()):
         return 0

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from layercut.checkpoints.layout import Layout, decoder_path
 from layercut.models.hooks import DecoderOutput, identity, prepare_for_inference
-from layercut.models.special_tokens import n_given
+from layercut.models.special_tokens import leading_tokens, n_given
 
 LOSS_CHUNK = 256
 """Tokens whose logits exist at once: 256 × 49,152 float32 logits are 48 MiB."""
@@ -72,6 +72,14 @@ class DecoderView:
         self.mixed_precision = mixed_precision
         self.skipped: frozenset[int] = frozenset()
         self._n_outputs: int | None = None
+        self._leading: tuple[Any, tuple[int, ...]] | None = None
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """Ids of the tokens that the tokenizer puts in front of every text."""
+        if self._leading is None or self._leading[0] is not self.tokenizer:
+            self._leading = self.tokenizer, leading_tokens(self.tokenizer)
+        return self._leading[1]
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -236,7 +244,7 @@ class DecoderView:
         return self._losses(self._after_layers(hidden, input_ids), input_ids.to(self.device))
 
     def _losses(self, normed: Tensor, input_ids: Tensor) -> Tensor:
-        n = n_given(self.tokenizer, input_ids)
+        n = n_given(self.leading, input_ids)
         flat, targets = normed[:, n:-1].flatten(0, 1), input_ids[:, n + 1 :].flatten()
         chunks = zip(flat.split(self._loss_chunk), targets.split(self._loss_chunk), strict=True)
         losses = [self._chunk_losses(h, t) for h, t in chunks]
@@ -254,7 +262,7 @@ class DecoderView:
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
             normed = self._after_layers(leaf, input_ids)
-        n = n_given(self.tokenizer, input_ids)
+        n = n_given(self.leading, input_ids)
         flat = normed.detach()[:, n:-1].flatten(0, 1)
         targets = input_ids[:, n + 1 :].flatten().to(flat.device)
         total, gradients = torch.zeros((), dtype=torch.float64, device=flat.device), []

@@ -18,7 +18,7 @@ from layercut.models.output_projections import (
 )
 from layercut.models.view import DecoderView
 from layercut.recovery.paired_walk import KeptLayer, paired_walk
-from layercut.recovery.ridge import fast_products, fit_best_penalty
+from layercut.recovery.ridge import Shape, fast_products, fit_best_penalty
 from layercut.spool import SLICE, Spool, choose_device
 from layercut.types import CalibrationBatches, PruningPlan
 
@@ -55,11 +55,9 @@ def refit_layers(
         modules: down-projections, or attention outputs as well.
         dense: the intact model's stream where it is shared.
     """
-    tensors: dict[str, Tensor] = {}
-    for kept in paired_walk(view, plan, batches, dense=dense):
-        if kept.before_cut or layers == "following":
-            tensors |= _refit_layer(view, kept, held_out, attention=modules == "both")
-    return tensors
+    walk = paired_walk(view, plan, batches, dense=dense)
+    cuts_only, both = layers == "cuts", modules == "both"
+    return _refit(view, plan, walk, held_out, cuts_only=cuts_only, attention=both)[0]
 
 
 def refit_cuts(
@@ -81,14 +79,29 @@ def refit_cuts(
     Returns:
         It, behind the last refitted layer: at the layer after the last cut.
     """
-    last = plan.cuts[-1][0] - 1
-    for kept in paired_walk(view, plan, batches, dense=dense):
-        if kept.before_cut:
-            _refit_layer(view, kept, held_out, attention=False)
-        if kept.layer == last:
+    walk = paired_walk(view, plan, batches, dense=dense)
+    return _refit(view, plan, walk, held_out, cuts_only=True, attention=False)[1]
+
+
+def _refit(
+    view: DecoderView,
+    plan: PruningPlan,
+    walk: Iterator[KeptLayer],
+    held_out: Tensor,
+    *,
+    cuts_only: bool,
+    attention: bool,
+) -> tuple[dict[str, Tensor], ResidualStream]:
+    """The refitted tensors, and the pruned stream at the layer after the last refitted one."""
+    tensors: dict[str, Tensor] = {}
+    last = plan.cuts[-1][0] - 1 if cuts_only else plan.kept[-1]
+    for kept in walk:
+        if kept.before_cut or not cuts_only:
+            tensors |= _refit_layer(view, kept, held_out, attention=attention)
+        if kept.layer == last:  # nothing behind it is refitted, and nothing need run
             break
     kept.pruned.layer = plan.target_of(last)
-    return kept.pruned
+    return tensors, kept.pruned
 
 
 def mask_held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
@@ -169,7 +182,8 @@ def fit_ridge_update(
             weight = target.norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
             yield a * weight, (target - output) * weight
 
-    return fit_best_penalty(pick(~held_out), pick(held_out), n_fitted, width, out, device)
+    shape = Shape(n_fitted, n_held_out, width, out)
+    return fit_best_penalty(pick(~held_out), pick(held_out), shape, device)
 
 
 def sum_products(residual: Spool, output: Spool) -> tuple[Tensor, Tensor]:

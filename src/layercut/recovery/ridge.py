@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ PENALTY_GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 Rows = Iterable[tuple[Tensor, Tensor]]
 """Slices of the rows a, (n, in), and e, (n, out), float32."""
+
+
+class Shape(NamedTuple):
+    """Sizes of a problem: rows to fit, rows to judge by, features of a, and those of e."""
+
+    n_fitted: int
+    n_held_out: int
+    width: int
+    out: int
 
 
 @contextmanager
@@ -57,7 +67,7 @@ def _factor(gram: Tensor, penalty: float, width: int) -> tuple[Tensor, Tensor]:
 
 
 def fit_best_penalty(
-    fitted: Rows, held_out: Rows, n_fitted: int, width: int, out: int, device: torch.device
+    fitted: Rows, held_out: Rows, shape: Shape, device: torch.device
 ) -> Tensor | None:
     """D of the λ that lowers the held-out error most, (out, in); ``None`` if none lowers it.
 
@@ -65,21 +75,21 @@ def fit_best_penalty(
 
     Args:
         fitted: rows to fit.
-        held_out: rows to choose λ by; at least one.
-        n_fitted: number of the former.
-        width: features of a.
-        out: those of e.
+        held_out: rows to choose λ by.
+        shape: how many they are, and how wide.
         device: where the rows are, and D will be.
     """
     with fast_products(device):
-        side = _TokenSide(fitted) if n_fitted < width else _FeatureSide(fitted, width, out, device)
-        judged = _HeldOut(held_out, side)
+        by_tokens = shape.n_fitted < shape.width
+        side = (_TokenSide if by_tokens else _FeatureSide)(fitted, shape, device)
+        from_sums = not by_tokens and shape.n_held_out > shape.width
+        errors = (_ErrorSums if from_sums else _ErrorRows)(held_out, shape, device, side)
         best: Tensor | None = None
         lowest = torch.zeros((), dtype=torch.float64, device=device)
         for penalty in PENALTY_GRID:
-            factor, info = _factor(side.gram, penalty, width)
+            factor, info = _factor(side.gram, penalty, shape.width)
             solution = torch.cholesky_solve(side.right, factor)
-            change = judged.error_change(solution)
+            change = errors.change(solution)
             better = (info == 0) & (change < lowest)
             best = solution if best is None else torch.where(better, solution, best)
             lowest = torch.where(better, change, lowest)
@@ -88,17 +98,19 @@ def fit_best_penalty(
 
 
 class _FeatureSide:
-    """G and Cᵀ; a solution is Dᵀ, (in, out) float64."""
+    """G and Cᵀ, summed as the rows pass; a solution is Dᵀ, (in, out) float64."""
 
-    def __init__(self, rows: Rows, width: int, out: int, device: torch.device) -> None:
+    def __init__(self, rows: Rows, shape: Shape, device: torch.device) -> None:
+        width, out = shape.width, shape.out
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.right = torch.zeros(width, out, dtype=torch.float64, device=device)
         for a, e in rows:  # products in float32, their sums in float64
             self.gram += a.T @ a
             self.right += a.T @ e
 
-    def predict(self, a: Tensor, solution: Tensor) -> Tensor:
-        return a @ solution.float()
+    def basis(self, a: Tensor) -> Tensor:
+        """What times a solution predicts e of other rows."""
+        return a
 
     def update(self, solution: Tensor) -> Tensor:
         return solution.T
@@ -107,35 +119,52 @@ class _FeatureSide:
 class _TokenSide:
     """K and E; a solution is (K + λ̂ I)⁻¹ E, (n, out) float64."""
 
-    def __init__(self, rows: Rows) -> None:
-        pairs = list(rows)
-        self.a = torch.cat([a for a, _ in pairs])
+    def __init__(self, rows: Rows, shape: Shape, device: torch.device) -> None:
+        self.a, e = _stack(rows, shape.n_fitted, shape, device)
         self.gram = (self.a @ self.a.T).double()
-        self.right = torch.cat([e for _, e in pairs]).double()
+        self.right = e.double()
 
-    def predict(self, a: Tensor, solution: Tensor) -> Tensor:
-        return (a @ self.a.T) @ solution.float()
+    def basis(self, a: Tensor) -> Tensor:
+        return a @ self.a.T
 
     def update(self, solution: Tensor) -> Tensor:
         return solution.T.float() @ self.a
 
 
-class _HeldOut:
-    """‖e − D·a‖² − ‖e‖² over the held-out rows, from them or, where smaller, from their sums."""
+class _ErrorRows:
+    """‖e − D·a‖² − ‖e‖² over the held-out rows."""
 
-    def __init__(self, rows: Rows, side: _FeatureSide | _TokenSide) -> None:
-        pairs = list(rows)
-        self.a, self.e = (torch.cat(part) for part in zip(*pairs, strict=True))
-        self.side = side
-        self.sums: _FeatureSide | None = None
-        width, out = self.a.shape[1], self.e.shape[1]
-        if isinstance(side, _FeatureSide) and len(self.a) > width:
-            self.sums = _FeatureSide(pairs, width, out, self.a.device)
+    def __init__(
+        self, rows: Rows, shape: Shape, device: torch.device, side: _FeatureSide | _TokenSide
+    ) -> None:
+        a, self.e = _stack(rows, shape.n_held_out, shape, device)
+        self.basis = side.basis(a)
         self.before = self.e.square().sum(dtype=torch.float64)
 
-    def error_change(self, solution: Tensor) -> Tensor:
-        if self.sums is not None:
-            products = self.sums.gram @ solution - 2 * self.sums.right
-            return (solution * products).sum()
-        residual = self.e - self.side.predict(self.a, solution)
+    def change(self, solution: Tensor) -> Tensor:
+        residual = self.e - self.basis @ solution.float()
         return residual.square().sum(dtype=torch.float64) - self.before
+
+
+class _ErrorSums:
+    """The same from the held-out rows' G and C, which are smaller than many rows."""
+
+    def __init__(
+        self, rows: Rows, shape: Shape, device: torch.device, side: _FeatureSide | _TokenSide
+    ) -> None:
+        self.sums = _FeatureSide(rows, shape, device)
+
+    def change(self, solution: Tensor) -> Tensor:
+        return (solution * (self.sums.gram @ solution - 2 * self.sums.right)).sum()
+
+
+def _stack(rows: Rows, n: int, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """All rows a and e, (n, in) and (n, out)."""
+    a = torch.empty(n, shape.width, device=device)
+    e = torch.empty(n, shape.out, device=device)
+    start = 0
+    for part_a, part_e in rows:
+        stop = start + len(part_a)
+        a[start:stop], e[start:stop] = part_a, part_e
+        start = stop
+    return a, e

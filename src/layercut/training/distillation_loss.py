@@ -56,7 +56,7 @@ class Divergence:
         normed = _normed_states(self.student, input_ids)
         ids = input_ids.to(normed.device)
         labels = torch.full_like(ids, -1)
-        n = n_given(self.student.tokenizer, ids)
+        n = n_given(self.student.leading, ids)
         labels[:, n:-1] = ids[:, n + 1 :]
         n_labels = ids.shape[0] * (ids.shape[1] - 1 - n)
         weights = ((1 - self.label_weight) / ids.numel(), self.label_weight / n_labels)

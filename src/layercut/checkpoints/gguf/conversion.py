@@ -23,7 +23,7 @@ from layercut.checkpoints.gguf.dequantised import Dequantised
 from layercut.checkpoints.gguf.header import TENSOR_TYPES, GgufTensor
 from layercut.checkpoints.gguf.keys import ORIGINAL, Keys
 from layercut.checkpoints.gguf.rope import llama3_scaling
-from layercut.checkpoints.hf_calls import INVALID, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.safetensors_file import StoredTensor
 from layercut.checkpoints.tensor_names import find_loading_info, some
 from layercut.errors import ModelError
@@ -90,12 +90,9 @@ def _check_types(path: Path, tensors: Mapping[str, GgufTensor]) -> None:
 
     for number, count in Counter(tensor.number for tensor in tensors.values()).items():
         kind, _, width = TENSOR_TYPES[number]
-        try:
+        what = f"{path} stores {count} tensors as {kind}, which cannot be dequantised"
+        with guard(what, ModelError, ORIGINAL):
             dequantize(np.zeros((1, width), np.uint8), GGMLQuantizationType(number))
-        except (NotImplementedError, ValueError) as error:
-            raise ModelError(
-                f"{path} stores {count} tensors as {kind}, which cannot be dequantised. {ORIGINAL}"
-            ) from error
 
 
 def _check_blocks(keys: Keys, raw: dict[str, Any]) -> None:
@@ -160,12 +157,8 @@ def _vocab_size(keys: Keys, values: Mapping[str, Any], tensors: Mapping[str, Ggu
 
 
 def _build_config(path: Path, raw: dict[str, Any]) -> Any:
-    try:
-        with quiet():
-            return AutoConfig.for_model(dtype="float32", **raw)
-    except INVALID as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{path} does not describe a model: {reason}. {ORIGINAL}") from error
+    with guard(f"{path} does not describe a model", ModelError, ORIGINAL):
+        return AutoConfig.for_model(dtype="float32", **raw)
 
 
 def _name_tensors(

@@ -31,6 +31,7 @@ from layercut.checkpoints.gguf.vocabulary import (
     UNUSED,
     Vocabulary,
 )
+from layercut.checkpoints.hf_calls import guard, muted
 from layercut.errors import ModelError
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -101,15 +102,9 @@ def build_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
             f"{vocabulary.path} holds a tokenizer of the kind '{vocabulary.model}', which layercut "
             f"does not know (known: {', '.join(builders)}). {ORIGINAL}"
         )
-    try:
+    what = f"the tokenizer in {vocabulary.path} cannot be converted"
+    with guard(what, ModelError, ORIGINAL), muted():
         backend = _own(vocabulary) or builders[vocabulary.model](vocabulary)
-    except ModelError:
-        raise
-    except Exception as error:  # tokenizers raises nothing more special
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"the tokenizer in {vocabulary.path} cannot be converted: {reason}. {ORIGINAL}"
-        ) from error
     special = vocabulary.special
     for tokens, is_special in ((special, True), (vocabulary.user_defined, False)):
         backend.add_tokens([_added(vocabulary, token, is_special) for token in tokens])
