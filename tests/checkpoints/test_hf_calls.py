@@ -4,13 +4,14 @@ import errno
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from layercut.checkpoints.hf_calls import MAX_REASON, guard, muted
-from layercut.errors import DataError, ModelError, PlanError
+from layercut.checkpoints.hf_calls import MAX_REASON, describe_failure, fetch_each, guard, muted
+from layercut.errors import DataError, ModelError, NetworkError, PlanError
 
 
 def fail(failure: BaseException) -> None:
@@ -79,3 +80,46 @@ def test_advice_of_libraries_stays_out_of_the_terminal(capfd: pytest.CaptureFixt
         warnings.warn("advice", stacklevel=1)
         logging.getLogger("transformers").error("advice")
     assert capfd.readouterr() == ("", "")
+
+
+class Unspeakable(Exception):
+    """Its text cannot be made: `describe_failure` stands for our code that a library calls."""
+
+    def __str__(self) -> str:
+        return str(1 / 0)
+
+
+def test_a_mistake_of_ours_that_a_library_calls_is_not_blamed_on_the_file() -> None:
+    module = torch.nn.Module()
+    module.forward = lambda: describe_failure(Unspeakable())
+    with pytest.raises(ZeroDivisionError), guard("x", ModelError, "y"):
+        module()
+    module.forward = lambda: 1 / 0
+    with pytest.raises(ModelError, match="ZeroDivisionError"), guard("x", ModelError, "y"):
+        module()
+
+
+def test_items_are_fetched_under_the_guard_and_used_outside_of_it() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise KeyError("a")
+
+    fetched = fetch_each(items(), "x", DataError, "y")
+    assert next(fetched) == 1
+    with pytest.raises(DataError, match=r"^x: KeyError: 'a'\. y$"):
+        next(fetched)
+    assert list(fetch_each([1, 2], "x", DataError, "y")) == [1, 2]
+
+
+def test_only_a_failed_connection_is_a_network_error() -> None:
+    def fail_offline(failure: Exception) -> None:
+        with guard("x", DataError, "y", offline="Connect."):
+            raise failure
+
+    for kind in (ConnectionError, TimeoutError):
+        with pytest.raises(NetworkError, match="Connect"):
+            fail_offline(kind("a"))
+        with pytest.raises(DataError, match=r"y$"), guard("x", DataError, "y"):
+            raise kind("a")
+    with pytest.raises(DataError, match=r"y$"):
+        fail_offline(ValueError("c"))

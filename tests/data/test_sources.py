@@ -4,7 +4,7 @@ import gzip
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -215,9 +215,7 @@ def test_missing_embedded_package_prints_the_command(monkeypatch: pytest.MonkeyP
 
 
 def test_hub_dataset_without_a_network_is_a_network_error() -> None:
-    with pytest.raises(
-        NetworkError, match=r"hub:owner/name:config@test cannot be fetched: .*Connect"
-    ):
+    with pytest.raises(NetworkError, match=r"hub:owner/name:config@test cannot be read: .*Connect"):
         list(read_texts("hub:owner/name:config@test"))
 
 
@@ -225,3 +223,83 @@ def test_hub_dataset_without_a_network_is_a_network_error() -> None:
 def test_malformed_hub_names_are_refused(source: str) -> None:
     with pytest.raises(DataError, match=r"should read hub:owner/name\[:config\]\[@split\]"):
         read_texts(source)
+
+
+def load_local(path: Path, content: str) -> Callable[..., object]:
+    """What stands in for the Hub: the library's own reader on a local file."""
+    from datasets import load_dataset
+
+    path.write_text(content)
+
+    def load(*_: object, streaming: bool, **__: object) -> object:
+        return load_dataset("json", data_files=str(path), split="train", streaming=True)
+
+    return load
+
+
+def test_rows_that_the_library_stumbles_over_are_a_data_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = '{"text": "a"}\n{"text": '
+    monkeypatch.setattr("datasets.load_dataset", load_local(tmp_path / "a.json", content))
+    with pytest.raises(DataError, match=r"^hub:owner/name cannot be read: .* Correct the name"):
+        list(read_texts("hub:owner/name"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (KeyError("config_name"), DataError, "KeyError: 'config_name'"),
+        (AttributeError("no features"), DataError, "AttributeError: no features"),
+        (ValueError("Bad split: x. Available splits: ['train']"), DataError, "Bad split: x"),
+        (ConnectionError("reset"), NetworkError, "reset. Connect"),
+        (MemoryError(), MemoryError, None),
+    ],
+)
+def test_whatever_the_library_raises_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception, kind: type[Exception], message: str | None
+) -> None:
+    def load(*_: object, **__: object) -> object:
+        def rows() -> Iterator[dict[str, str]]:
+            yield {"text": "a"}
+            raise failure
+
+        return rows()
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    texts = read_texts("hub:owner/name")
+    assert next(texts) == "a"
+    with pytest.raises(kind, match=message):
+        next(texts)
+
+
+def test_a_connection_that_breaks_while_rows_are_made_is_a_network_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from datasets.exceptions import DatasetGenerationError
+
+    def load(*_: object, **__: object) -> object:
+        try:
+            raise ConnectionError("Server disconnected")
+        except ConnectionError as error:
+            raise DatasetGenerationError("An error occurred while generating") from error
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(NetworkError, match=r"cannot be read: Server disconnected\. Connect"):
+        list(read_texts("hub:owner/name"))
+
+
+def test_what_the_reader_of_rows_raises_is_not_blamed_on_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"text": "a"}])
+    with pytest.raises(ZeroDivisionError):
+        for _ in read_texts("hub:owner/name"):
+            raise ZeroDivisionError
+
+
+def test_parquet_values_that_python_cannot_hold_are_refused(tmp_path: Path) -> None:
+    column = pyarrow.array([2**50], pyarrow.timestamp("ms"))
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read: .*"):
+        list(read_texts(str(tmp_path / "a.parquet")))

@@ -151,9 +151,57 @@ class TestWithTheHarness:
             check_harness(["gradmap"])
         with pytest.raises(DataError, match=r"task file nowhere\.yaml does not exist"):
             check_harness(["nowhere.yaml"])
-        with pytest.raises(NetworkError, match="the data of task piqa cannot be fetched"):
+        with pytest.raises(NetworkError, match=r"task piqa cannot be loaded: .* Connect"):
             check_harness(["piqa"])
         path = tmp_path / "odd.yaml"
         path.write_text(TASK.format(rows=tmp_path / "none.jsonl"))
         with pytest.raises(DataError, match=r"odd\.yaml cannot be loaded"):
             check_harness([str(path)])
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ('doc_to_text: "{{question | nofilter}}"', "loaded: .*No filter named 'nofilter'"),
+            ("metric_list: [{metric: nothing}]", "loaded: "),
+            ("num_fewshot: 100", "used: Sample larger than population"),
+            ('gen_prefix: "{{nothing.x}}"', "used: UndefinedError: 'nothing' is undefined"),
+        ],
+    )
+    def test_what_a_task_says_wrongly_is_told_before_any_compute(
+        self, task: tuple[str, str], line: str, message: str
+    ):
+        path, key = Path(task[0]), line.split(":")[0]
+        kept = [old for old in path.read_text().splitlines() if not old.startswith(f"{key}:")]
+        path.write_text("\n".join([*kept, line]))
+        with pytest.raises(DataError, match=rf"^task \S+ cannot be {message}"):
+            check_harness([str(path)])
+
+    def test_a_later_rows_fault_is_its_own_and_a_mistake_of_ours_is_ours(
+        self, view: DecoderView, task: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    ):
+        path, rows = map(Path, task)
+        broken, odd = (path.with_name(f"{name}.yaml") for name in ("broken", "odd"))
+        divided = "{{ 8 // (question | replace('!', '') | replace('Row ', '') | int - 5) }}"
+        broken.write_text(
+            path.read_text().replace("{{question}}", divided).replace("mine", "broken")
+        )
+        check_harness([str(broken)])
+        run_harness(view, [str(broken)], limit=5)
+        with pytest.raises(DataError, match=r"^task broken cannot be run: ZeroDivisionError: "):
+            run_harness(view, [str(broken)])
+        lines = rows.read_text().splitlines()
+        lines[3] = json.dumps(json.loads(lines[3]) | {"answer": -1})
+        withheld = rows.with_name("withheld.jsonl")
+        withheld.write_text("\n".join(lines))
+        odd.write_text(path.read_text().replace(str(rows), str(withheld)).replace("mine", "odd"))
+        run_harness(view, [str(odd)], limit=3)
+        with pytest.raises(DataError, match="task odd, row 4: the answer -1 is none of its 3"):
+            run_harness(view, [str(odd)])
+
+        def fail(*_: object) -> object:
+            raise KeyError("ours")
+
+        # Called by our code, which the harness calls.
+        monkeypatch.setattr("layercut.evaluation.harness_model._shorten", fail)
+        with pytest.raises(KeyError, match="ours"):
+            run_harness(view, [str(path)], limit=2)

@@ -19,6 +19,7 @@ from layercut.checkpoints.adapter import (
     layer_number,
     rename,
 )
+from layercut.checkpoints.hf_calls import guard
 from layercut.errors import ModelError, PlanError
 from layercut.types import PruningPlan
 
@@ -138,7 +139,10 @@ def _targets(config: Mapping[str, Any], paths: Collection[str]) -> set[str]:
     if settings["target_modules"] is None:
         return set()
     asked = SimpleNamespace(**settings)
-    found = {path: check_target_module_exists(asked, path) for path in paths}
+    with guard(
+        f"PEFT cannot read the modules that {CONFIG_FILE} names", ModelError, "Restore that file."
+    ):
+        found = {path: check_target_module_exists(asked, path) for path in paths}
     return {path for path, hit in found.items() if hit and type(hit).__name__ != "_ExcludedModule"}
 
 

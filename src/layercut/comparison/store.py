@@ -54,9 +54,15 @@ class Records:
         if len(whole) < len(content):
             # A kill tore the last line; the next one must not be glued to its remains.
             os.truncate(path, len(whole))
-        for line in whole.splitlines():
-            record = json.loads(line)
-            self.known[record["key"]] = record
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                self.known[record["key"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise OutputError(
+                    f"{path}, line {number} is no record of a comparison ({error}). Remove that "
+                    "line, or choose another --output-dir."
+                ) from error
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record of this key, if it is finished."""
@@ -71,6 +77,16 @@ class Records:
             os.fsync(file.fileno())
         self.known[key] = record
         return record
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        identity: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise OutputError(
+            f"{path} is damaged ({error}). Choose another --output-dir, or empty this one."
+        ) from error
+    return identity
 
 
 class Store:
@@ -89,8 +105,7 @@ class Store:
         self.rows, self.plans, self.scores = (Records(folder / f"{n}.jsonl") for n in RECORDS)
         self.identity: dict[str, Any] = {}
         if (folder / IDENTITY_FILE).is_file():
-            text = (folder / IDENTITY_FILE).read_text(encoding="utf-8")
-            self.identity = json.loads(text)
+            self.identity = _read_identity(folder / IDENTITY_FILE)
 
     def find_row(self, key: str) -> Row | None:
         """The finished row of this key, if there is one."""

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment
 from jinja2 import TemplateError as JinjaError
 
+from layercut.checkpoints.hf_calls import guard
 from layercut.data.chat import REASONING, Conversation, Message, text_of, text_parts
 from layercut.errors import DataError
 
@@ -82,7 +83,9 @@ class _Template:
 
     def names(self) -> set[str]:
         """Every name in the template's code; comments and texts are left out."""
-        return {token for _, kind, token in Environment().lex(self.source) if kind == "name"}
+        with guard(f"{self.where}: {self.name} cannot be read", DataError, "Correct it."):
+            tokens = list(Environment().lex(self.source))
+        return {token for _, kind, token in tokens if kind == "name"}
 
     def refuse(self, what: str) -> DataError:
         """An error that says what the template does with the row."""

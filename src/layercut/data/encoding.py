@@ -142,7 +142,11 @@ def _tail(encoded: Encoded, tokenizer: Any) -> int:
     special = _special_ids(tokenizer)
     n_behind = next((i for i, token in enumerate(reversed(encoded.targets)) if token in special), 0)
     behind = encoded.ids[len(encoded.ids) - n_behind :]
-    return n_behind if n_behind and not tokenizer.decode(behind).strip() else 0
+    if not n_behind:
+        return 0
+    with guard("the tokenizer cannot decode its own tokens", DataError, OTHER_TEXT):
+        text = tokenizer.decode(behind)
+    return 0 if text.strip() else n_behind
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from layercut.checkpoints.hf_calls import fetch_each
 from layercut.data.named_texts import name_hint
 from layercut.errors import DataError, suggestion
 
@@ -130,25 +131,27 @@ def csv_rows(path: Path) -> Iterator[Row]:
 
 def parquet_rows(path: Path, column: str | None = None) -> Iterator[Row]:
     """One row per record, read in groups of 1,024; with ``column``, only that one is read."""
-    import pyarrow
+    number, what = 0, f"{path} cannot be read"
+    for batch in fetch_each(_parquet_batches(path, column), what, DataError, "Write it again."):
+        for row in batch:
+            number += 1
+            yield f"row {number}", row
+
+
+def _parquet_batches(path: Path, column: str | None) -> Iterator[list[dict[str, Any]]]:
     from pyarrow import parquet
 
-    try:
-        with _open(path) as file:
-            table = parquet.ParquetFile(file)
-            if column is not None:
-                check_column(str(path), column, table.schema_arrow.names)
-            number = 0
-            columns = None if column is None else [column]
+    with _open(path) as file:
+        table = parquet.ParquetFile(file)
+        if column is not None:
+            check_column(str(path), column, table.schema_arrow.names)
+        columns = None if column is None else [column]
+        try:
             for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except UnicodeDecodeError as error:
-        where = f" in column '{column}'" if column else ""
-        raise DataError(f"{path} is not UTF-8{where}: {error.reason}") from None
-    except (pyarrow.ArrowException, *_DAMAGED) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+                yield batch.to_pylist()
+        except UnicodeDecodeError as error:
+            where = f" in column '{column}'" if column else ""
+            raise DataError(f"{path} is not UTF-8{where}: {error.reason}") from None
 
 
 def check_column(name: str, column: str, columns: list[str]) -> None:

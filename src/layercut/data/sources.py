@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from layercut.checkpoints.hf_calls import fetch_each, guard
 from layercut.data import files
 from layercut.data.detokenize import detokenize as undo_markers
 from layercut.data.embedded_texts import read_embedded
@@ -15,6 +16,8 @@ from layercut.errors import DataError, NetworkError, suggestion
 
 TABLES = (".jsonl", ".csv", ".parquet")
 EXTENSIONS = (".txt", ".raw", *TABLES)
+CORRECT = "Correct the name, or use a local file."
+CONNECT = "Connect, or use a local file or embedded:docs."
 
 
 def read_texts(
@@ -165,23 +168,13 @@ def _stream_hub(
     source: str, name: str, config: str | None, split: str, revision: str | None = None
 ) -> Iterator[files.Row]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
 
     # Streaming fetches only what is read; without a network only a whole cached copy can serve.
     streaming = not constants.is_offline_mode()
-    try:
-        rows = load_dataset(name, config, split=split, streaming=streaming, revision=revision)
-        for number, row in enumerate(rows, start=1):
-            yield f"row {number}", row
-    except DatasetsError as error:
-        raise DataError(f"{source} cannot be read: {error}") from None
-    except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
-        raise NetworkError(
-            f"{source} cannot be fetched: {error}. Connect, or use a local file or embedded:docs."
-        ) from None
-    except (ValueError, RuntimeError) as error:
-        # An unknown configuration or split, of which the message lists the known; a data set that
-        # is a script.
-        raise DataError(f"{source} cannot be read: {error}") from None
+    what = f"{source} cannot be read"
+    with guard(what, DataError, CORRECT, offline=CONNECT):
+        data = load_dataset(name, config, split=split, streaming=streaming, revision=revision)
+    rows = fetch_each(data, what, DataError, CORRECT, offline=CONNECT)
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layercut import progress
+from layercut.checkpoints.hf_calls import guard
 from layercut.data.calibration import evaluation_windows
 from layercut.errors import DataError, ModelError
 from layercut.evaluation.fidelity import DenseReference, check_same_outputs, compare_to_dense
@@ -29,7 +30,9 @@ def check_comparable(view: DecoderView, dense: DecoderView) -> None:
     heads = [v.model.get_output_embeddings() for v in (view, dense)]
     if all(head is not None for head in heads):
         check_same_outputs(*(int(head.weight.shape[0]) for head in heads))
-    if view.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+    with guard("a tokenizer cannot list its tokens", ModelError, "Use the model's own."):
+        vocabularies = [v.tokenizer.get_vocab() for v in (view, dense)]
+    if vocabularies[0] != vocabularies[1]:
         raise ModelError(
             f"the tokenizers of {view.name} and {dense.name} have different vocabularies. "
             "Compare a pruned model with the one it was pruned from."

@@ -11,7 +11,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from layercut import progress
-from layercut.checkpoints.hf_calls import guard, quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.data import files
-from layercut.errors import DataError, NetworkError, NumericsError, RecipeError, suggestion
+from layercut.errors import DataError, NumericsError, RecipeError, suggestion
 from layercut.evaluation.harness_model import wrap_model
 from layercut.results import Estimate
 
@@ -46,22 +46,31 @@ GROUPS = {
 
 BATCH_SIZE = 8
 FILES = (".yaml", ".yml")
+SEED = 1234
+"""Of the harness's examples in prompts, as where it runs by itself."""
+CORRECT = "Correct the task's file, or leave the task out."
+CONNECT = "Connect, or give a task's YAML file whose dataset_kwargs name local files."
 
 
 def check_harness(names: Sequence[str]) -> None:
     """Refuse tasks that cannot be run, before any compute; reads or fetches their data.
 
+    The first row of each is made into requests, which shows what is wrong with a task's templates.
+
     Args:
         names: the harness's tasks, groups and tags, those of ``GROUPS``, and paths of YAML files.
 
     Raises:
-        RecipeError: the harness is not installed, or does not know a task.
-        DataError: a task's file or data cannot be read.
+        RecipeError: the harness or a package that a task needs is not installed, or it does not
+            know a task.
+        DataError: a task's file or data cannot be read or used.
         NetworkError: a task's data are on the Hub, which cannot be reached.
     """
-    if names:
-        with _random_state():
-            _tasks(tuple(names))
+    with _random_state():
+        for name, task in _tasks(tuple(names)).items() if names else ():
+            with _task_guard(name, "cannot be used"):
+                task.set_fewshot_seed(seed=SEED)
+                task.build_all_requests(limit=1, rank=0, world_size=1)
 
 
 def harness_rows(names: Sequence[str], limit: int | None) -> dict[str, list[str]]:
@@ -83,8 +92,9 @@ def harness_rows(names: Sequence[str], limit: int | None) -> dict[str, list[str]
                     f"task '{name}' lets the model write, which a comparison cannot: it passes "
                     "over layers. Measure pruned checkpoints with `layercut eval --harness`."
                 )
-            rows = itertools.islice(task.eval_docs, limit)
-            rows_by_task[name] = [json.dumps(row, sort_keys=True, default=str) for row in rows]
+            with _task_guard(name, "cannot be used"):
+                rows = list(itertools.islice(task.eval_docs, limit))
+                rows_by_task[name] = [json.dumps(row, sort_keys=True, default=str) for row in rows]
     return rows_by_task
 
 
@@ -107,11 +117,14 @@ def run_harness(
         batch_size: requests in memory at once; changes no result beyond rounding.
 
     Raises:
-        RecipeError, DataError, NetworkError: as for `check_harness`.
+        RecipeError, DataError, NetworkError: as for `check_harness`; what only a later row or the
+            metrics show is raised here.
         NumericsError: a metric is not finite.
     """
     with _random_state():
         tasks = _tasks(tuple(names))
+        for name, task in tasks.items():
+            _check_answers(name, task, limit)
         results = _evaluate_tasks(view, tasks, limit, batch_size)
     estimates = {
         name: _estimates(
@@ -137,14 +150,17 @@ def _manager() -> Any:
     """The index of the harness's tasks: thousands of files, read once.
 
     Raises:
-        RecipeError: the harness is not installed.
+        RecipeError: the harness is not installed, or another version of it.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise RecipeError(f"tasks of lm-evaluation-harness need its package. Run: {INSTALL}")
-    from lm_eval.tasks import TaskManager
+    what = "the installed lm-evaluation-harness cannot be used"
+    with guard(what, RecipeError, f"Run: {INSTALL}"):
+        from lm_eval.tasks import TaskManager
 
-    with quiet():
-        return TaskManager()
+        manager = TaskManager()
+        manager.load, manager.all_tasks  # noqa: B018 - other versions lack them
+    return manager
 
 
 @cache
@@ -170,17 +186,40 @@ def _tasks(names: tuple[str, ...]) -> Mapping[str, Any]:
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
     """The tasks that one name stands for."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    with guard(f"task {name} cannot be loaded", DataError, "Correct the task's file."):
+    with _task_guard(name, "cannot be loaded"):
         try:
             tasks: dict[str, Any] = manager.load([name])["tasks"]
-        except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
-            raise NetworkError(
-                f"the data of task {name} cannot be fetched: {error}. Connect, or give a task's "
-                "YAML file whose dataset_kwargs name local files."
-            ) from None
+        except ImportError as error:
+            raise RecipeError(
+                f"task {name} needs what cannot be imported: {error}. Install its package, or "
+                "leave the task out."
+            ) from error
     return tasks
+
+
+def _task_guard(name: str, what: str) -> AbstractContextManager[None]:
+    """For the harness's calls on what a task's file and data say."""
+    return guard(f"task {name} {what}", DataError, CORRECT, offline=CONNECT)
+
+
+def _check_answers(name: str, task: Any, limit: int | None) -> None:
+    """Refuse rows whose answer is none of their choices: the harness would count them as wrong.
+
+    Such are the rows of test splits whose answers are withheld.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice" or not hasattr(task, "multiple_input"):
+        return
+    for number, row in enumerate(itertools.islice(task.eval_docs, limit), start=1):
+        with _task_guard(name, "cannot be used"):
+            choices = task.doc_to_choice(row)
+            answer = task.doc_to_text(row) if task.multiple_input else task.doc_to_target(row)
+        for one in answer if isinstance(answer, list) else [answer]:
+            known = range(len(choices)) if isinstance(one, int) else choices
+            if one not in known:
+                raise DataError(
+                    f"task {name}, row {number}: the answer {one!r} is none of its {len(choices)} "
+                    "choices. Correct the row, or use a split whose answers are known."
+                )
 
 
 def _evaluate_tasks(
@@ -189,9 +228,10 @@ def _evaluate_tasks(
     """The harness's own results."""
     from lm_eval import simple_evaluate
 
-    with quiet():
+    model = wrap_model(view, size)
+    with _task_guard(", ".join(tasks), "cannot be run"):
         return simple_evaluate(
-            model=wrap_model(view, size),
+            model=model,
             tasks=list(tasks.values()),
             task_manager=_manager(),
             limit=limit,

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from layercut.checkpoints.hf_calls import guard
+from layercut.data.encoding import OTHER_TEXT
+from layercut.errors import DataError, ModelError
+
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
+
+CANNOT_ENCODE = "the tokenizer cannot encode a task's row"
+OTHER_TOKENIZER = "Use the model's own tokenizer."
 
 
 def wrap_model(view: DecoderView, batch_size: int) -> Any:
@@ -32,7 +39,8 @@ def wrap_model(view: DecoderView, batch_size: int) -> Any:
             left_truncate_len: int | None = None,
             **_: Any,
         ) -> list[int]:
-            ids = list(self.tokenizer.encode(string, add_special_tokens=False))
+            with guard(CANNOT_ENCODE, DataError, OTHER_TEXT):
+                ids = list(self.tokenizer.encode(string, add_special_tokens=False))
             if add_special_tokens is not False and ids[: len(leading)] != leading:
                 ids = leading + ids
             return _shorten(ids, leading, left_truncate_len)
@@ -45,9 +53,10 @@ def wrap_model(view: DecoderView, batch_size: int) -> Any:
             **_: Any,
         ) -> tuple[Tensor, Tensor]:
             ids = [self.tok_encode(text, left_truncate_len=left_truncate_len) for text in strings]
-            padded = self.tokenizer.pad(
-                {"input_ids": ids}, padding_side=padding_side, return_tensors="pt"
-            )
+            with guard("the tokenizer cannot pad a task's rows", ModelError, OTHER_TOKENIZER):
+                padded = self.tokenizer.pad(
+                    {"input_ids": ids}, padding_side=padding_side, return_tensors="pt"
+                )
             return padded["input_ids"], padded["attention_mask"]
 
         def _loglikelihood_tokens(self, requests: Any, *_: Any, **options: Any) -> Any:

@@ -103,7 +103,9 @@ def text_frame(tokenizer: Any) -> TextFrame:
         ModelError: the tokenizer makes no tokens of plain text.
     """
     leading, separator = leading_tokens(tokenizer), document_separator(tokenizer)
-    names = tokenizer.convert_ids_to_tokens([*leading, *([] if separator is None else [separator])])
+    ids = [*leading, *([] if separator is None else [separator])]
+    with guard("the tokenizer cannot name its tokens", ModelError, "Use its original files."):
+        names = tokenizer.convert_ids_to_tokens(ids)
     return TextFrame(
         leading,
         separator,

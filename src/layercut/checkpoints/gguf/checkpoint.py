@@ -15,10 +15,11 @@ from layercut.checkpoints.conversion_cache import Convert, cache_conversion
 from layercut.checkpoints.folder import SINGLE_FILE
 from layercut.checkpoints.gguf.conversion import ConvertedModel, plan_conversion
 from layercut.checkpoints.gguf.header import GgufHeader
+from layercut.checkpoints.gguf.keys import ORIGINAL
 from layercut.checkpoints.gguf.model import check_token_ids, find_parts, read_language_model
 from layercut.checkpoints.gguf.tokenizer import build_tokenizer
 from layercut.checkpoints.gguf.vocabulary import Vocabulary, read_vocabulary
-from layercut.checkpoints.hf_calls import quiet
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.shard_writer import write_shard
 from layercut.errors import ModelError
 
@@ -86,7 +87,8 @@ def _convert(
     ids: dict[str, Any] = {f"{role}_id": vocabulary.ids.get(role) for role in ROLES}
     if len(vocabulary.ends) > 1:
         ids["eos_token_id"] = list(vocabulary.ends)
-    with quiet():
+    what = f"the configuration or tokenizer of {vocabulary.path} cannot be written"
+    with guard(what, ModelError, ORIGINAL):
         model.config.save_pretrained(folder)
         GenerationConfig(**ids).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

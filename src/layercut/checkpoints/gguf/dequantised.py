@@ -10,7 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from layercut.checkpoints.gguf.header import GgufTensor
+from layercut.checkpoints.gguf.keys import ORIGINAL
+from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.safetensors_file import shrunk_file_error
+from layercut.errors import ModelError
 
 Weights = npt.NDArray[np.float32]
 
@@ -83,5 +86,8 @@ class Dequantised:
         stored = np.fromfile(source.path, np.uint8, nbytes, offset=begin)
         if stored.size != nbytes:
             raise shrunk_file_error(source.path)
-        weight: Weights = dequantize(stored.reshape(rows, -1), GGMLQuantizationType(source.number))
+        what = f"{source.path}: a tensor of {list(source.shape)} cannot be dequantised"
+        with guard(what, ModelError, ORIGINAL):
+            kind = GGMLQuantizationType(source.number)
+            weight: Weights = dequantize(stored.reshape(rows, -1), kind)
         return weight

@@ -105,6 +105,11 @@ def build_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     what = f"the tokenizer in {vocabulary.path} cannot be converted"
     with guard(what, ModelError, ORIGINAL), muted():
         backend = _own(vocabulary) or builders[vocabulary.model](vocabulary)
+        return _complete(backend, vocabulary)
+
+
+def _complete(backend: Tokenizer, vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
+    """With the tokens that are matched whole, and those around a text."""
     special = vocabulary.special
     for tokens, is_special in ((special, True), (vocabulary.user_defined, False)):
         backend.add_tokens([_added(vocabulary, token, is_special) for token in tokens])
