@@ -218,3 +218,21 @@ def test_unreadable_configurations_exit_3(
     ):
         code, _, err = program(*command)
         assert (code, message in err, "config.json" in err) == (3, True, True), err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", b"\xef\xbb\xbf{}", "starts with the byte order mark"),
+        ("generation_config.json", b'{"eos_token_id": 0', "is not valid JSON"),
+        ("generation_config.json", b'{"cache_implementation": "none such"}', "none such"),
+        ("tokenizer_config.json", b"\xef\xbb\xbf{}", "starts with the byte order mark"),
+    ],
+)
+def test_small_files_that_transformers_passes_over_or_stumbles_over_later_are_refused(
+    program: Program, model: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (model / name).write_bytes(content)
+    code, _, err = program("prune", model, "--drop", "1", "-o", tmp_path / "out")
+    assert (code, message in err, name in err) == (3, True, True), err
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layercut.checkpoints.config_check import build_meta_model
@@ -61,6 +61,12 @@ COPIED = (
     *TOKENIZER_FILES,
 )
 """What a pruned checkpoint takes from its source byte for byte, beside weights and config.json."""
+SMALL_FILES = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 PRUNE_BY_PLAN = (
     "Score the original, unquantised checkpoint, then prune this one by `layercut prune MODEL "
@@ -90,6 +96,7 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
     check_config(raw, folder / "config.json", quantised=as_files)
     for path in (*folder.glob("*.json"), *list_matching_files(folder, COPIED)):
         check_plain_file(path)
+    _check_small_files(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder} holds an adapter beside the model (adapter_config.json). "
@@ -122,6 +129,20 @@ def check_folder(folder: Path, *, as_files: bool = False) -> tuple[Layout, dict[
             )
     check_weights(config, model, stored, layout)
     return layout, stored
+
+
+def _check_small_files(folder: Path) -> None:
+    """Refuse damaged files that transformers passes over, or that show only when it loads them.
+
+    It takes a generation_config.json that is not JSON for none at all, without a word.
+    """
+    for name in SMALL_FILES:
+        if (folder / name).exists():
+            read_json_object(folder / name)
+    path = folder / "generation_config.json"
+    if path.exists():
+        with guard(f"{path} does not do", ModelError, "Correct it, or remove it."):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def find_models(config: Any, model: Any) -> tuple[Conversion, ...]:

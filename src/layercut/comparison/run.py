@@ -25,7 +25,6 @@ from layercut.models.special_tokens import text_frame
 from layercut.recipe.validation import validate
 from layercut.results import Provenance, warnings_into
 from layercut.selection.select import check_request
-from layercut.training.resume import model_hash
 from layercut.types import CalibrationBatches
 
 
@@ -99,7 +98,7 @@ def _run_entries(
             runner.run_entry(entry)
         if settings.layer_losses:
             runner.measure_layer_losses()
-        assert model_hash(view) == runner.intact, "the model is no longer dense"
+        runner.check_rows()
         content = settings.model_dump(mode="json", exclude={"layer_losses"})
         content["calibration"] = {
             "data": batches.source,

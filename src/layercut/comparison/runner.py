@@ -12,6 +12,7 @@ from layercut import progress, registry
 from layercut.comparison.config import ComparisonConfig
 from layercut.comparison.entries import Entry, LayerChoice, parse_methods
 from layercut.comparison.heal_rows import RowHealer
+from layercut.comparison.intact import IntactModel
 from layercut.comparison.measure import RowEvaluator, forward_seconds
 from layercut.comparison.plans import NOT_APPLICABLE, CachedPlan, PlanCache
 from layercut.comparison.row import DENSE, Row
@@ -22,7 +23,7 @@ from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit_repair
 from layercut.recovery.runtime_maps import applied_maps
 from layercut.registry import MethodCall
-from layercut.training.resume import model_hash, remove_claimed
+from layercut.training.resume import remove_claimed
 from layercut.types import CalibrationBatches, PruningPlan, RuntimeMaps, WeightPatch
 
 SHARED_BYTES = 4 * 1024**3
@@ -58,7 +59,7 @@ class ComparisonRunner:
         self.store = store
         self.evaluator = evaluator
         self.settings = settings
-        self.intact = model_hash(view)
+        self.intact = IntactModel(view)
         self.stream: ResidualStream | None = None
         self.healer = None
         if settings.heal is not None:
@@ -170,9 +171,18 @@ class ComparisonRunner:
         )
         return row, repair
 
+    def check_rows(self) -> None:
+        """Stop if a method changed the model where the check before each row did not see it."""
+        if not self.intact.is_same_throughout():
+            raise RuntimeError(
+                "a method changed single numbers of the model's weights, which it must only read. "
+                f"Rows that this call wrote may be wrong. Remove {self.store.folder}, correct the "
+                "method's file, and run again."
+            )
+
     def _check_intact(self, pair: str) -> None:
         """Stop before a row is written of a model that a method has changed."""
-        if model_hash(self.view) != self.intact:
+        if not self.intact.is_same():
             raise RuntimeError(
                 f"{pair} changed the model's weights, which a score or recovery must only read. "
                 "Rows that are written so far are right. Correct its method file."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from gguf_files import (
     as_it_is,
@@ -21,7 +24,8 @@ from gguf_files import (
     write_gguf,
 )
 from layercut.checkpoints.gguf.architectures import ARCHITECTURES
-from layercut.checkpoints.gguf.rope import _llama3_factors
+from layercut.checkpoints.gguf.keys import Keys
+from layercut.checkpoints.gguf.rope import _llama3_factors, rope_parameters
 from layercut.errors import ModelError
 from layercut.models.load import load
 
@@ -111,6 +115,24 @@ CASES: dict[str, Case] = {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": 4.0,
             "rope.scaling.original_context_length": 16,
+        },
+        PAIRS,
+    ),
+    "llama, yarn with a scale": (
+        "llama",
+        "llama",
+        {
+            "rope_parameters": THETA
+            | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+            # 1.5 (1 + 0.1 ln 4)
+            | {"attention_factor": 1.707944154167984}
+        },
+        RMS
+        | {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 16,
+            "rope.scaling.attn_factor": 1.5,
         },
         PAIRS,
     ),
@@ -344,3 +366,47 @@ def test_what_transformers_could_convert_but_is_not_known_to_be_exact_is_refused
         path = write_gguf(tmp_path / f"{name}.gguf", name, byte_level_keys() | KEYS, {})
         with pytest.raises(ModelError, match=f"does not read the architecture '{name}' from GGUF"):
             load(str(path))
+
+
+def test_biases_that_llama_cpp_does_without_are_zero(tmp_path: Path) -> None:
+    settings = SIZES | {"rope_parameters": THETA, "attention_bias": True, "mlp_bias": True}
+    model = tiny_model("llama", rms_norm_eps=1e-5, **settings)
+    left_out = [n for n, _ in model.named_parameters() if re.search(r"(o|gate|down)_proj.bias", n)]
+    left_out += ["model.layers.0.self_attn.q_proj.bias"]
+    with torch.no_grad():
+        for name in left_out:
+            model.get_parameter(name).zero_()
+    tensors = to_gguf(model, "llama", tmp_path / "model", change=PAIRS)
+    absent = {name for name, value in tensors.items() if name.endswith("bias") and not value.any()}
+    assert len(absent) == len(left_out)
+    kept = {name: value for name, value in tensors.items() if name not in absent}
+    path = write_gguf(tmp_path / "m.gguf", "llama", byte_level_keys() | KEYS | RMS, kept)
+    view = load(str(path), dtype="float32")
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        found = view.model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("factor", "scale"), [(4.0, 1.0), (40.0, 0.8), (0.5, 1.25)])
+def test_yarn_rotates_by_the_angles_of_llama_cpp(factor: float, scale: float) -> None:
+    # ggml's rope_yarn and ggml_rope_yarn_corr_dims, and llama-context.cpp's yarn_attn_factor.
+    n, base, trained = 64, 5e4, 2048
+    places = [n * np.log(trained / (r * 2 * np.pi)) / (2 * np.log(base)) for r in (32, 1)]
+    low, high = max(0, np.floor(places[0])), min(n - 1, np.ceil(places[1]))
+    ramp = 1 - np.clip((np.arange(n // 2) - low) / max(0.001, high - low), 0, 1)
+    whole = base ** (-2 * np.arange(n // 2) / n)
+    angles = whole / factor * (1 - ramp) + whole * ramp
+    cancelled = (1 + 0.1 * np.log(factor)) if factor > 1 else 1.0
+    length = cancelled / (1 + 0.1 * np.log(factor)) * scale * (1 + 0.1 * np.log(factor))
+
+    values = {"general.architecture": "llama", "llama.rope.freq_base": base}
+    values |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": factor}
+    values |= {"llama.rope.scaling.original_context_length": trained}
+    values |= {"llama.context_length": 8192, "llama.rope.scaling.attn_factor": scale}
+    raw = rope_parameters(Keys(Path("m.gguf"), values, ()), n)
+    config = LlamaConfig(head_dim=n, rope_parameters=raw, max_position_embeddings=8192)
+    found = LlamaRotaryEmbedding(config)
+    np.testing.assert_allclose(found.inv_freq.numpy(), angles, rtol=1e-5)
+    assert found.attention_scaling == pytest.approx(length)

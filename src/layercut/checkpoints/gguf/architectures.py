@@ -137,9 +137,15 @@ def _llama(keys: Keys) -> Config:
         )
     return config | {
         "model_type": "llama",
-        "attention_bias": "blk.0.attn_q.bias" in keys.tensors,
-        "mlp_bias": "blk.0.ffn_up.bias" in keys.tensors,
+        "attention_bias": _has_bias(keys, "attn_q", "attn_k", "attn_v", "attn_output"),
+        "mlp_bias": _has_bias(keys, *GATED),
     }
+
+
+def _has_bias(keys: Keys, *parts: str) -> bool:
+    """Whether any block has a bias in one of these parts; those that are left out are zero."""
+    names = {f"{part}.bias" for part in parts}
+    return any(name.split(".", 2)[-1] in names for name in keys.tensors)
 
 
 def _router(keys: Keys, count: str) -> Config:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers import AutoConfig
 
 from layercut.checkpoints.config_check import build_meta_model
 from layercut.checkpoints.gguf.architectures import ARCHITECTURES, Architecture
-from layercut.checkpoints.gguf.dequantised import Dequantised
+from layercut.checkpoints.gguf.dequantised import Dequantised, zero_biases
 from layercut.checkpoints.gguf.header import TENSOR_TYPES, GgufTensor
 from layercut.checkpoints.gguf.keys import ORIGINAL, Keys
 from layercut.checkpoints.gguf.rope import llama3_scaling
@@ -42,7 +43,7 @@ class ConvertedModel:
     """
 
     config: Any
-    contents: Mapping[str, Dequantised]
+    contents: Mapping[str, Dequantised | Tensor]
 
 
 def plan_conversion(
@@ -79,7 +80,8 @@ def plan_conversion(
     raw["vocab_size"] = _vocab_size(keys, values, by_name)
     keys.check_all_read()
     config = _build_config(path, raw | dict(special_ids))
-    contents, sources = _name_tensors(path, by_name, architecture, raw)
+    named, sources = _name_tensors(path, by_name, architecture, raw)
+    contents = named | zero_biases(named, raw)
     _check_complete(path, config, contents, sources)
     return ConvertedModel(config, contents)
 
@@ -239,7 +241,10 @@ def _contents(
 
 
 def _check_complete(
-    path: Path, config: Any, contents: Mapping[str, Dequantised], sources: Mapping[str, str]
+    path: Path,
+    config: Any,
+    contents: Mapping[str, Dequantised | Tensor],
+    sources: Mapping[str, str],
 ) -> None:
     """Let transformers say what it would fill, ignore or not fit, and count on both sides.
 
@@ -248,7 +253,7 @@ def _check_complete(
     """
     model: Any = build_meta_model(config)
     config.architectures = [type(model).__name__]
-    headers = {n: StoredTensor(path, c.dtype, c.shape, 0, 0) for n, c in contents.items()}
+    headers = {n: StoredTensor(path, "F32", tuple(c.shape), 0, 0) for n, c in contents.items()}
     try:
         info = find_loading_info(model, headers)
     except ModelError as error:

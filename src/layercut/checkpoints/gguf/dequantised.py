@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from layercut.checkpoints.gguf.header import GgufTensor
 from layercut.checkpoints.gguf.keys import ORIGINAL
@@ -91,3 +94,22 @@ class Dequantised:
             kind = GGMLQuantizationType(source.number)
             weight: Weights = dequantize(stored.reshape(rows, -1), kind)
         return weight
+
+
+def zero_biases(contents: Mapping[str, Dequantised], raw: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The biases that llama.cpp does without where transformers has all of a module or none.
+
+    Adding zeros changes no number. Llama-derived models with biases of q, k and v alone are such.
+
+    Args:
+        contents: the file's tensors by their names in the checkpoint.
+        raw: the configuration.
+    """
+    wanted = {"self_attn": raw.get("attention_bias"), "mlp": raw.get("mlp_bias")}
+    biases = {}
+    for name, content in contents.items():
+        module, _, kind = name.rpartition(".")
+        parent = module.split(".")[-2] if module.endswith("_proj") else ""
+        if kind == "weight" and wanted.get(parent) and f"{module}.bias" not in contents:
+            biases[f"{module}.bias"] = torch.zeros(content.shape[0])
+    return biases

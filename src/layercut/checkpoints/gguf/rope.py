@@ -12,6 +12,14 @@ from layercut.checkpoints.gguf.keys import Keys
 
 Factors = npt.NDArray[np.float32]
 
+UNREAD_YARN = {
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+"""Keys that llama.cpp reads for grok, mistral3 and deepseek2 alone, and what it takes otherwise."""
 LLAMA3_LENGTHS = tuple(1 << n for n in range(10, 18))
 """Context lengths that a Llama 3 may have been trained on before its positions were scaled."""
 LLAMA3_LOW, LLAMA3_HIGH = 1.0, 4.0
@@ -53,8 +61,27 @@ def _scaling(keys: Keys) -> dict[str, Any]:
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": trained,
-        }
+        } | _yarn_scale(keys, factor)
     raise keys.refuse("rope.scaling.type", "layercut cannot carry this scaling over")
+
+
+def _yarn_scale(keys: Keys, factor: float) -> dict[str, float]:
+    """What cosines and sines are multiplied by, where that is not what YaRN's paper says.
+
+    llama.cpp multiplies the paper's scale by the key; transformers takes the product.
+
+    Raises:
+        ModelError: a key is set that llama.cpp does not read in this family's files.
+    """
+    for name, value in UNREAD_YARN.items():
+        if keys.number(name, value) != value:
+            raise keys.refuse(
+                name, f"the original model may need it, but llama.cpp runs the file with {value:g}"
+            )
+    scale = keys.number("rope.scaling.attn_factor", 1.0)
+    if scale == 1:
+        return {}
+    return {"attention_factor": scale * (1 + 0.1 * math.log(max(1.0, factor)))}
 
 
 def llama3_scaling(factors: Factors, theta: float) -> dict[str, Any] | None:
