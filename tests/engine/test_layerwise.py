@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from layercut.engine.layerwise import layer_gradients
+from layercut.engine.layerwise import walk_gradients
 from layercut.errors import NumericsError
 from layercut.models.view import DecoderView
 from pretended_gpu import pretended_gpu
@@ -35,7 +35,7 @@ def test_layered_gradients_equal_plain_autograd(view: DecoderView, ids: Tensor, 
     expected = autograd_reference(view, ids)
     n_targets = ids.shape[0] * (ids.shape[1] - 1)
     seen = {}
-    for result in layer_gradients(view, ids, micro_batch=micro_batch, n_targets=n_targets):
+    for result in walk_gradients(view, [ids], micro_batch=micro_batch, n_targets=n_targets):
         seen |= {name: g.clone() for name, g in result.weights.items()}
     assert seen.keys() == expected.keys()
     for name, gradient in seen.items():
@@ -55,14 +55,14 @@ def test_a_gpu_with_room_keeps_the_graphs_of_several_micro_batches(
 
     monkeypatch.setattr(DecoderView, "run_layer", count)
     expected = {
-        g.layer: g.weights.copy() for g in layer_gradients(view, ids, micro_batch=2, n_targets=1)
+        g.layer: g.weights.copy() for g in walk_gradients(view, [ids], micro_batch=2, n_targets=1)
     }
     runs.clear()
     with pretended_gpu(free_bytes) as gpu:
         gpu.put(view.model)
         found = {
             g.layer: g.weights.copy()
-            for g in layer_gradients(view, ids, micro_batch=2, n_targets=1)
+            for g in walk_gradients(view, [ids], micro_batch=2, n_targets=1)
         }
     assert len(runs) == passes * 2 * view.n_layers
     for layer, weights in expected.items():
@@ -71,14 +71,14 @@ def test_a_gpu_with_room_keeps_the_graphs_of_several_micro_batches(
 
 
 def test_layers_come_from_the_last_to_the_first(view: DecoderView, ids: Tensor):
-    order = [g.layer for g in layer_gradients(view, ids, micro_batch=4, n_targets=1)]
+    order = [g.layer for g in walk_gradients(view, [ids], micro_batch=4, n_targets=1)]
     assert order == [5, 4, 3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_never_two_layers_weight_gradients_alive(view: DecoderView, ids: Tensor, micro_batch: int):
     alive: list[weakref.ref[Tensor]] = []
-    for result in layer_gradients(view, ids, micro_batch=micro_batch, n_targets=1):
+    for result in walk_gradients(view, [ids], micro_batch=micro_batch, n_targets=1):
         gc.collect()
         assert not [ref for ref in alive if ref() is not None]
         assert all(p.grad is None for p in view.model.parameters())
@@ -88,12 +88,12 @@ def test_never_two_layers_weight_gradients_alive(view: DecoderView, ids: Tensor,
 
 def test_skipped_layers_get_no_gradient_and_do_not_act(view: DecoderView, ids: Tensor):
     with view.skipping([1, 4]):
-        seen = [g.layer for g in layer_gradients(view, ids, micro_batch=4, n_targets=1)]
+        seen = [g.layer for g in walk_gradients(view, [ids], micro_batch=4, n_targets=1)]
     assert seen == [5, 3, 2, 0]
 
 
 def test_activation_gradients_need_no_weight_gradient(view: DecoderView, ids: Tensor):
-    for result in layer_gradients(view, ids, micro_batch=2, n_targets=1, weights=False):
+    for result in walk_gradients(view, [ids], micro_batch=2, n_targets=1, weights=False):
         assert result.weights == {}
         assert all(p.grad is None and not p.requires_grad for p in view.model.parameters())
         assert [g.shape for g in result.grad_out] == [(2, 32, 16)] * 2
@@ -101,7 +101,7 @@ def test_activation_gradients_need_no_weight_gradient(view: DecoderView, ids: Te
 
 def test_activation_gradient_predicts_a_small_change(view: DecoderView, ids: Tensor):
     # d loss ≈ ⟨∇h_6, δ⟩ for a small δ added to the stream before the final norm.
-    result = next(layer_gradients(view, ids, micro_batch=4, n_targets=1, weights=False))
+    result = next(walk_gradients(view, [ids], micro_batch=4, n_targets=1, weights=False))
     delta = 1e-3 * torch.randn(result.hidden_out[0].shape, generator=torch.manual_seed(1))
     _, before = view.loss_gradient(result.hidden_out[0], ids)
     _, after = view.loss_gradient(result.hidden_out[0] + delta, ids)
@@ -111,7 +111,7 @@ def test_activation_gradient_predicts_a_small_change(view: DecoderView, ids: Ten
 
 def test_model_is_unchanged(view: DecoderView, ids: Tensor):
     before = {n: t.clone() for n, t in view.model.state_dict().items()}
-    list(layer_gradients(view, ids, micro_batch=2, n_targets=1))
+    list(walk_gradients(view, [ids], micro_batch=2, n_targets=1))
     assert all(torch.equal(t, before[n]) for n, t in view.model.state_dict().items())
     assert not any(p.requires_grad for p in view.model.parameters())
 
@@ -119,7 +119,7 @@ def test_model_is_unchanged(view: DecoderView, ids: Tensor):
 def test_a_loss_that_is_not_finite_is_an_error(view: DecoderView, ids: Tensor):
     view.model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(NumericsError, match="the calibration loss is nan"):
-        list(layer_gradients(view, ids, micro_batch=4, n_targets=1))
+        list(walk_gradients(view, [ids], micro_batch=4, n_targets=1))
 
 
 def test_a_gradient_that_is_not_finite_names_its_weight(view: DecoderView, ids: Tensor):
@@ -127,4 +127,4 @@ def test_a_gradient_that_is_not_finite_names_its_weight(view: DecoderView, ids: 
         lambda module, inner, outer: (inner[0] * float("inf"),)
     )
     with pytest.raises(NumericsError, match=r"gradient of model\.layers\.3\.\S+ is not finite"):
-        list(layer_gradients(view, ids, micro_batch=4, n_targets=1))
+        list(walk_gradients(view, [ids], micro_batch=4, n_targets=1))

@@ -7,7 +7,7 @@ import torch
 
 from conftest import plan_of
 from family_configs import FAMILIES, Family
-from layercut.engine.layerwise import layer_gradients
+from layercut.engine.layerwise import walk_gradients
 from layercut.errors import ModelError
 from layercut.models.droppable import layers_to_keep
 from layercut.models.load import load
@@ -55,7 +55,9 @@ def test_loss_without_a_layer_is_that_of_the_model_that_skips_it(
     _, view = case
     if view.layout.rules.unscorable:
         return
-    for layer, loss in measure_losses_without(view, tokens()):
+    ids = tokens()
+    batches = CalibrationBatches(ids, len(ids), len(ids), "", "")
+    for layer, loss in measure_losses_without(view, batches).items():
         with view.skipping([layer]):
             expected = float(view.token_losses(tokens()).sum())
         assert loss == pytest.approx(expected, rel=1e-5)
@@ -92,7 +94,7 @@ def test_gradients_of_all_linear_weights_equal_plain_autograd(
             score(view, batches(), method="gradmap")
         return
     found = {}
-    for gradients in layer_gradients(view, tokens(), micro_batch=2, n_targets=26):
+    for gradients in walk_gradients(view, [tokens()], micro_batch=2, n_targets=26):
         found |= {name: g.clone() for name, g in gradients.weights.items()}
     parameters = {name: view.model.get_parameter(name).requires_grad_() for name in found}
     losses = view.model(tokens(), labels=tokens(), use_cache=False).loss

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -18,12 +20,20 @@ from layercut.models.view import DecoderView
 from layercut.recovery import gradient_steps
 from layercut.recovery.fit import fit
 from layercut.recovery.gradient_steps import (
-    compute_divergence_gradients,
     find_trained_weights,
     orthogonalize,
     take_steps,
+    walk_divergence_gradients,
 )
 from layercut.types import CalibrationBatches, WeightPatch
+
+
+def find_gradients(*arguments: Any, micro_batch: int) -> dict[str, Tensor]:
+    """All layers' gradients by name."""
+    found: dict[str, Tensor] = {}
+    for layer in walk_divergence_gradients(*arguments, micro_batch):
+        found |= layer
+    return found
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
@@ -48,7 +58,7 @@ def test_gradients_are_autograds_on_the_model_that_is_cut(
     plan = plan_of(2, 3)
     name = "model.layers.1.mlp.down_proj.weight"
     changed = {name: 1.5 * view.model.get_parameter(name).data}
-    found = compute_divergence_gradients(view, plan, changed, batches.input_ids, micro_batch=1)
+    found = find_gradients(view, plan, changed, batches.input_ids, micro_batch=1)
     cut = reload(view)
     apply(cut, plan, WeightPatch(changed, "none"))
     cut.model.requires_grad_(True)
@@ -82,7 +92,7 @@ def test_a_layer_that_did_nothing_leaves_nothing_to_learn(
 ):
     for part in ("self_attn.o_proj", "mlp.down_proj"):
         view.model.get_submodule(f"model.layers.2.{part}").weight.data.zero_()
-    gradients = compute_divergence_gradients(view, plan_of(2), {}, batches.input_ids, micro_batch=2)
+    gradients = find_gradients(view, plan_of(2), {}, batches.input_ids, micro_batch=2)
     assert max(float(g.abs().max()) for g in gradients.values()) < 1e-7
 
 
@@ -117,13 +127,13 @@ def test_halves_change_places_also_after_a_step_not_made(
     view: DecoderView, batches: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
 ):
     learnt: list[torch.Tensor] = []
-    original = gradient_steps.compute_divergence_gradients
+    original = gradient_steps.find_directions
 
     def remember(*arguments, **options):
         learnt.append(arguments[3])
         return original(*arguments, **options)
 
-    monkeypatch.setattr(gradient_steps, "compute_divergence_gradients", remember)
+    monkeypatch.setattr(gradient_steps, "find_directions", remember)
     given = iter([5.0, 6.0, 6.0, 6.0, 6.0, 5.0, 4.0, 4.5])
     monkeypatch.setattr(gradient_steps, "mean_loss", lambda *_: next(given))
     _, lengths = take_steps(view, plan_of(2), {}, batches.input_ids, n_steps=2, micro_batch=2)
@@ -145,7 +155,7 @@ def test_weights_that_layers_share_are_left_alone(view: DecoderView):
 def test_what_is_not_finite_is_an_error(view: DecoderView, batches: CalibrationBatches):
     view.model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = float("nan")
     with pytest.raises(NumericsError, match="gradient_steps: 0"):
-        compute_divergence_gradients(view, plan_of(2), {}, batches.input_ids, micro_batch=2)
+        find_gradients(view, plan_of(2), {}, batches.input_ids, micro_batch=2)
 
 
 def test_transposed_weights_step_alike(tmp_path: Path, batches: CalibrationBatches):

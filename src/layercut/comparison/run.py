@@ -80,7 +80,11 @@ def _run_entries(
     harness = harness_rows(settings.evaluation.harness, settings.evaluation.harness_limit)
     progress.stage("load")
     view = load(
-        settings.model, revision=settings.revision, dtype=settings.dtype, device=settings.device
+        settings.model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        residency="resident",  # rows are measured on text and tasks in any order
     )
     lengths = {} if batches is not None else {"calibration": settings.calibration.seq_len}
     check_lengths(view, **lengths, evaluation=settings.evaluation.seq_len)

@@ -6,41 +6,74 @@ that never two layers' weight gradients are alive at once, however many micro-ba
 group is split into. The forward graph is kept with one micro-batch per group, and with several on a
 GPU that has room for all of theirs; else only the boundary activations are, and each layer runs
 forward once more when its turn comes.
+
+Layers that are read from their files are walked once for all groups (`layerwise_streamed`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from layercut.errors import NumericsError
+from layercut import progress
+from layercut.engine.layer_gradients import (
+    LayerGradients,
+    LossGradient,
+    differentiate_all,
+    requiring_gradients,
+    take_gradients,
+    token_loss,
+)
+from layercut.engine.layerwise_streamed import walk_streamed_gradients
 from layercut.models.view import DecoderView, LayerInputs
 from layercut.spool import choose_device
 
 
-@dataclass(slots=True)
-class LayerGradients:
-    """Gradients that one layer received from one gradient group.
+def walk_gradients(
+    view: DecoderView,
+    groups: Sequence[Tensor],
+    *,
+    micro_batch: int,
+    n_targets: int = 1,
+    weights: bool = True,
+    loss: LossGradient | None = None,
+) -> Iterator[LayerGradients]:
+    """Differentiate each group's loss, layer by layer.
 
-    Attributes:
-        layer: its index.
-        weights: linear weight name → gradient of the scaled loss, shape of the weight, float32;
-            empty when only activations were asked for.
-        hidden_in: h_l per micro-batch, (batch, seq, d).
-        hidden_out: h_{l+1} per micro-batch, (batch, seq, d).
-        grad_out: gradient with respect to h_{l+1} per micro-batch, (batch, seq, d).
+    Args:
+        view: the model; layers that it currently skips are passed over.
+        groups: the gradient groups, (n_sequences, seq) each.
+        micro_batch: sequences in memory at once.
+        n_targets: what the summed token loss is divided by: all calibration targets, so that groups
+            of any size add up to the mean loss.
+        weights: whether gradients of the linear weights are wanted.
+        loss: what is differentiated in the place of the token loss.
+
+    Yields:
+        The gradients of each layer that is not skipped and each group: layers from the last to the
+        first within a group, groups in order within a layer; whether layers or groups come first
+        depends on where the weights are. They are freed when the next are asked for; until then,
+        the layer's weights are in memory.
+
+    Raises:
+        NumericsError: the loss or a weight gradient is not finite.
     """
-
-    layer: int
-    weights: dict[str, Tensor]
-    hidden_in: list[Tensor]
-    hidden_out: list[Tensor]
-    grad_out: list[Tensor]
+    loss = loss or token_loss(view, n_targets)
+    if view.source is not None:
+        yield from walk_streamed_gradients(view, groups, micro_batch, loss, weights=weights)
+        return
+    first = 0
+    for index, group in progress.track(enumerate(groups), total=len(groups)):
+        parts = list(group.split(micro_batch))
+        for gradients in _walk_group(view, parts, first, loss, weights=weights):
+            gradients.group = index
+            yield gradients
+            gradients.weights.clear()
+        first += len(parts)
 
 
 @dataclass(slots=True)
@@ -51,34 +84,13 @@ class _Segment:
     output: Tensor
 
 
-def layer_gradients(
-    view: DecoderView,
-    input_ids: Tensor,
-    *,
-    micro_batch: int,
-    n_targets: int,
-    weights: bool = True,
+def _walk_group(
+    view: DecoderView, parts: list[Tensor], first: int, loss: LossGradient, *, weights: bool
 ) -> Iterator[LayerGradients]:
-    """Differentiate one group's summed token loss divided by ``n_targets``, layer by layer.
-
-    Args:
-        view: the model; layers that it currently skips are passed over.
-        input_ids: the gradient group, (n_sequences, seq).
-        micro_batch: sequences in memory at once.
-        n_targets: all calibration targets, so that groups of any size add up to the mean loss.
-        weights: whether gradients of the linear weights are wanted.
-
-    Yields:
-        The gradients of each layer that is not skipped, from the last to the first. They are
-        freed when the next layer is asked for.
-
-    Raises:
-        NumericsError: the loss or a weight gradient is not finite.
-    """
-    micro_batches = list(input_ids.split(micro_batch))
+    """The gradients of one group's micro-batches, from the last layer to the first."""
     order = [i for i in range(view.n_layers) if i not in view.skipped]
-    with _requires_grad(view, order if weights else []):
-        inputs = [view.embed(ids) for ids in micro_batches]
+    with requiring_gradients(view, order) if weights else nullcontext():
+        inputs = [view.embed(ids) for ids in parts]
         before = _allocated_bytes(view)
         keep_graph = len(inputs) == 1 or view.device.type == "cuda"
         chains = [_forward(view, inputs[0], order, keep_graph=keep_graph)]
@@ -87,9 +99,11 @@ def layer_gradients(
             keep_graph = False
             chains = [[_Segment(s.hidden, s.output.detach()) for s in chains[0]]]
         chains += [_forward(view, i, order, keep_graph=keep_graph) for i in inputs[1:]]
-        upstream = _loss_gradients(view, [c[-1].output for c in chains], micro_batches, n_targets)
+        outputs = [chain[-1].output for chain in chains]
+        upstream = list(differentiate_all(loss, outputs, parts, first))
+        del outputs
         for layer in reversed(order):
-            result = LayerGradients(layer, {}, [], [], list(upstream))
+            result = LayerGradients(layer, 0, {}, [], [], list(upstream))
             for i, chain in enumerate(chains):
                 segment = chain.pop()
                 output = segment.output
@@ -103,23 +117,8 @@ def layer_gradients(
                 result.hidden_out.append(output.detach())
             del segment, output
             if weights:
-                result.weights = _take_gradients(view, layer)
+                result.weights = take_gradients(view, layer)
             yield result
-            result.weights.clear()
-
-
-def _loss_gradients(
-    view: DecoderView, outputs: list[Tensor], micro_batches: list[Tensor], n_targets: int
-) -> list[Tensor]:
-    """The gradient of the loss with respect to h_L of every micro-batch."""
-    pairs = [view.loss_gradient(h, ids) for h, ids in zip(outputs, micro_batches, strict=True)]
-    total = float(torch.stack([loss for _, loss in pairs]).sum())
-    if not math.isfinite(total):
-        raise NumericsError(
-            f"the calibration loss is {total}: the model or its data yields values that are not "
-            "finite. Check the weights, or use dtype: float32."
-        )
-    return [gradient / n_targets for gradient, _ in pairs]
 
 
 def _forward(
@@ -143,35 +142,3 @@ def _allocated_bytes(view: DecoderView) -> int:
 def _has_room(view: DecoderView, n_bytes: int) -> bool:
     """Whether graphs of that size leave half of the GPU's free memory to gradients."""
     return choose_device(view.device, 2 * n_bytes) == view.device
-
-
-@contextmanager
-def _requires_grad(view: DecoderView, layers: list[int]) -> Iterator[None]:
-    parameters = [weight for layer in layers for weight in view.linear_weights(layer).values()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-
-
-def _take_gradients(view: DecoderView, layer: int) -> dict[str, Tensor]:
-    taken = {}
-    for name, parameter in view.linear_weights(layer).items():
-        gradient = parameter.grad
-        parameter.grad = None
-        if gradient is None:  # no token was routed there
-            gradient = torch.zeros_like(parameter)
-        taken[name] = gradient
-    # One answer for all weights: a GPU would be waited for at each.
-    finite = torch.stack([gradient.isfinite().all() for gradient in taken.values()])
-    if not bool(finite.all()):
-        name = next(n for n, good in zip(taken, finite.tolist(), strict=True) if not good)
-        raise NumericsError(
-            f"the gradient of {name} is not finite. Look for broken calibration text, or use "
-            "dtype: float32."
-        )
-    return {name: gradient.float() for name, gradient in taken.items()}

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import DataError, NumericsError
 from layercut.models.view import DecoderView
+from layercut.types import CalibrationBatches
+
+
+def token_losses(view: DecoderView, windows: Tensor, micro_batch: int) -> Iterator[Tensor]:
+    """Cross-entropy of every predicted token, in nats, by micro-batch, (batch, n).
+
+    Where layers are read from their files, all windows pass one layer before the next is read.
+
+    Args:
+        view: the model.
+        windows: token ids, (n, seq_len).
+        micro_batch: windows in memory at once.
+    """
+    if view.source is None:
+        yield from (view.token_losses(ids) for ids in windows.split(micro_batch))
+        return
+    stream = ResidualStream(view, CalibrationBatches(windows, micro_batch, micro_batch, "", ""))
+    for layer in range(view.n_layers):
+        if layer not in view.skipped:
+            stream.advance(layer)
+    yield from stream.losses(windows)
 
 
 def mean_loss(view: DecoderView, windows: Tensor, micro_batch: int) -> float:
@@ -18,7 +40,7 @@ def mean_loss(view: DecoderView, windows: Tensor, micro_batch: int) -> float:
     Raises:
         NumericsError: it is not finite.
     """
-    return mean(view.token_losses(ids) for ids in windows.split(micro_batch))
+    return mean(token_losses(view, windows, micro_batch))
 
 
 def mean(losses: Iterable[Tensor]) -> float:

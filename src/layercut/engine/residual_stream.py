@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from layercut.models.output_projections import LinearMap, in_features
 from layercut.models.view import DecoderView, LayerInputs
 from layercut.spool import Spool
 from layercut.types import CalibrationBatches
+
+Visitor = Callable[[Tensor, Tensor], None]
 
 
 class ResidualStream:
@@ -111,25 +114,42 @@ class ResidualStream:
         return self._inputs[n_sequences]
 
     @torch.no_grad()
+    def normed_states(self, input_ids: Tensor) -> Iterator[Tensor]:
+        """What the final norm makes of the stream behind the last layer, by micro-batch.
+
+        Args:
+            input_ids: the stream's sequences, (n, seq).
+        """
+        for hidden, ids in self._last_states(input_ids):
+            yield self.view.norm_states(hidden, ids)
+
+    @torch.no_grad()
     def losses(self, input_ids: Tensor) -> Iterator[Tensor]:
         """Cross-entropy of every predicted token behind the last layer, by micro-batch.
 
         Args:
             input_ids: the stream's sequences, (n, seq).
         """
+        for hidden, ids in self._last_states(input_ids):
+            yield self.view.stream_losses(hidden, ids)
+
+    def _last_states(self, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for (start, stop, n_sequences), ids in zip(
             self._spans, input_ids.split(self.micro_batch), strict=True
         ):
             rows = self.states.rows[start:stop].view(n_sequences, self.seq_len, -1)
-            dtype = self._arguments(n_sequences)[1]
-            yield self.view.stream_losses(rows.to(self.view.device, dtype), ids)
+            yield rows.to(self.view.device, self._arguments(n_sequences)[1]), ids
 
     @torch.no_grad()
-    def advance(self, layer: int) -> None:
+    def advance(self, layer: int, visit: Visitor | None = None) -> None:
         """Run every token through ``layer``; the stream then enters ``layer + 1``.
 
         In the pruned model, call it with the kept layers only: the dropped ones do not change
         the stream.
+
+        Args:
+            layer: which one.
+            visit: is given h_l and h_{l+1} of every micro-batch, (batch, seq, d) each.
         """
         begun = time.perf_counter()
         if self.history is not None:
@@ -140,16 +160,29 @@ class ResidualStream:
             self.states = Spool(len(self.states), self.view.hidden_size, device=self.view.device)
             self.states.write(0, self.history[layer].rows)
             self.history.append(self.states)
-        for start, stop, n_sequences in self._spans:
-            rest, dtype = self._arguments(n_sequences)
-            rows = self.states.rows[start:stop]
-            hidden = rows.view(n_sequences, -1, rows.shape[1]).to(self.view.device, dtype)
-            inputs = LayerInputs(hidden, rest)
-            self.states.write(start, self.view.run_layer(layer, hidden, inputs).float())
+        with self.view.holding(layer):
+            for start, stop, n_sequences in self._spans:
+                rest, dtype = self._arguments(n_sequences)
+                rows = self.states.rows[start:stop]
+                hidden = rows.view(n_sequences, -1, rows.shape[1]).to(self.view.device, dtype)
+                output = self.view.run_layer(layer, hidden, LayerInputs(hidden, rest))
+                if visit is not None:
+                    visit(hidden, output)
+                self.states.write(start, output.float())
         self.layer = layer + 1
         if self.history is not None:
             float(self.states.rows[-1, -1])  # a GPU works behind the clock's back: wait for it
             self.layer_seconds.append(time.perf_counter() - begun)
+
+
+def split_for_walk(view: DecoderView, batches: CalibrationBatches) -> list[CalibrationBatches]:
+    """Parts that walk through the layers one after the other, for what keeps many streams.
+
+    They are micro-batches, or everything at once where every walk reads the layers from files.
+    """
+    if view.source is not None:
+        return [batches]
+    return [replace(batches, input_ids=ids) for ids in batches.micro_batches()]
 
 
 def start_dense_stream(

@@ -15,6 +15,7 @@ from layercut.data.calibration import evaluation_windows
 from layercut.errors import DataError, ModelError
 from layercut.evaluation.fidelity import DenseReference, check_same_outputs, compare_to_dense
 from layercut.evaluation.generation import NEW_TOKENS, choose_prompts, generation_check
+from layercut.models.check_method import require_resident
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
@@ -26,7 +27,10 @@ def check_comparable(view: DecoderView, dense: DecoderView) -> None:
 
     Raises:
         ModelError: they predict different tokens.
+        RecipeError: the layers of one are read from their files.
     """
+    for one in (view, dense):
+        require_resident(one, "a comparison with the dense model")
     heads = [v.model.get_output_embeddings() for v in (view, dense)]
     if all(head is not None for head in heads):
         check_same_outputs(*(int(head.weight.shape[0]) for head in heads))

@@ -87,6 +87,7 @@ def evaluate(
     zero_shot = {}
     if harness:
         zero_shot = run_harness(view, harness, limit=harness_limit, batch_size=harness_batch_size)
+    speed = speed and view.source is None  # of reading files it would be
     context = min(FLOPS_CONTEXT, view.context)
     return Evaluation(
         n_layers=view.n_layers,

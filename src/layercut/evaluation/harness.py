@@ -23,6 +23,7 @@ from layercut.checkpoints.hf_calls import guard
 from layercut.data import files
 from layercut.errors import DataError, NumericsError, RecipeError, suggestion
 from layercut.evaluation.harness_model import wrap_model
+from layercut.models.check_method import require_resident
 from layercut.results import Estimate
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def run_harness(
             metrics show is raised here.
         NumericsError: a metric is not finite.
     """
+    require_resident(view, "the harness")
     with _random_state():
         tasks = _tasks(tuple(names))
         for name, task in tasks.items():

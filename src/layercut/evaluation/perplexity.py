@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layercut import progress
-from layercut.engine.loss import _finite, check_vocabulary
+from layercut.engine.loss import _finite, check_vocabulary, token_losses
 from layercut.results import Estimate, estimate_mean
 
 if TYPE_CHECKING:
@@ -33,10 +33,8 @@ def perplexity(view: DecoderView, windows: Tensor) -> Estimate:
         NumericsError: the loss is not finite.
     """
     check_vocabulary(view, windows)
-    rows = [
-        view.token_losses(ids) for ids in progress.track(windows.split(2), -(-len(windows) // 2))
-    ]
-    losses = torch.cat(rows).double().cpu()
+    parts = progress.track(token_losses(view, windows, 2), -(-len(windows) // 2))
+    losses = torch.cat(list(parts)).double().cpu()
     per_window = losses.mean(dim=1)
     ppl = math.exp(_finite(float(losses.mean())))
     error = ppl * estimate_mean(per_window).stderr

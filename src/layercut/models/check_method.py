@@ -20,11 +20,31 @@ def check_model(call: MethodCall, view: DecoderView) -> None:
 
     Raises:
         ModelError: the family's layers cannot be run or compared alone.
+        RecipeError: the method needs all weights at once, and the model is streamed.
     """
+    if not call.method.streams:
+        require_resident(view, f"{call.stage} '{call.name}'")
     if call.method.reads_model and (why := view.layout.unscorable):
         raise ModelError(
             f"{call.stage} '{call.name}' cannot work on '{view.layout.model_type}': {why}. Name "
             "the layers with selection.drop, and set recovery.method: none."
+        )
+
+
+def require_resident(view: DecoderView, what: str) -> None:
+    """Refuse what needs all weights at once where layers are read from their files.
+
+    Args:
+        view: the model.
+        what: that which needs them, for the message.
+
+    Raises:
+        RecipeError: the model's layers are read one at a time.
+    """
+    if view.source is not None:
+        raise RecipeError(
+            f"{what} needs all weights at once, and this model's layers are read from their files "
+            "one at a time. Leave it out, or use residency: resident on a machine with more memory."
         )
 
 

@@ -1,129 +1,278 @@
-"""A checkpoint run layer by layer: one layer's weights are in memory at a time."""
+"""Decoder layers that are in memory only while they are held: read from files, then forgotten.
+
+A layer is held while it runs, by hooks, and for as long as somebody says so. While one is held, a
+thread reads the next one's bytes, so that two layers are in memory at most.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from layercut.checkpoints.hf_calls import guard
 from layercut.checkpoints.layout import Layout
-from layercut.checkpoints.safetensors_file import (
-    DTYPES,
-    TABLES,
-    StoredTensor,
-    read_stored_tensors,
-    read_tensor,
-)
-from layercut.checkpoints.weight_names import Conversion
-from layercut.errors import ModelError
-from layercut.models.load import weights_dtype
-from layercut.models.view import DecoderView
+from layercut.checkpoints.safetensors_file import DTYPES, TABLES, StoredTensor, read_tensor
+from layercut.errors import ModelError, NumericsError
+from layercut.tensor_maps import ComputedTensors
+
+Stored = Mapping[str, StoredTensor]
 
 
-def open_streamed(
-    folder: Path,
-    layout: Layout,
-    *,
-    dtype: torch.dtype | None = None,
-    attention: str | dict[str, str] | None = None,
-) -> DecoderView:
-    """A model on the CPU whose layers read their weights when they run and forget them after.
+@dataclass(slots=True)
+class _Layer:
+    """One layer: its files, and what stands in their place.
 
-    Args:
-        folder: a checkpoint that is not quantised.
-        layout: where its layers are.
-        dtype: of the weights in memory; default: as they are stored, float32 for float16.
-        attention: attention implementation; transformers' choice if ``None``.
+    Attributes:
+        module: the layer; its parameters have no memory while nobody holds it.
+        stored: what its weights are made of, by name on disk.
+        prefix: of its names in the model's state dict.
+        empty: its state dict without memory.
+        holders: how many hold it.
+        replaced: tensors that are used in the place of the files', by name in the model's state
+            dict; later ones before earlier ones.
+        is_checked: whether its values were found finite.
+    """
+
+    module: nn.Module
+    stored: Stored
+    prefix: str
+    empty: dict[str, Tensor]
+    holders: int = 0
+    replaced: list[Mapping[str, Tensor]] = field(default_factory=list)
+    is_checked: bool = False
+
+
+class LayerSource:
+    """The layers of one model, by index.
+
+    Attributes:
+        bytes_of_layer: what one layer takes in memory at most.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        stored: Sequence[Stored],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        skipped: Callable[[], Collection[int]],
+    ) -> None:
+        """Let every layer of ``model`` forget its weights but while it runs.
+
+        Args:
+            model: its layers have no memory yet.
+            layout: where they are in it.
+            stored: what each is made of.
+            dtype: of the weights in memory.
+            device: where they go.
+            skipped: the layers that are passed over at the moment, and need no weights.
+        """
+        self._model, self._dtype, self._device, self._skipped = model, dtype, device, skipped
+        self._prefix = layout.layers
+        self._layers = [
+            _Layer(
+                module,
+                stored[index],
+                f"{layout.layers}.{index}.",
+                {name: tensor.detach() for name, tensor in module.state_dict().items()},
+            )
+            for index, module in enumerate(layout.layer_list(model))
+        ]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="layercut-read")
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._last, self._step = -1, 1
+        for index, layer in enumerate(self._layers):
+            layer.module.register_forward_pre_hook(self._hooked(self.hold, index))
+            layer.module.register_forward_hook(self._hooked(self.release, index), always_call=True)
+
+    @property
+    def bytes_of_layer(self) -> int:
+        """What one layer takes in memory at most."""
+        itemsize = self._dtype.itemsize
+        return max(
+            itemsize * sum(tensor.numel() for tensor in layer.empty.values())
+            for layer in self._layers
+        )
+
+    def hold(self, index: int) -> None:
+        """Have a layer's weights in memory until `release` was called as often.
+
+        Raises:
+            ModelError: the files lack one of its tensors, or have changed.
+            NumericsError: a weight is NaN or Inf.
+        """
+        layer = self._layers[index]
+        layer.holders += 1
+        if layer.holders > 1:
+            return
+        try:
+            self._fill(index, layer)
+        except BaseException:
+            self.release(index)
+            raise
+        for tensors in layer.replaced:
+            self._replace(layer, tensors)
+
+    def release(self, index: int) -> None:
+        """Let go of a layer; the last one to do so lets its weights be forgotten."""
+        layer = self._layers[index]
+        layer.holders -= 1
+        if layer.holders == 0:
+            layer.module.load_state_dict(layer.empty, assign=True)
+
+    @contextmanager
+    def replacing(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Use ``tensors`` in place of the layers' own inside the block.
+
+        A tensor is asked for when its layer is read, and may be computed from the weight that is
+        in memory then.
+
+        Args:
+            tensors: by name in the model's state dict; those that are no layer's are left alone.
+        """
+        by_layer: dict[int, list[str]] = defaultdict(list)
+        for name in filter(self.is_layers, tensors):
+            by_layer[self.number(name)].append(name)
+        before: list[tuple[nn.Parameter, Tensor]] = []
+        parts = []
+        for index, names in by_layer.items():
+            layer, part = self._layers[index], ComputedTensors(names, tensors.__getitem__)
+            layer.replaced.append(part)
+            parts.append((layer, part))
+            if layer.holders:
+                before += self._replace(layer, part)
+        try:
+            yield
+        finally:
+            for layer, part in parts:
+                layer.replaced = [one for one in layer.replaced if one is not part]
+            for parameter, data in before:
+                parameter.data = data
+
+    def is_layers(self, name: str) -> bool:
+        """Whether a tensor of the state dict belongs to a layer."""
+        return name.startswith(f"{self._prefix}.")
+
+    def number(self, name: str) -> int:
+        """The layer that a layer's tensor belongs to."""
+        return int(name.removeprefix(f"{self._prefix}.").partition(".")[0])
+
+    def rebuild(
+        self,
+        model: Any,
+        layout: Layout,
+        kept: Sequence[int],
+        tensors: Mapping[str, Tensor],
+        skipped: Callable[[], Collection[int]],
+    ) -> LayerSource:
+        """The source of the pruned model: the kept layers' files under their new numbers.
+
+        Args:
+            model: the pruned one, its layers without memory.
+            layout: the input model's.
+            kept: layers of the input model that stay, in order.
+            tensors: replacements for good, by name in the pruned model's state dict.
+            skipped: as for the class.
+        """
+        stored = []
+        for new, old in enumerate(kept):
+            names = self._layers[old].stored
+            renamed = {layout.new_stored_name(n, {old: new}): t for n, t in names.items()}
+            stored.append({name: tensor for name, tensor in renamed.items() if name is not None})
+        source = LayerSource(
+            model, layout, stored, dtype=self._dtype, device=self._device, skipped=skipped
+        )
+        by_layer: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in tensors.items():
+            by_layer[source.number(name)][name] = tensor
+        for index, layer in enumerate(source._layers):
+            if index in by_layer:
+                layer.replaced.append(by_layer[index])
+            layer.is_checked = self._layers[kept[index]].is_checked
+        return source
+
+    def _hooked(self, act: Callable[[int], None], index: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if index not in self._skipped():
+                act(index)
+
+        return hook
+
+    def _fill(self, index: int, layer: _Layer) -> None:
+        content = self._take(index, layer)
+        missing = load_part(self._model, content, self._dtype, self._device)
+        layer.module.requires_grad_(False)
+        own = {layer.prefix + name for name in layer.empty}
+        if absent := own & missing:
+            raise ModelError(f"the files hold nothing for {min(absent)}. Use the whole checkpoint.")
+        if not layer.is_checked:
+            named = layer.module.named_parameters()
+            check_finite((layer.prefix + name, parameter) for name, parameter in named)
+            layer.is_checked = True
+
+    def _take(self, index: int, layer: _Layer) -> dict[str, Tensor]:
+        """The layer's stored tensors, read ahead or now; starts to read the next one's."""
+        if self._ahead is not None and self._ahead[0] == index:
+            content = self._ahead[1].result()
+            self._ahead = None
+        else:
+            content = read_decodable(layer.stored)
+        if index != self._last:
+            self._step = 1 if index > self._last else -1
+        self._last = index
+        following = index + self._step
+        while 0 <= following < len(self._layers) and following in self._skipped():
+            following += self._step
+        known = self._ahead is not None and self._ahead[0] == following
+        if 0 <= following < len(self._layers) and not known:
+            stored = self._layers[following].stored
+            self._ahead = following, self._thread.submit(read_decodable, stored)
+        return content
+
+    def _replace(
+        self, layer: _Layer, tensors: Mapping[str, Tensor]
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """Put tensors into a layer that is in memory; what was there before."""
+        before = []
+        for name in tensors:
+            parameter = layer.module.get_parameter(name.removeprefix(layer.prefix))
+            before.append((parameter, parameter.data))
+            parameter.data = tensors[name].to(parameter.data)
+        return before
+
+
+def read_decodable(stored: Stored) -> dict[str, Tensor]:
+    """The tensors that can be decoded; masks of old checkpoints are in other types.
 
     Raises:
-        ModelError: the files lack a tensor.
+        ModelError: a file became shorter since its header was read.
     """
-    stored = read_stored_tensors(folder)
-    dtype = dtype or weights_dtype("auto", stored, torch.device("cpu"))
-    # Parameters get no memory; rotary tables and other buffers are computed as usual.
-    with (
-        guard(f"{folder} cannot be loaded", ModelError, "See that its files belong together."),
-        init_empty_weights(include_buffers=False),
-    ):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
-        )
-    tied: Mapping[str, str] = model.all_tied_weights_keys
-    view = DecoderView(
-        model,
-        None,
-        name=str(folder),
-        path=folder,
-        layout=layout,
-        fingerprint="",
-        mixed_precision=False,
-    )
-    pieces: dict[int | None, dict[str, StoredTensor]] = defaultdict(dict)
-    conversion = Conversion(model)
-    for name, tensor in stored.items():
-        number = layout.stored_number(name)
-        if number is not None and number < layout.n_layers:
-            pieces[number][name] = tensor
-        elif number is None and conversion.reads(name):  # other parts need no memory
-            pieces[None][name] = tensor
-    missing = _read(model, pieces[None], dtype)
-    absent = {n for n in missing - tied.keys() if not n.startswith(f"{layout.layers}.")}
-    if absent:
-        raise ModelError(
-            f"{folder} holds nothing for {min(absent)}, so its layers cannot be run one at a "
-            "time. Load the whole model instead."
-        )
-    if missing & tied.keys():
-        model.tie_weights()
-    for index, layer in enumerate(view.layers):
-        _stream(view, index, layer, pieces[index], dtype)
-    return view
+    known = DTYPES | TABLES
+    return {name: read_tensor(t) for name, t in stored.items() if t.dtype in known}
 
 
-@torch.no_grad()
-def compute_logits(view: DecoderView, ids: Tensor) -> Tensor:
-    """Logits without a cache, (batch, seq, vocabulary)."""
-    logits: Tensor = view.model(ids.to(view.device), use_cache=False).logits
-    return logits
-
-
-def _stream(
-    view: DecoderView,
-    index: int,
-    layer: nn.Module,
-    stored: Mapping[str, StoredTensor],
-    dtype: torch.dtype,
-) -> None:
-    """Let ``layer`` hold its weights only while it runs."""
-    empty = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
-    own = {f"{view.layout.layers}.{index}.{name}" for name in empty}
-
-    def read(*_: Any) -> None:
-        if index not in view.skipped and (absent := own & _read(view.model, stored, dtype)):
-            raise ModelError(
-                f"{view.path} holds nothing for {min(absent)}. Use the whole checkpoint."
-            )
-
-    def forget(*_: Any) -> None:
-        layer.load_state_dict(empty, assign=True)
-
-    layer.register_forward_pre_hook(read)
-    layer.register_forward_hook(forget)
-
-
-def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> set[str]:
+def load_part(
+    model: Any, content: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> set[str]:
     """Fill a part of a model with stored tensors, put together as transformers does.
+
+    Args:
+        model: the model.
+        content: the tensors by name on disk; emptied.
+        dtype: of the weights in memory.
+        device: where they go.
 
     Returns:
         Every name of the model's state dict that was not among them.
@@ -135,13 +284,12 @@ def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) ->
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),
+        device_map=None if device.type == "cpu" else {"": device},
     )
-    tensors = {name: read_tensor(tensor) for name, tensor in stored.items() if _can_decode(tensor)}
     with guard(
         f"{model.name_or_path} cannot be loaded", ModelError, "Load the whole model instead."
     ):
-        info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
-    model.requires_grad_(False)
+        info, _ = convert_and_load_state_dict_in_model(model, content, config)
     failed = {name: f"shape {list(shape)}" for name, shape, _ in info.mismatched_keys}
     failed |= info.conversion_errors
     if failed:
@@ -154,6 +302,22 @@ def _read(model: Any, stored: Mapping[str, StoredTensor], dtype: torch.dtype) ->
     return missing
 
 
-def _can_decode(tensor: StoredTensor) -> bool:
-    """Whether a tensor can be decoded; masks of old checkpoints are in other types."""
-    return tensor.dtype in DTYPES | TABLES
+def check_finite(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that are NaN or Inf.
+
+    Args:
+        named: their names and values.
+
+    Raises:
+        NumericsError: names the first one.
+    """
+    for name, parameter in named:
+        if parameter.numel() == 0:
+            continue
+        # NaN and Inf both survive in the extremes, which need no temporary of the weight's size.
+        low, high = parameter.detach().aminmax()
+        if not bool(low.isfinite() & high.isfinite()):
+            raise NumericsError(
+                f"{name} holds NaN or Inf. Compare its file with the sha256 of the original, or "
+                "use another checkpoint."
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,18 +18,30 @@ from layercut.checkpoints.own_code import warn_of_own_code
 from layercut.checkpoints.preflight import check_folder, list_tokenizer_files, load_strictly
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor
-from layercut.errors import ModelError, NumericsError, RecipeError, suggestion
+from layercut.errors import ModelError, RecipeError, suggestion
+from layercut.machine import available_memory_bytes
 from layercut.models.attention import read_attention
+from layercut.models.dtypes import has_bfloat16, weights_dtype
+from layercut.models.layer_source import check_finite
+from layercut.models.load_streamed import open_streamed
 from layercut.models.view import DecoderView
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16")
+RESIDENCIES = ("auto", "resident", "streamed")
+MEMORY_SHARE = 0.8
+"""Part of the free memory that weights may take before their layers are streamed."""
 NO_LENGTH_LIMIT = 1 << 62
 HASHED_AT_ONCE = 8
 """Shards that are hashed side by side: one takes a second per 1.5 GB and core."""
 
 
 def load(
-    model: str, *, revision: str | None = None, dtype: str = "auto", device: str = "auto"
+    model: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    residency: str = "auto",
 ) -> DecoderView:
     """Load a causal language model for pruning.
 
@@ -40,9 +52,11 @@ def load(
         dtype: ``auto`` keeps the stored one (float16 becomes float32 on a CPU) and lets matrix
             products of float32 weights run in bfloat16; ``float32`` is exact; ``bfloat16``.
         device: ``auto`` is CUDA where there is one, else the CPU.
+        residency: ``resident`` keeps all weights in memory, ``streamed`` reads each layer from its
+            file whenever it runs; ``auto`` streams what would not fit.
 
     Raises:
-        RecipeError: unknown dtype or device.
+        RecipeError: unknown dtype, device or residency.
         ModelError: the checkpoint cannot be read or pruned.
         NetworkError: the Hub is needed and does not give the model.
         NumericsError: a weight is NaN or Inf.
@@ -50,15 +64,30 @@ def load(
     if dtype not in DTYPE_NAMES:
         hint = suggestion(dtype, DTYPE_NAMES)
         raise RecipeError(f"dtype '{dtype}' is none of {', '.join(DTYPE_NAMES)}{hint}")
+    if residency not in RESIDENCIES:
+        hint = suggestion(residency, RESIDENCIES)
+        raise RecipeError(f"residency '{residency}' is none of {', '.join(RESIDENCIES)}{hint}")
     target = _device(device)
     folder = find_folder(model, revision)
     layout, stored = check_folder(folder)
     warn_of_own_code(folder)
     tokenizer = load_tokenizer(folder)
     fingerprint = _fingerprint(folder)
-    weights = load_strictly(folder, weights_dtype(dtype, stored, target), target)
-    _check_finite(weights)
-    mixed = dtype == "auto" and weights.dtype == torch.float32 and has_bfloat16(target)
+    kind = weights_dtype(dtype, stored, target)
+    mixed = dtype == "auto" and kind == torch.float32 and has_bfloat16(target)
+    if residency == "streamed" or (residency == "auto" and not _fits(stored, kind, target)):
+        return open_streamed(
+            folder,
+            layout,
+            dtype=kind,
+            device=target,
+            tokenizer=tokenizer,
+            name=model,
+            fingerprint=fingerprint,
+            mixed_precision=mixed,
+        )
+    weights = load_strictly(folder, kind, target)
+    check_finite(weights.named_parameters())
     return DecoderView(
         weights,
         tokenizer,
@@ -85,6 +114,13 @@ def reload(view: DecoderView) -> DecoderView:
     )
 
 
+def _fits(stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the weights leave a part of the free memory to rows and sums."""
+    numbers = sum(math.prod(t.shape) for t in stored.values() if t.dtype in DTYPES)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
+    return numbers * dtype.itemsize <= MEMORY_SHARE * free
+
+
 def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,34 +133,6 @@ def _device(device: str) -> torch.device:
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"device '{device}' is not there. Use device: cpu.")
     return target
-
-
-def weights_dtype(
-    dtype: str, stored: Mapping[str, StoredTensor], device: torch.device
-) -> torch.dtype:
-    """The type that weights have in memory.
-
-    Args:
-        dtype: ``auto``, ``float32`` or ``bfloat16``.
-        stored: the checkpoint's tensors.
-        device: where they go.
-    """
-    if dtype != "auto":
-        return torch.float32 if dtype == "float32" else torch.bfloat16
-    sizes: Counter[str] = Counter()
-    for tensor in stored.values():
-        if tensor.dtype in DTYPES:
-            sizes[tensor.dtype] += tensor.nbytes
-    most = DTYPES[sizes.most_common(1)[0][0]]
-    # CPUs have no fast float16, and squares of float16 gradients overflow at 256.
-    return torch.float32 if most == torch.float16 and device.type == "cpu" else most
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are fast on this device."""
-    if device.type == "cuda":
-        return True
-    return any(on for name, on in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -157,14 +165,3 @@ def _fingerprint(folder: Path) -> str:
 def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_finite(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        # NaN and Inf both survive in the extremes, which need no temporary of the weight's size.
-        low, high = parameter.detach().aminmax()
-        if not bool(low.isfinite() & high.isfinite()):
-            raise NumericsError(
-                f"{name} holds NaN or Inf. Compare its file with the sha256 of the original, or "
-                "use another checkpoint."
-            )

@@ -142,9 +142,10 @@ def check_exact(view: DecoderView, layers: Iterable[int]) -> None:
             hidden = view.run_layer(layer, hidden, inputs)
             continue
         output = mlp_output(view, layer)
-        after, m = _run_capturing(view, layer, hidden, inputs, output.module)
-        with view.patched(fold(view, output, torch.diag(probe))):
-            changed = view.run_layer(layer, hidden, inputs)
+        with view.holding(layer):
+            after, m = _run_capturing(view, layer, hidden, inputs, output.module)
+            with view.patched(fold(view, output, torch.diag(probe))):
+                changed = view.run_layer(layer, hidden, inputs)
         expected = (m.view_as(after) * (probe - 1)).float()
         rounding = 8 * torch.finfo(after.dtype).eps * float(after.float().norm())
         gap = float(((changed - after).float() - expected).norm())

@@ -22,6 +22,7 @@ from layercut.errors import PlanError, VerificationError
 from layercut.models.attention import read_attention
 from layercut.models.check_method import draw_probe_ids
 from layercut.models.hooks import prepare_for_inference
+from layercut.models.layer_source import LayerSource
 from layercut.models.view import DecoderView
 from layercut.types import PruningPlan, WeightPatch
 
@@ -57,11 +58,33 @@ def apply(view: DecoderView, plan: PruningPlan, patch: WeightPatch | None = None
                 "Fit it again for this plan."
             )
     expected = _compute_identity_logits(view, plan, patch)
-    for name, tensor in rescale_queries(view.path, view.layout, plan, patch).tensors.items():
-        state[name] = tensor.to(state[name])
+    tensors = rescale_queries(view.path, view.layout, plan, patch).tensors
+    source = view.source
+    for name, tensor in tensors.items():
+        if source is None or not source.is_layers(name):
+            state[name] = tensor.to(state[name])
     model = prepare_for_inference(_rebuild(view, plan, state))
+    if source is not None:
+        source = _follow(view, source, model, plan, tensors)
     _check_logits(view, model, expected)
-    view.model = model
+    view.model, view.source = model, source
+
+
+def _follow(
+    view: DecoderView,
+    source: LayerSource,
+    model: nn.Module,
+    plan: PruningPlan,
+    tensors: Mapping[str, Tensor],
+) -> LayerSource:
+    """The pruned model's layers, read from the input model's files and replaced as patched."""
+    renamed = {
+        view.layout.new_name(name, plan.new_index): tensor
+        for name, tensor in tensors.items()
+        if source.is_layers(name)
+    }
+    kept = {name: tensor for name, tensor in renamed.items() if name is not None}
+    return source.rebuild(model, view.layout, plan.kept, kept, lambda: view.skipped)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from layercut.checkpoints.layout import Layout, decoder_path
 from layercut.models.hooks import DecoderOutput, identity, prepare_for_inference
+from layercut.models.layer_source import LayerSource
 from layercut.models.special_tokens import leading_tokens, n_given
 
 LOSS_CHUNK = 256
@@ -39,6 +40,10 @@ class LayerInputs:
     rest: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
 
 
+class _SeenEnoughError(Exception):
+    """Ends a forward pass of which the first layers were of interest."""
+
+
 class DecoderView:
     """A loaded model with named access to what pruning reads.
 
@@ -50,6 +55,8 @@ class DecoderView:
         layout: where its layers are.
         fingerprint: hash of the checkpoint's files.
         mixed_precision: run float32 weights through bfloat16 matrix products.
+        skipped: layers that pass their input through at the moment.
+        source: where layers are read from when they run; ``None``: all are in memory.
     """
 
     def __init__(
@@ -71,6 +78,7 @@ class DecoderView:
         self.fingerprint = fingerprint
         self.mixed_precision = mixed_precision
         self.skipped: frozenset[int] = frozenset()
+        self.source: LayerSource | None = None
         self._n_outputs: int | None = None
         self._leading: tuple[Any, tuple[int, ...]] | None = None
 
@@ -169,26 +177,57 @@ class DecoderView:
     def _layer_outputs(self) -> int:
         """Length of the tuple that a layer returns; 0 where it returns the residual stream."""
         if self._n_outputs is None:
-            seen: list[Any] = []
-            last = self.layers[-1]
-            hook = last.register_forward_hook(lambda _, __, output: seen.append(output))
+            # Layers that are read from files all return what the first one does.
+            layer = self.layers[-1 if self.source is None else 0]
+            seen = []
+
+            def look(_: nn.Module, __: Any, output: Any) -> None:
+                seen.append(output)
+                if self.source is not None:
+                    raise _SeenEnoughError
+
+            hook = layer.register_forward_hook(look)
             try:
                 ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-                self.decoder(input_ids=ids, use_cache=False)
+                with suppress(_SeenEnoughError):
+                    self.decoder(input_ids=ids, use_cache=False)
             finally:
                 hook.remove()
             self._n_outputs = len(seen[0]) if isinstance(seen[0], tuple) else 0
         return self._n_outputs
 
     @contextmanager
+    def holding(self, layer: int) -> Iterator[None]:
+        """Have one layer's weights in memory inside the block, as they always are in most models.
+
+        Who runs a layer several times, reads its weights, or differentiates them, holds it.
+        """
+        if self.source is None or layer in self.skipped:
+            yield
+            return
+        self.source.hold(layer)
+        try:
+            yield
+        finally:
+            self.source.release(layer)
+
+    @contextmanager
     def patched(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Use ``tensors`` in place of the parameters of these names inside the block."""
-        parameters = {name: self.model.get_parameter(name) for name in tensors}
+        """Use ``tensors`` in place of the parameters of these names inside the block.
+
+        Args:
+            tensors: by name; each is asked for once, one that belongs to a layer that is read from
+                its files whenever that is read.
+        """
+        source = self.source
+        own = [n for n in tensors if source is None or not source.is_layers(n)]
+        parameters = {name: self.model.get_parameter(name) for name in own}
         before = {name: parameter.data for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             parameter.data = tensors[name].to(before[name])
         try:
-            yield
+            with nullcontext() if source is None else source.replacing(tensors):
+                yield
         finally:
             for name, parameter in parameters.items():
                 parameter.data = before[name]
@@ -241,7 +280,7 @@ class DecoderView:
     @torch.no_grad()
     def stream_losses(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """The same from h_L, the residual stream *before* the final norm, (batch, seq, d)."""
-        return self._losses(self._after_layers(hidden, input_ids), input_ids.to(self.device))
+        return self._losses(self.norm_states(hidden, input_ids), input_ids.to(self.device))
 
     def _losses(self, normed: Tensor, input_ids: Tensor) -> Tensor:
         n = n_given(self.leading, input_ids)
@@ -261,7 +300,7 @@ class DecoderView:
         """
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            normed = self._after_layers(leaf, input_ids)
+            normed = self.norm_states(leaf, input_ids)
         n = n_given(self.leading, input_ids)
         flat = normed.detach()[:, n:-1].flatten(0, 1)
         targets = input_ids[:, n + 1 :].flatten().to(flat.device)
@@ -280,8 +319,13 @@ class DecoderView:
         (gradient,) = torch.autograd.grad(normed, leaf, upstream)
         return gradient, total
 
-    def _after_layers(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """What the decoder makes of h_L: the final norm's output, (batch, seq, d)."""
+    def norm_states(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """What the decoder makes of h_L: the final norm's output, (batch, seq, d).
+
+        Args:
+            hidden: h_L, the residual stream *before* the final norm, (batch, seq, d).
+            input_ids: (batch, seq).
+        """
 
         def replace(_: nn.Module, __: Any, output: Any) -> Any:
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -28,8 +28,8 @@ from layercut.errors import ModelError, VerificationError
 from layercut.machine import available_memory_bytes
 from layercut.models.attention import read_attention
 from layercut.models.check_method import draw_probe_ids
-from layercut.models.layer_source import compute_logits, open_streamed
 from layercut.models.load import reload
+from layercut.models.load_streamed import compute_logits, open_streamed
 from layercut.models.surgery import rounding_of_rescaled
 from layercut.models.view import DecoderView
 from layercut.output.decoding import REMEDY, check_decoding_beside

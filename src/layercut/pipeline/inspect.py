@@ -22,7 +22,8 @@ from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
 from layercut.data.calibration import MICRO_BATCH_TOKENS
 from layercut.errors import ModelError
-from layercut.models.load import has_bfloat16, load_tokenizer, weights_dtype
+from layercut.models.dtypes import has_bfloat16, weights_dtype
+from layercut.models.load import load_tokenizer
 from layercut.models.special_tokens import text_frame
 from layercut.models.view import LOSS_CHUNK
 from layercut.recipe.recipe import Recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,12 @@ from layercut.data.sources import read_texts
 from layercut.engine.loss import check_vocabulary
 from layercut.evaluation.evaluate import check_tasks
 from layercut.evaluation.harness import check_harness
-from layercut.models.check_method import check_lengths, check_model, check_options
+from layercut.models.check_method import (
+    check_lengths,
+    check_model,
+    check_options,
+    require_resident,
+)
 from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.pipeline.finetune_stage import FinetuneJob, prepare_finetune
@@ -139,10 +145,38 @@ def open_model(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> DecoderV
         LayercutError: as for `load`.
     """
     check_output_dir(output_dir, Path(recipe.model), overwrite=overwrite)
-    view = load(recipe.model, revision=recipe.revision, dtype=recipe.dtype, device=recipe.device)
+    view = load(
+        recipe.model,
+        revision=recipe.revision,
+        dtype=recipe.dtype,
+        device=recipe.device,
+        residency=recipe.residency,
+    )
+    check_residency(recipe, view)
     check_output_dir(output_dir, view.path, overwrite=overwrite)
     check_disk_space(view.path, output_dir)
     return view
+
+
+def check_residency(recipe: Recipe, view: DecoderView) -> None:
+    """Refuse what needs all weights at once where layers are read from their files.
+
+    Raises:
+        RecipeError: names the recipe's key.
+    """
+    if view.source is None:
+        return
+    needed = {
+        "heal": recipe.heal,
+        "finetune": recipe.finetune,
+        "evaluation.harness": recipe.evaluation.harness,
+    }
+    for key, section in needed.items():
+        if section:
+            require_resident(view, key)
+    warnings.warn(
+        "layers are read from their files one at a time: speed is not measured", stacklevel=2
+    )
 
 
 def check_evaluation(recipe: Recipe, view: DecoderView) -> None:

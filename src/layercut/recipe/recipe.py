@@ -182,6 +182,11 @@ class Recipe(Config):
         default="auto", description="auto, float32 or bfloat16: how weights are loaded and computed"
     )
     device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
+    residency: Literal["auto", "resident", "streamed"] = Field(
+        default="auto",
+        description="resident: all weights in memory; streamed: one layer at a time, read from its "
+        "file; auto: streamed where they do not fit",
+    )
     calibration: CalibrationConfig = Field(
         default_factory=CalibrationConfig, description="the text that scores and repairs use"
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 import torch
@@ -23,12 +23,17 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.checkpoints.patch import Names
+from layercut.engine.layer_gradients import LossGradient
+from layercut.engine.layerwise import walk_gradients
 from layercut.engine.loss import mean_loss
+from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError
 from layercut.models.attention import eager
 from layercut.models.view import DecoderView
+from layercut.models.weight_store import collect, make_store
+from layercut.tensor_maps import ComputedTensors
 from layercut.training.distillation_loss import Divergence
-from layercut.types import PruningPlan
+from layercut.types import CalibrationBatches, PruningPlan
 
 ETA = 0.001
 SHORTEST = ETA / 8
@@ -46,7 +51,7 @@ def take_steps(
     *,
     n_steps: int,
     micro_batch: int,
-) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+) -> tuple[Mapping[str, Tensor], tuple[float, ...]]:
     """Take up to ``n_steps`` steps from the pruned model with ``tensors`` in it.
 
     Args:
@@ -64,27 +69,30 @@ def take_steps(
     Raises:
         NumericsError: the loss or a gradient is not finite.
     """
-    reached = dict(tensors)
+    reached = tensors
     halves = sequences[::2], sequences[1::2]
     lengths: list[float] = []
     for step in range(n_steps):
         learned, held_out = halves[step % 2], halves[1 - step % 2]
-        with eager(view, sequences.shape[1]):
-            gradients = compute_divergence_gradients(view, plan, reached, learned, micro_batch)
-        directions = _find_directions(view, reached, gradients)
-        eta, reached = _search_length(view, plan, reached, directions, held_out, micro_batch)
+        directions = find_directions(view, plan, reached, learned, micro_batch)
+        eta = search_length(view, plan, reached, directions, held_out, micro_batch)
+        if eta:
+            reached = collect(view, step_weights(view, reached, directions, eta))
         lengths.append(eta)
     return reached, tuple(lengths)
 
 
-def compute_divergence_gradients(
+def find_directions(
     view: DecoderView,
     plan: PruningPlan,
     tensors: Mapping[str, Tensor],
     sequences: Tensor,
     micro_batch: int,
-) -> dict[str, Tensor]:
-    """Gradient of the mean divergence from the dense model, by the name of a kept linear weight.
+) -> MutableMapping[str, Tensor]:
+    """What every weight moves by at η = 1: its polar factor, scaled to the weight's own norm.
+
+    In bfloat16, which is exact enough for a thousandth of a weight. A weight's direction takes the
+    place of its gradient, so that both are never in memory whole.
 
     Args:
         view: the intact model; unchanged afterwards.
@@ -96,33 +104,89 @@ def compute_divergence_gradients(
     Raises:
         NumericsError: the loss or a gradient is not finite.
     """
-    loss = Divergence(view, view)
-    parts = sequences.split(micro_batch)
-    teacher_states = [loss.compute_teacher_states(ids) for ids in parts]
-    with (
-        view.skipping(plan.dropped),
-        view.patched(tensors),
-        torch.enable_grad(),
-        _learning(view, plan) as weights,
-    ):
-        pairs = zip(parts, teacher_states, strict=True)
-        for ids, states in progress.track(pairs, total=len(parts)):
-            value = loss(ids, states) * (len(ids) / len(sequences))
-            if not math.isfinite(value.item()):
-                raise NumericsError(
-                    f"the divergence from the dense model is {value.item()}. Use dtype: float32, "
-                    "or gradient_steps: 0."
-                )
-            value.backward()
-        gradients = {n: w.grad for n, w in weights.items() if w.grad is not None}
-    # One answer for all weights: a GPU would be waited for at each.
-    finite = torch.stack([gradient.isfinite().all() for gradient in gradients.values()])
-    if not bool(finite.all()):
-        name = next(n for n, good in zip(gradients, finite.tolist(), strict=True) if not good)
-        raise NumericsError(
-            f"the gradient of {name} is not finite. Use dtype: float32, or gradient_steps: 0."
-        )
-    return gradients
+    directions = make_store(view)
+    for gradients in walk_divergence_gradients(view, plan, tensors, sequences, micro_batch):
+        while gradients:
+            name, gradient = gradients.popitem()
+            weight = view.model.get_parameter(name).data
+            length = weight.float().norm() / math.sqrt(min(weight.shape))
+            direction = orthogonalize(gradient)
+            directions[name] = (direction * length.to(direction.device)).bfloat16()
+    return directions
+
+
+def walk_divergence_gradients(
+    view: DecoderView,
+    plan: PruningPlan,
+    tensors: Mapping[str, Tensor],
+    sequences: Tensor,
+    micro_batch: int,
+) -> Iterator[dict[str, Tensor]]:
+    """Gradient of the mean divergence from the dense model, one kept layer after the other.
+
+    Args:
+        view: the intact model; unchanged afterwards. Between two layers it is the pruned one.
+        plan: which layers go.
+        tensors: replaced weights.
+        sequences: token ids, (n, seq).
+        micro_batch: sequences in memory at once.
+
+    Yields:
+        A layer's gradients by weight name, float32; the layer's weights are in memory meanwhile.
+
+    Raises:
+        NumericsError: the loss or a gradient is not finite.
+    """
+    trained = find_trained_weights(view, plan)
+    with _naming_the_remedy(), eager(view, sequences.shape[1]):
+        loss = _divergence_from(view, sequences, micro_batch)
+        groups = _divide(view, sequences, micro_batch)
+        sums: dict[int, dict[str, Tensor]] = {}
+        with view.skipping(plan.dropped), view.patched(tensors):
+            for found in walk_gradients(view, groups, micro_batch=micro_batch, loss=loss):
+                layer = sums.setdefault(found.layer, {})
+                for name in trained & found.weights.keys():
+                    gradient = found.weights[name]
+                    layer[name] = layer[name].add_(gradient) if name in layer else gradient
+                if found.group == len(groups) - 1:
+                    found.weights.clear()
+                    yield sums.pop(found.layer)
+
+
+@contextmanager
+def _naming_the_remedy() -> Iterator[None]:
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"{error} Or set the refit's gradient_steps: 0.") from error
+
+
+def _divergence_from(view: DecoderView, sequences: Tensor, micro_batch: int) -> LossGradient:
+    """The mean divergence from the model that ``view`` is now, of every micro-batch."""
+    stream = ResidualStream(view, CalibrationBatches(sequences, micro_batch, micro_batch, "", ""))
+    stream.advance_to(view.n_layers)
+    divergence = Divergence(view, view)
+    dense = [divergence.round_teacher_states(s) for s in stream.normed_states(sequences)]
+
+    def differentiate(hidden: Tensor, ids: Tensor, place: int) -> tuple[Tensor, Tensor]:
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            normed = view.norm_states(leaf, ids)
+            value = divergence.of_states(normed, ids, dense[place]) * (len(ids) / len(sequences))
+        (gradient,) = torch.autograd.grad(value, leaf)
+        return gradient, value.detach()
+
+    return differentiate
+
+
+def _divide(view: DecoderView, sequences: Tensor, micro_batch: int) -> list[Tensor]:
+    """Gradient groups: all at once where memory or files call for it, else micro-batches.
+
+    One group's layers run forward twice, but one layer's gradients are in memory at a time.
+    """
+    if view.source is not None or view.device.type == "cuda":
+        return [sequences]
+    return list(sequences.split(micro_batch))
 
 
 def step_weights(
@@ -130,17 +194,21 @@ def step_weights(
     tensors: Mapping[str, Tensor],
     directions: Mapping[str, Tensor],
     eta: float,
-) -> dict[str, Tensor]:
+) -> ComputedTensors:
     """``tensors`` and the model's own weights where there are none, each less η · direction.
 
-    In the model's dtype, in which the loss at this η is measured.
+    In the model's dtype, in which the loss at this η is measured. One is computed when it is asked
+    for, from what the model holds then.
     """
-    stepped = dict(tensors)
-    for name, direction in directions.items():
-        own = view.model.get_parameter(name).data
+
+    def compute(name: str) -> Tensor:
+        own: Tensor = view.model.get_parameter(name).data
         weight = tensors.get(name, own).to(own.device)
-        stepped[name] = (weight.float() - eta * direction.to(own.device)).to(own.dtype)
-    return stepped
+        if name not in directions:
+            return weight
+        return (weight.float() - eta * directions[name].to(own.device)).to(own.dtype)
+
+    return ComputedTensors([*tensors, *directions], compute)
 
 
 @torch.no_grad()
@@ -179,22 +247,8 @@ def _iterate(wide: Tensor) -> Tensor:
     return x.float()
 
 
-@contextmanager
-def _learning(view: DecoderView, plan: PruningPlan) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """The weights that a step moves, by name, with gradients switched on inside the block."""
-    weights = find_trained_weights(view, plan)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    try:
-        yield weights
-    finally:
-        for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
-
-
-def find_trained_weights(view: DecoderView, plan: PruningPlan) -> dict[str, torch.nn.Parameter]:
-    """The kept layers' linear weights by name: stored as such, and not shared by layers."""
+def find_trained_weights(view: DecoderView, plan: PruningPlan) -> set[str]:
+    """Names of kept layers' linear weights that are stored as such, and not shared by layers."""
     names = Names(view.path, view.layout)
     weights = {
         name: view.model.get_parameter(name)
@@ -204,7 +258,7 @@ def find_trained_weights(view: DecoderView, plan: PruningPlan) -> dict[str, torc
     times = Counter(id(weight) for weight in weights.values())
     dropped = {name for layer in plan.dropped for name in view.linear_modules(layer)}
     return {
-        name: weight
+        name
         for name, weight in weights.items()
         if name not in dropped
         and times[id(weight)] == 1
@@ -212,32 +266,15 @@ def find_trained_weights(view: DecoderView, plan: PruningPlan) -> dict[str, torc
     }
 
 
-def _find_directions(
-    view: DecoderView, tensors: Mapping[str, Tensor], gradients: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What every weight moves by at η = 1: its polar factor, scaled to the weight's own norm.
-
-    In bfloat16, which is exact enough for a thousandth of a weight; empties ``gradients``, so that
-    both are never in memory whole.
-    """
-    directions = {}
-    for name in progress.track(list(gradients), total=len(gradients)):
-        weight = tensors.get(name, view.model.get_parameter(name).data)
-        length = weight.float().norm() / math.sqrt(min(weight.shape))
-        direction = orthogonalize(gradients.pop(name))
-        directions[name] = (direction * length.to(direction.device)).bfloat16()
-    return directions
-
-
-def _search_length(
+def search_length(
     view: DecoderView,
     plan: PruningPlan,
     tensors: Mapping[str, Tensor],
     directions: Mapping[str, Tensor],
     sequences: Tensor,
     micro_batch: int,
-) -> tuple[float, dict[str, Tensor]]:
-    """The best η by doubling or halving, 0 if none is better, and the weights behind that step."""
+) -> float:
+    """The η with the lowest loss on other sequences by doubling or halving; 0 if none is better."""
 
     def loss_at(eta: float) -> float:
         with (
@@ -258,4 +295,4 @@ def _search_length(
             losses[eta] = loss_at(eta)
     best = min(losses, key=lambda tried: losses[tried])
     progress.status(f"a step of {best:.2%}: loss {losses[0.0]:.3f} → {losses[best]:.3f}")
-    return best, step_weights(view, tensors, directions, best) if best else dict(tensors)
+    return best

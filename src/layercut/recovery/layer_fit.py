@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from layercut.models.output_projections import (
     store_like,
 )
 from layercut.models.view import DecoderView
+from layercut.models.weight_store import make_store
 from layercut.recovery.paired_walk import KeptLayer, paired_walk
 from layercut.recovery.ridge import Shape, fast_products, fit_best_penalty
 from layercut.spool import SLICE, Spool, choose_device
@@ -43,7 +44,7 @@ def refit_layers(
     layers: Literal["cuts", "following"] = "following",
     modules: Literal["down", "both"] = "both",
     dense: ResidualStream | None = None,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """The refitted tensors by name, each fitted in the model that the earlier ones made.
 
     Args:
@@ -91,13 +92,14 @@ def _refit(
     *,
     cuts_only: bool,
     attention: bool,
-) -> tuple[dict[str, Tensor], ResidualStream]:
+) -> tuple[MutableMapping[str, Tensor], ResidualStream]:
     """The refitted tensors, and the pruned stream at the layer after the last refitted one."""
-    tensors: dict[str, Tensor] = {}
+    tensors = make_store(view)
     last = plan.cuts[-1][0] - 1 if cuts_only else plan.kept[-1]
     for kept in walk:
         if kept.before_cut or not cuts_only:
-            tensors |= _refit_layer(view, kept, held_out, attention=attention)
+            with view.holding(kept.layer):
+                tensors.update(_refit_layer(view, kept, held_out, attention=attention))
         if kept.layer == last:  # nothing behind it is refitted, and nothing need run
             break
     kept.pruned.layer = plan.target_of(last)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.checkpoints.layer_types import LayerTypes
-from layercut.engine.layerwise import layer_gradients
+from layercut.engine.layerwise import walk_gradients
 from layercut.engine.residual_stream import ResidualStream, advance_and_record_inputs
 from layercut.models.output_projections import down_projection
 from layercut.models.view import DecoderView
@@ -48,13 +48,11 @@ def sensitivities(
     """
     n_tokens = batches.n_sequences * batches.seq_len
     slopes = torch.zeros(view.n_layers + 1, n_tokens, device=view.device)
-    start = 0
-    n_slices = -(-batches.n_sequences // batches.micro_batch)
-    for ids in progress.track(batches.micro_batches(), total=n_slices):
-        stop = start + ids.numel()
-        for g in layer_gradients(view, ids, micro_batch=len(ids), n_targets=1, weights=False):
-            slopes[g.layer + 1, start:stop] = g.grad_out[0].float().norm(dim=-1).flatten()
-        start = stop
+    parts = list(batches.micro_batches())
+    n_rows = batches.micro_batch * batches.seq_len
+    for g in walk_gradients(view, parts, micro_batch=batches.micro_batch, weights=False):
+        norms = g.grad_out[0].float().norm(dim=-1).flatten()
+        slopes[g.layer + 1, g.group * n_rows :][: len(norms)] = norms
     for layer in range(view.n_layers):
         dense.advance(layer)
     assert dense.history is not None

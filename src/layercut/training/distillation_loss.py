@@ -42,8 +42,10 @@ class Divergence:
     @torch.no_grad()
     def compute_teacher_states(self, input_ids: Tensor) -> Tensor:
         """The teacher's normed states, (batch, seq, d), in its own arithmetic."""
-        states = _normed_states(self.teacher, input_ids)
-        # Its head would round them in any case.
+        return self.round_teacher_states(_normed_states(self.teacher, input_ids))
+
+    def round_teacher_states(self, states: Tensor) -> Tensor:
+        """The states as the teacher's head would round them in any case."""
         return states.bfloat16() if self.teacher.mixed_precision else states
 
     def __call__(self, input_ids: Tensor, teacher_states: Tensor) -> Tensor:
@@ -53,7 +55,10 @@ class Divergence:
             input_ids: (batch, seq).
             teacher_states: theirs, by `compute_teacher_states`.
         """
-        normed = _normed_states(self.student, input_ids)
+        return self.of_states(_normed_states(self.student, input_ids), input_ids, teacher_states)
+
+    def of_states(self, normed: Tensor, input_ids: Tensor, teacher_states: Tensor) -> Tensor:
+        """The same from the student's normed states, (batch, seq, d)."""
         ids = input_ids.to(normed.device)
         labels = torch.full_like(ids, -1)
         n = n_given(self.student.leading, ids)

@@ -22,6 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from layercut.data.tasks import TaskRow
 from layercut.errors import RecipeError
 from layercut.models.attention import eager
+from layercut.models.check_method import require_resident
 from layercut.models.view import DecoderView
 from layercut.recipe.finetune import FinetuneConfig
 from layercut.training.finetune_checks import check_rows, choice_tokens, pad_token
@@ -90,6 +91,7 @@ def finetune(
         RecipeError: config that do not suit the model.
         NumericsError: the loss became NaN or infinite.
     """
+    require_resident(view, "fine-tuning")
     config = config or FinetuneConfig()
     watch = TrainingMonitor()
     with contextlib.ExitStack() as stack:

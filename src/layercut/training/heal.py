@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from layercut.errors import RecipeError
 from layercut.models.attention import eager
+from layercut.models.check_method import require_resident
 from layercut.models.view import DecoderView
 from layercut.recipe.heal import HealConfig
 from layercut.training.distillation_loss import Divergence
@@ -101,6 +102,7 @@ def heal(
         RecipeError: windows longer than the context, or a teacher of another vocabulary.
         NumericsError: the loss became NaN or infinite.
     """
+    require_resident(view, "a heal")
     check_windows(view, windows, config)
     _check_teacher(view, teacher)
     training, held_out = hold_out(windows, config.held_out)

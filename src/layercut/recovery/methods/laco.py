@@ -12,10 +12,9 @@ Limits   needs a kept layer before every cut, and weights of equal shape in both
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from layercut import progress
 from layercut.models.view import DecoderView
+from layercut.models.weight_store import make_store
 from layercut.recovery.layer_merging import check_shapes, match_names, merge_targets
 from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
@@ -38,11 +37,12 @@ def fit(
     """Sum the differences in float32; ``batches`` are not read."""
     into = merge_targets(plan)
     check_shapes(view, into)
-    tensors: dict[str, Tensor] = {}
+    tensors = make_store(view)
     for layer, kept in progress.track(into.items(), total=len(into)):
-        for name, target in match_names(view, layer, kept).items():
-            original = view.model.get_parameter(target).data.float()
-            difference = view.model.get_parameter(name).data.float() - original
-            tensors[target] = tensors.get(target, original) + difference
+        with view.holding(kept), view.holding(layer):
+            for name, target in match_names(view, layer, kept).items():
+                original = view.model.get_parameter(target).data.float()
+                difference = view.model.get_parameter(name).data.float() - original
+                tensors[target] = tensors.get(target, original) + difference
     notes = {"merged_into": {str(layer): kept for layer, kept in into.items()}}
     return WeightPatch(tensors, "laco", notes)

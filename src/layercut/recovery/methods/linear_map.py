@@ -70,7 +70,8 @@ def fit(
         projection = fit_linear_map(missing, output, options.alpha)
         before, after = mean_squared_errors(missing, output, projection)
         _map_outputs(kept.pruned.states, output, projection)
-        tensors |= fold(view, mlp, projection)
+        with view.holding(kept.layer):
+            tensors |= fold(view, mlp, projection)
         cuts.append({"layer": kept.layer, "squared_error_before": before, "squared_error": after})
     return WeightPatch(tensors, "linear-map", {"cuts": cuts})
 

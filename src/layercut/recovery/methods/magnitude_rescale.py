@@ -31,6 +31,7 @@ from layercut.models.output_projections import (
     mlp_output,
 )
 from layercut.models.view import DecoderView
+from layercut.models.weight_store import make_store
 from layercut.registry import Method, MethodOptions
 from layercut.spool import Spool
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
@@ -59,11 +60,12 @@ def fit(
 ) -> WeightPatch:
     """Measure α at every cut in the dense model and scale all that is written behind it."""
     alphas = measure_magnitude_gaps(view, plan, batches, dense)
-    tensors: dict[str, Tensor] = {}
+    tensors = make_store(view)
     for layer in plan.kept:
         factor = math.prod(1 / alpha for first, alpha in alphas.items() if first < layer)
         if factor != 1:
-            tensors |= scale_writers(view, layer, factor)
+            with view.holding(layer):
+                tensors.update(scale_writers(view, layer, factor))
     notes = {"alpha": {str(first): alpha for first, alpha in alphas.items()}}
     return WeightPatch(tensors, "magnitude-rescale", notes)
 
@@ -140,10 +142,12 @@ def check_scale_free(view: DecoderView, layers: Iterable[int]) -> None:
     inputs = view.embed(ids)
     hidden = inputs.hidden
     for layer in range(view.n_layers):
-        after = view.run_layer(layer, hidden, inputs)
+        with view.holding(layer):
+            after = view.run_layer(layer, hidden, inputs)
+            if layer in wanted:
+                with view.patched(scale_writers(view, layer, 2)):
+                    doubled = view.run_layer(layer, 2 * hidden, inputs)
         if layer in wanted:
-            with view.patched(scale_writers(view, layer, 2)):
-                doubled = view.run_layer(layer, 2 * hidden, inputs)
             added = float((after - hidden).float().norm())
             rounding = 8 * torch.finfo(after.dtype).eps * float(after.float().norm())
             if (

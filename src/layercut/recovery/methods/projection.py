@@ -85,8 +85,10 @@ def fit(
     solve = solve_closed_form if options.solver == "closed-form" else solve_gradient_descent
     projection = solve(shift.residual, shift.output, penalty)
     before, after = mean_squared_errors(shift.residual, shift.output, projection)
+    with view.holding(shift.layer):
+        tensors = fold(view, mlp_output(view, shift.layer), projection)
     return WeightPatch(
-        tensors=fold(view, mlp_output(view, shift.layer), projection),
+        tensors=tensors,
         method="projection",
         notes={
             "layer": shift.layer,

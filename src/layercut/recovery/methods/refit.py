@@ -15,6 +15,7 @@ Limits   needs a kept layer before every cut; exact only where the output is add
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -27,9 +28,11 @@ from layercut.engine.loss import mean_loss
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError
 from layercut.models.view import DecoderView
+from layercut.models.weight_store import collect
 from layercut.recovery.gradient_steps import take_steps
 from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_layers
 from layercut.registry import Method, MethodOptions
+from layercut.tensor_maps import ComputedTensors
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 SHRINKAGE_GRID = (1.0, 0.85, 0.7, 0.55, 0.4, 0.25)
@@ -97,7 +100,7 @@ def fit(
 def _choose_shrinkage(
     view: DecoderView,
     plan: PruningPlan,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     sequences: Tensor,
     micro_batch: int,
 ) -> WeightPatch:
@@ -120,7 +123,8 @@ def _choose_shrinkage(
         "shrinkage": best if accepted else 0.0,
         "tensors_changed": len(tensors) if accepted else 0,
     }
-    return WeightPatch(interpolate(view, tensors, best) if accepted else {}, "refit", notes)
+    repaired = collect(view, interpolate(view, tensors, best)) if accepted else {}
+    return WeightPatch(repaired, "refit", notes)
 
 
 def _take_gradient_steps(
@@ -154,9 +158,11 @@ def _take_gradient_steps(
     return replace(patch, tensors=tensors, notes=notes)
 
 
-def interpolate(view: DecoderView, tensors: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    """W + share · (tensor − W) for every tensor; W is the model's own."""
-    return {
-        name: torch.lerp(view.model.get_parameter(name).data.to(tensor), tensor, share)
-        for name, tensor in tensors.items()
-    }
+def interpolate(view: DecoderView, tensors: Mapping[str, Tensor], share: float) -> ComputedTensors:
+    """W + share · (tensor − W) for every tensor, when it is asked for; W is the model's own."""
+
+    def compute(name: str) -> Tensor:
+        own = view.model.get_parameter(name).data
+        return torch.lerp(own.to(tensors[name]), tensors[name], share)
+
+    return ComputedTensors(tensors, compute)

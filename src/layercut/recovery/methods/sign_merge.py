@@ -71,7 +71,13 @@ def check(view: DecoderView, batches: CalibrationBatches, options: Options, n_dr
     check_early_run(view, batches, options)
 
 
-METHOD = Method(needs_previous_layer=True, needs_gradient_log=True, needs_tasks=True, check=check)
+METHOD = Method(
+    needs_previous_layer=True,
+    needs_gradient_log=True,
+    needs_tasks=True,
+    streams=False,
+    check=check,
+)
 
 
 def fit(

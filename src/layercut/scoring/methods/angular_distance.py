@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from layercut import progress
+from layercut.engine.residual_stream import ResidualStream, split_for_walk
 from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
@@ -57,17 +58,17 @@ def angular_distances(view: DecoderView, batches: CalibrationBatches, options: O
     size = view.n_layers + 1
     totals = torch.zeros(size, size, dtype=torch.float64, device=view.device)
     n_tokens = 0
-    n_slices = -(-batches.n_sequences // batches.micro_batch)
-    for ids in progress.track(batches.micro_batches(), total=n_slices):
-        inputs = view.embed(ids)
-        hidden = inputs.hidden
-        streams = [hidden[:, kept].flatten(0, 1)]
+    parts = split_for_walk(view, batches)
+    for part in progress.track(parts, total=len(parts)):
+        stream = ResidualStream(view, part)
+        seq_shape = (part.n_sequences, part.seq_len, -1)
+        streams = [stream.states.rows.view(seq_shape)[:, kept].flatten(0, 1).clone()]
         for layer in range(view.n_layers):
-            hidden = view.run_layer(layer, hidden, inputs)
-            streams.append(hidden[:, kept].flatten(0, 1))
+            stream.advance(layer)
+            streams.append(stream.states.rows.view(seq_shape)[:, kept].flatten(0, 1).clone())
         for rows in zip(*(stream.split(TOKENS_AT_ONCE) for stream in streams), strict=True):
             directions = functional.normalize(torch.stack(rows, dim=1).double(), dim=-1)
             cosines = (directions @ directions.mT).clamp(-1, 1)
-            totals += cosines.arccos().sum(dim=0)
+            totals += cosines.arccos().sum(dim=0).to(totals.device)
         n_tokens += len(streams[0])
     return totals.cpu() / (n_tokens * math.pi)

@@ -11,9 +11,11 @@ Limits   looks at angles only: a layer that rescales the stream counts for nothi
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from layercut import progress
+from layercut.engine.residual_stream import ResidualStream
 from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
@@ -30,14 +32,13 @@ METHOD = Method()
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward pass over ``batches``."""
     totals = torch.zeros(view.n_layers, dtype=torch.float64, device=view.device)
-    n_slices = -(-batches.n_sequences // batches.micro_batch)
-    for ids in progress.track(batches.micro_batches(), total=n_slices):
-        inputs = view.embed(ids)
-        hidden = inputs.hidden
-        for layer in range(view.n_layers):
-            output = view.run_layer(layer, hidden, inputs)
-            cosine = functional.cosine_similarity(hidden.float(), output.float(), dim=-1)
+    stream = ResidualStream(view, batches)
+    for layer in progress.track(range(view.n_layers), total=view.n_layers):
+
+        def add(before: Tensor, after: Tensor, layer: int = layer) -> None:
+            cosine = functional.cosine_similarity(before.float(), after.float(), dim=-1)
             totals[layer] += cosine.sum(dtype=torch.float64)
-            hidden = output
+
+        stream.advance(layer, add)
     n_tokens = batches.n_sequences * batches.seq_len
     return LayerScores(tuple((1 - totals / n_tokens).tolist()))

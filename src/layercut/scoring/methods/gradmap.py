@@ -18,8 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from layercut import progress
-from layercut.engine.layerwise import layer_gradients
+from layercut.engine.layerwise import walk_gradients
 from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
@@ -42,13 +41,14 @@ METHOD = Method(rounds="each")
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward-backward over ``batches``; every gradient is reduced and freed at once."""
     totals = torch.zeros(view.n_layers, dtype=torch.float64, device=view.device)
-    n_groups = -(-batches.n_sequences // batches.gradient_batch)
-    for group in progress.track(batches.groups(), total=n_groups):
-        for gradients in layer_gradients(
-            view, group, micro_batch=batches.micro_batch, n_targets=batches.n_targets
-        ):
-            for gradient in gradients.weights.values():
-                totals[gradients.layer] += magnitude(gradient, options.norm)
+    for gradients in walk_gradients(
+        view,
+        list(batches.groups()),
+        micro_batch=batches.micro_batch,
+        n_targets=batches.n_targets,
+    ):
+        for gradient in gradients.weights.values():
+            totals[gradients.layer] += magnitude(gradient, options.norm)
     values = totals.tolist()
     if options.reduction == "mean":
         values = [total / _n_weights(view, layer) for layer, total in enumerate(values)]

@@ -34,6 +34,7 @@ class Options(EarlyRunOptions):
 
 METHOD = Method(
     needs_tasks=True,
+    streams=False,
     check=lambda view, batches, options, n_drop: check_early_run(view, batches, options),
 )
 

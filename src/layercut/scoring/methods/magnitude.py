@@ -26,9 +26,10 @@ METHOD = Method()
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """No pass over ``batches``."""
-    return LayerScores(
-        tuple(
-            float(sum(magnitude(w.detach(), "l1") for w in view.linear_weights(layer).values()))
-            for layer in range(view.n_layers)
-        )
-    )
+    return LayerScores(tuple(_sum_weights(view, layer) for layer in range(view.n_layers)))
+
+
+def _sum_weights(view: DecoderView, layer: int) -> float:
+    with view.holding(layer):
+        weights = view.linear_weights(layer).values()
+        return float(sum(magnitude(weight.detach(), "l1") for weight in weights))

@@ -11,12 +11,10 @@ Limits   the search of SLEB is greedy: it never takes a decision back
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
 
 from layercut import progress
+from layercut.engine.residual_stream import ResidualStream, split_for_walk
 from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
@@ -32,32 +30,37 @@ METHOD = Method()
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """The calibration loss without each layer in turn."""
     totals = [0.0] * view.n_layers
-    losses = (pair for ids in batches.micro_batches() for pair in measure_losses_without(view, ids))
-    n_slices = -(-batches.n_sequences // batches.micro_batch)
-    n_left = view.n_layers - len(view.skipped)
-    for layer, loss in progress.track(losses, total=n_slices * n_left):
-        totals[layer] += loss / batches.n_targets
+    parts = split_for_walk(view, batches)
+    for part in progress.track(parts, total=len(parts)):
+        for layer, loss in measure_losses_without(view, part).items():
+            totals[layer] += loss / batches.n_targets
     return LayerScores(tuple(totals), n_targets=batches.n_targets)
 
 
-@torch.no_grad()
-def measure_losses_without(view: DecoderView, input_ids: Tensor) -> Iterator[tuple[int, float]]:
+def measure_losses_without(view: DecoderView, batches: CalibrationBatches) -> dict[int, float]:
     """Every layer that ``view`` does not skip, and the summed token loss without it, in nats.
 
-    The residual stream advances by one layer at a time; from each place, only the layers behind
-    the one that is left out run.
+    All models with one layer left out pass a layer before the next one: each starts, as a copy of
+    the dense stream, where its layer is passed over.
 
     Args:
         view: the model.
-        input_ids: one micro-batch, (batch, seq).
+        batches: the text.
     """
-    inputs = view.embed(input_ids)
-    order = [layer for layer in range(view.n_layers) if layer not in view.skipped]
-    hidden = inputs.hidden
-    for position, layer in enumerate(order):
-        without = hidden
-        for later in order[position + 1 :]:
-            without = view.run_layer(later, without, inputs)
-        losses = view.stream_losses(without, input_ids)
-        yield layer, float(losses.sum(dtype=torch.float64))
-        hidden = view.run_layer(layer, hidden, inputs)
+    dense = ResidualStream(view, batches)
+    without: dict[int, ResidualStream] = {}
+    for layer in range(view.n_layers):
+        if layer in view.skipped:
+            continue
+        started = dense.fork()
+        with view.holding(layer):
+            for stream in (*without.values(), dense):
+                stream.advance(layer)
+        without[layer] = started
+    losses = {
+        layer: torch.stack(
+            [part.sum(dtype=torch.float64) for part in stream.losses(batches.input_ids)]
+        )
+        for layer, stream in without.items()
+    }
+    return {layer: float(parts.sum()) for layer, parts in losses.items()}

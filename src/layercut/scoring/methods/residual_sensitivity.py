@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from layercut import progress
-from layercut.engine.layerwise import layer_gradients
+from layercut.engine.layerwise import walk_gradients
 from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
@@ -29,13 +28,10 @@ METHOD = Method()
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward-backward over ``batches``; tokens are independent, so groups do not matter."""
     totals = torch.zeros(view.n_layers, dtype=torch.float64, device=view.device)
-    n_slices = -(-batches.n_sequences // batches.micro_batch)
-    for ids in progress.track(batches.micro_batches(), total=n_slices):
-        for gradients in layer_gradients(
-            view, ids, micro_batch=len(ids), n_targets=1, weights=False
-        ):
-            (before,), (after,) = gradients.hidden_in, gradients.hidden_out
-            change = (after.float() - before.float()).norm(dim=-1)
-            slope = gradients.grad_out[0].float().norm(dim=-1)
-            totals[gradients.layer] += (slope * change).sum(dtype=torch.float64)
+    parts = list(batches.micro_batches())
+    for gradients in walk_gradients(view, parts, micro_batch=batches.micro_batch, weights=False):
+        (before,), (after,) = gradients.hidden_in, gradients.hidden_out
+        change = (after.float() - before.float()).norm(dim=-1)
+        slope = gradients.grad_out[0].float().norm(dim=-1)
+        totals[gradients.layer] += (slope * change).sum(dtype=torch.float64)
     return LayerScores(tuple(totals.tolist()), n_targets=batches.n_targets)

@@ -16,8 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layercut import progress
-from layercut.engine.layerwise import layer_gradients
+from layercut.engine.layerwise import walk_gradients
 from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
@@ -32,17 +31,19 @@ METHOD = Method()
 
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward-backward over ``batches``; sums do not depend on how it is divided."""
+    totals = [0.0] * view.n_layers
     sums: dict[int, dict[str, Tensor]] = {}
-    n_slices = -(-batches.n_sequences // batches.micro_batch)
-    for ids in progress.track(batches.micro_batches(), total=n_slices):
-        # One micro-batch at a time: bfloat16 parameters would add several up in bfloat16.
-        for gradients in layer_gradients(
-            view, ids, micro_batch=len(ids), n_targets=batches.n_targets
-        ):
-            layer = sums.setdefault(gradients.layer, {})
-            for name, gradient in gradients.weights.items():
-                layer[name] = layer[name].add_(gradient) if name in layer else gradient
-    totals = [_first_order(view, layer, sums.get(layer, {})) for layer in range(view.n_layers)]
+    # One micro-batch at a time: bfloat16 parameters would add several up in bfloat16.
+    parts = list(batches.micro_batches())
+    for gradients in walk_gradients(
+        view, parts, micro_batch=batches.micro_batch, n_targets=batches.n_targets
+    ):
+        layer = sums.setdefault(gradients.layer, {})
+        for name, gradient in gradients.weights.items():
+            layer[name] = layer[name].add_(gradient) if name in layer else gradient
+        if gradients.group == len(parts) - 1:
+            totals[gradients.layer] = _first_order(view, gradients.layer, layer)
+            del sums[gradients.layer]
     return LayerScores(tuple(totals), n_targets=batches.n_targets)
 
 
