@@ -33,7 +33,8 @@ def test_a_policy_is_set_only_where_the_user_has_none(
     own: str | None, monkeypatch: pytest.MonkeyPatch
 ):
     for name in WAITING:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what is set below is taken back
+        monkeypatch.delenv(name)
     if own is not None:
         monkeypatch.setenv(own, "100")
     threads = os.environ.get("OMP_NUM_THREADS")
@@ -41,4 +42,3 @@ def test_a_policy_is_set_only_where_the_user_has_none(
     found = {name: os.environ[name] for name in WAITING if name in os.environ}
     assert found == ({"OMP_WAIT_POLICY": "passive"} if own is None else {own: "100"})
     assert os.environ.get("OMP_NUM_THREADS") == threads
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
