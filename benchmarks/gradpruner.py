@@ -18,6 +18,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import layercut
 from layercut.data.tasks import TaskRow, read_rows
 from layercut.evaluation.accuracy import accuracy, answer
-from layercut.evaluation.speed import prefill_tokens_per_second
+from layercut.evaluation.speed import measure_speeds
 from layercut.machine import peak_rss_bytes, reset_peak_rss
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
@@ -34,7 +35,7 @@ from layercut.recipe.finetune import DistillConfig, FinetuneConfig
 from layercut.registry import describe, resolve
 from layercut.selection.select import PlanOfSize, Request, plan_sizes
 from layercut.training.finetune import finetune, n_steps, trained_names
-from layercut.types import CalibrationBatches, PruningPlan
+from layercut.types import CalibrationBatches, PruningPlan, take_median
 from row_store import RESULTS, print_table, save, stored
 from task_files import write_rows
 
@@ -187,6 +188,7 @@ def measure(
     reset_peak_rss()
     tuning = finetune(view, train, settings, teacher=teacher)
     after = accuracy(answer(view, test).correct)
+    speeds = measure_speeds({"": lambda: nullcontext(view)})[""]
     return {
         "dropped": plan.dropped if plan else (),
         "zero_shot": before,
@@ -196,7 +198,7 @@ def measure(
         "train_seconds": tuning.train_seconds,
         "steps": tuning.n_steps,
         "loss": tuning.loss,
-        "prefill_tokens_per_second": prefill_tokens_per_second(view),
+        "prefill_tokens_per_second": take_median(speeds.prefill).value,
         "n_parameters": view.n_parameters,
         "peak_rss_bytes": peak_rss_bytes(),
     }

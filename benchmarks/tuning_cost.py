@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 import layercut
 from layercut.data.tasks import TaskRow, read_rows
 from layercut.evaluation.accuracy import answer
-from layercut.evaluation.speed import prefill_tokens_per_second
+from layercut.evaluation.speed import process_prompt, time_in_turns
 from layercut.machine import provenance
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
@@ -58,7 +59,7 @@ def main() -> None:
     figures = {
         "training step": lambda view: step_seconds(view, rows, arguments.steps),
         "answering": lambda view: seconds(lambda: answer(view, rows[: arguments.rows])),
-        "prefill": lambda view: 1 / prefill_tokens_per_second(view),
+        "prefill": lambda view: 1 / prefill_speed(view),
     }
     origin = provenance("benchmarks/tuning_cost.py")
     print(origin.hardware, origin.versions)
@@ -98,6 +99,11 @@ def shortened(dense: DecoderView, n_dropped: int) -> DecoderView:
     del view.layers[view.n_layers - n_dropped :]
     view.model.config.num_hidden_layers = len(view.layers)
     return view
+
+
+def prefill_speed(view: DecoderView) -> float:
+    """Prompt tokens per second, the median of seven rounds."""
+    return statistics.median(time_in_turns({"": lambda: nullcontext(view)}, process_prompt)[""])
 
 
 def step_seconds(view: DecoderView, rows: list[TaskRow], n_steps: int) -> float:

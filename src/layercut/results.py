@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from layercut import progress
-from layercut.types import PruningPlan
+from layercut.types import Median, PruningPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,8 +160,11 @@ class Evaluation:
         n_parameters: parameters, tied ones counted once.
         perplexity: text name → exp(mean token loss).
         accuracy: task name → fraction right.
-        prefill_tokens_per_second: prompt tokens processed per second.
-        decode_tokens_per_second: new tokens generated per second, batch of one.
+        prefill_tokens_per_second: prompt tokens processed per second, median of the rounds.
+        decode_tokens_per_second: new tokens generated per second, batch of one, likewise.
+        prefill_spread: lowest and highest round without the extreme ones; likewise the next.
+        speed_change: ``prefill``, ``decode`` → speed over the dense model's, paired by round.
+        weight_bytes: memory of the parameters.
         peak_rss_bytes: peak memory of this process so far, or since this stage's training began.
         train_seconds: wall-clock time of the fine-tuning or heal.
         accuracy_change: task name → change from the dense model, tuned where this one is and it
@@ -194,6 +197,10 @@ class Evaluation:
     flops_per_token: int | None = None
     flops_context: int | None = None
     leading_token: str | None = None
+    prefill_spread: tuple[float, float] | None = None
+    decode_spread: tuple[float, float] | None = None
+    speed_change: Mapping[str, Median] = field(default_factory=dict)
+    weight_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object ``E`` of ``result.json``; what was not measured is absent."""
@@ -209,6 +216,8 @@ class Evaluation:
             },
             "fidelity": {k: f.to_json() for k, f in self.fidelity.items()},
             "generation": {k: g.to_json() for k, g in self.generation.items()},
+            "speed_change": {k: change.to_json() for k, change in self.speed_change.items()},
+            **{k: list(content[k] or ()) for k in ("prefill_spread", "decode_spread")},
         }
         content |= {key: value or None for key, value in later.items()}
         known = {key: value for key, value in content.items() if value is not None}

@@ -6,7 +6,8 @@ A score is higher = keep.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,37 @@ LayerSet = tuple[int, ...]
 
 Cut = tuple[int, int]
 """A contiguous run of layers: the first one, and how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Median:
+    """The median of repeated measurements and their spread.
+
+    Attributes:
+        value: the median.
+        spread: lowest and highest measurement, without the extreme one at either end.
+        n_rounds: measurements behind it.
+    """
+
+    value: float
+    spread: tuple[float, float]
+    n_rounds: int
+
+    def is_clear_change(self) -> bool:
+        """Of a ratio: whether the spread leaves 1 out and is no wider than the change itself."""
+        low, high = self.spread
+        return not low <= 1 <= high and high - low <= abs(self.value - 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"value", "spread": [low, high], "n_rounds"}``."""
+        return {"value": self.value, "spread": list(self.spread), "n_rounds": self.n_rounds}
+
+
+def take_median(values: Sequence[float]) -> Median:
+    """Of one value at least; below three, no value is extreme."""
+    ordered = sorted(values)
+    inner = ordered[1:-1] or ordered
+    return Median(statistics.median(ordered), (inner[0], inner[-1]), len(ordered))
 
 
 @dataclass(frozen=True, slots=True)

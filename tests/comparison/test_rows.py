@@ -87,6 +87,11 @@ def test_speeds_and_windows_are_told_where_they_were_measured(
         assert float(told["Prefill, tokens/s"].replace(",", "")) > 0
         # Without layer 0 the library's cache does not know how many tokens it has seen.
         assert (told["Decoding, tokens/s"] == "–") == (0 in row.dropped)
+        assert (told["× decoding"] == "–") == (0 in row.dropped)
+        assert told["× prefill"].startswith(f"{row.evaluation.speed_change['prefill'].value:.2f} ±")
+        assert Row.from_json(row.to_json()).evaluation.speed_change == row.evaluation.speed_change
+    assert result.dense.evaluation.prefill_spread is not None
+    assert result.dense.evaluation.speed_change == {}
     assert "fox: 4 windows of 32 tokens" in (tmp_path / "out/report.html").read_text()
 
 

@@ -23,6 +23,7 @@ from layercut.comparison import plans
 from layercut.comparison.store import Store
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError, OutputError, PlanError, RecipeError
+from layercut.evaluation.speed import Speeds
 from layercut.models.view import DecoderView
 from layercut.registry import MethodCall
 
@@ -41,17 +42,16 @@ def test_a_measured_row_survives_what_could_not_be_added(
     def fail(*_: Any, **__: Any) -> None:
         raise NumericsError("the speed is nan.")
 
-    monkeypatch.setattr("layercut.comparison.measure.decode_tokens_per_second", fail)
+    monkeypatch.setattr("layercut.comparison.measure.measure_speeds", fail)
     with pytest.raises(NumericsError):  # the dense model itself
         layercut.compare({**settings, "speed": True}, tmp_path / "out")
-    calls = iter([50.0])
 
-    def once(*_: Any) -> float:
-        if (value := next(calls, None)) is None:
+    def dense_alone(models: dict[str, Any]) -> dict[str, Speeds]:
+        if len(models) > 1:
             raise NumericsError("the speed is nan.")
-        return value
+        return dict.fromkeys(models, Speeds((50.0,), (5.0,)))
 
-    monkeypatch.setattr("layercut.comparison.measure.decode_tokens_per_second", once)
+    monkeypatch.setattr("layercut.comparison.measure.measure_speeds", dense_alone)
     second = layercut.compare({**settings, "speed": True}, tmp_path / "out")
     assert timeless(second) == timeless(first)
     assert any("shortgpt, 1 layers, stays as it was" in told for told in second.warnings)

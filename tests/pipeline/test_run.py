@@ -65,6 +65,13 @@ def test_output_holds_the_files_of_the_interface(recipe: dict, tmp_path: Path):
     assert result["schema"] == 2
     assert set(result["stages"]) == {"dense", "pruned"}
     assert set(result["stages"]["dense"]["perplexity"]["fox"]) == {"value", "stderr", "n_tokens"}
+    dense, pruned = result["stages"]["dense"], result["stages"]["pruned"]
+    for name, spread in (("prefill", "prefill_spread"), ("decode", "decode_spread")):
+        low, high = dense[spread]
+        assert low <= dense[f"{name}_tokens_per_second"] <= high
+        assert set(pruned["speed_change"][name]) == {"value", "spread", "n_rounds"}
+    assert "speed_change" not in dense
+    assert pruned["weight_bytes"] < dense["weight_bytes"]
     assert {"load", "score", "recover", "save", "evaluate", "total"} <= set(result["seconds"])
     plan = json.loads((out / "layercut/plan.json").read_text())
     scores = json.loads((out / "layercut/scores.json").read_text())

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 from layercut.errors import NumericsError, OutputError, ResourceError
 from layercut.report.write import render_html, write_headline, write_model_card, write_report
 from layercut.results import Estimate, Evaluation, Provenance, RunResult
-from layercut.types import LayerScores, PruningPlan, Round
+from layercut.types import LayerScores, Median, PruningPlan, Round
 
 RECIPE = {"model": "embedded:smollm2-135m", "selection": {"drop_layers": 1}}
 PROVENANCE = Provenance(
@@ -166,6 +167,48 @@ def test_headline_says_only_what_was_measured() -> None:
         ("× 1.50", "perplexity on speeches"),
     )
     assert write_headline(RunResult("m", {}, PROVENANCE)) == ()
+
+
+def timed(change: Median | None) -> RunResult:
+    """A finished run with speeds, in rounds unless there is no change."""
+    result = finished()
+    for name, speed, size in (("dense", 100.0, 400), ("pruned", 125.0, 300)):
+        result.stages[name] = replace(
+            result.stages[name],
+            prefill_tokens_per_second=speed,
+            prefill_spread=None if change is None else (speed - 5, speed + 5),
+            speed_change={"prefill": change} if change and name == "pruned" else {},
+            weight_bytes=None if change is None else size,
+            flops_per_token=10 * size,
+            flops_context=512,
+        )
+    return result
+
+
+def test_headline_and_pages_show_a_speed_that_is_clear_of_its_spread(tmp_path: Path) -> None:
+    result = timed(Median(1.25, (1.23, 1.27), 7))
+    assert write_headline(result)[-1] == ("× 1.25 ± 0.02", "prompt speed")
+    write_model_card(result, tmp_path / "README.md")
+    for text in (render_html(result, recipe_yaml=""), (tmp_path / "README.md").read_text()):
+        assert "125.0 ± 5.0" in text
+        assert "too noisy" not in text
+
+
+def test_headline_of_a_noisy_timing_shows_bytes_and_flops_and_says_so(tmp_path: Path) -> None:
+    result = timed(Median(0.07, (0.03, 1.3), 7))
+    assert write_headline(result)[2:] == (
+        ("× 0.75", "bytes of weights"),
+        ("× 1.50", "perplexity on speeches"),
+        ("× 0.75", "FLOPs per token"),
+    )
+    write_model_card(result, tmp_path / "README.md")
+    for text in (render_html(result, recipe_yaml=""), (tmp_path / "README.md").read_text()):
+        assert "The timing was too noisy to tell how the speed changed (prefill)" in text
+        assert "× 0.07 ± 0.64" in text  # the table tells it all the same
+
+
+def test_headline_of_an_older_result_shows_the_speed_that_it_has() -> None:
+    assert write_headline(timed(None))[-1] == ("× 1.25", "prompt speed")
 
 
 def test_card_of_the_embedded_model_has_its_licence_and_no_hub_base(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from layercut.cli.literal import literal
-from layercut.report.table import columns, measured, rows, sizes
+from layercut.report.table import columns, describe_noise, measured, rows, sizes
 from layercut.results import Evaluation, RunResult
 
 _ASCII = str.maketrans({"±": "+/-", "×": "x", "−": "-", "–": "-"})
@@ -32,7 +32,7 @@ def print_result(result: RunResult, output_dir: Path, *, quiet: bool = False) ->
             _print_lines(console, result)
     print_warnings(result.warnings)
     if not quiet:
-        for line in (*sizes(result), *result.checks):
+        for line in (*describe_noise(result), *sizes(result), *result.checks):
             text = line.translate(_ASCII) if console.options.ascii_only else line
             console.print(literal(text))
         report = output_dir / "layercut" / "report.html"

@@ -8,6 +8,7 @@ model's divergence from itself is 0, and so is its gradient.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,6 +109,7 @@ class RowHealer:
         try:
             result = heal(copy, self.view, self.windows, self.settings, work_dir=self.work_dir)
             measured = evaluator.measure(start, copy)
+            measured = evaluator.measure_speed(measured, lambda: nullcontext(copy))
         except NOT_APPLICABLE as error:
             return replace(start, reason=str(error))
         return replace(

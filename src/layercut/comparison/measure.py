@@ -11,13 +11,14 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from layercut.comparison.row import Row
+from layercut.comparison.row import DENSE, Row
 from layercut.data.calibration import evaluation_windows
 from layercut.data.sources import is_detokenized
 from layercut.data.tasks import read_rows
@@ -28,11 +29,10 @@ from layercut.evaluation.flops import flops_per_token
 from layercut.evaluation.generation import (
     NEW_TOKENS,
     PROMPT_TOKENS,
-    can_cache,
     choose_prompts,
     generation_check,
 )
-from layercut.evaluation.speed import decode_tokens_per_second, prefill_tokens_per_second
+from layercut.evaluation.speed import Opener, add_speeds, measure_speeds
 from layercut.models.special_tokens import text_frame
 from layercut.recipe.evaluation import EvaluationConfig
 from layercut.results import Evaluation, Generation, TextWindows, describe_windows
@@ -162,23 +162,35 @@ class RowEvaluator:
             evaluation = replace(
                 evaluation, fidelity={first: fidelity}, generation={first: generation}
             )
-        if self._needs_speed(known):
-            evaluation = replace(
-                evaluation,
-                prefill_tokens_per_second=prefill_tokens_per_second(view),
-                decode_tokens_per_second=decode_tokens_per_second(view)
-                if can_cache(view)
-                else None,
-            )
         tools = {"layercut": __version__, "threads": torch.get_num_threads()}
         return replace(row, evaluation=evaluation, measured_with=row.measured_with or tools)
+
+    def measure_speed(self, row: Row, opener: Opener | None = None) -> Row:
+        """``row`` with its speeds, if they are asked for and it lacked them.
+
+        Args:
+            row: with the estimates so far.
+            opener: opens its model, which takes turns with the dense one; ``None`` for that one.
+        """
+        if not self._needs_speed(row.evaluation):
+            return row
+        models: dict[str, Opener] = {DENSE: lambda: nullcontext(self.view)}
+        if opener is not None:
+            models["row"] = opener
+        speeds = measure_speeds(models)
+        own = speeds.get("row")
+        evaluation = add_speeds(
+            row.evaluation, own or speeds[DENSE], speeds[DENSE] if own else None
+        )
+        return replace(row, evaluation=evaluation)
 
     def _needs_harness(self, known: Evaluation) -> bool:
         """Whether a task of the harness is still to be measured; all of them are, together."""
         return not set(self.harness) <= known.harness.keys()
 
     def _needs_speed(self, known: Evaluation) -> bool:
-        return self.speed and known.prefill_tokens_per_second is None
+        # Rows from before speeds had a spread tell the best round, which is another number.
+        return self.speed and known.prefill_spread is None
 
     def _generate(self, view: DecoderView, reference: Tensor | None) -> Generation:
         assert self._windows is not None

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layercut.comparison.rank_correlation import spearman
-from layercut.comparison.row import DENSE, SPEEDS, Row
+from layercut.comparison.row import DENSE, SPEED_CHANGES, SPEEDS, Row
 from layercut.comparison.store import Store
 from layercut.results import Estimate, Provenance
+from layercut.types import Median
 
 LAYER_LOSS = "loss without the layer"
 MISSING = "–"
 LAYERS = "Layers"
+SPACED = ("dropped", "spread", "prefill_spread", "decode_spread")
+"""Lists that are one cell of the CSV file, with spaces in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ def titles(result: Comparison) -> list[str]:
         *(f"Zero-shot, {name}" for name in dense.harness),
         *("Parameters, M", "MFLOPs per token"),
         *(SPEEDS[speed] for speed in result.speeds),
+        *(title for title in SPEED_CHANGES.values() if result.speeds),
         *("Seconds", "Passes"),
     ]
 
@@ -152,6 +156,7 @@ def cells(result: Comparison, row: Row) -> list[str]:
         _format(measured.n_parameters / 1e6, 1),
         _format(None if flops is None else flops / 1e6, 0),
         *(_format(getattr(measured, speed), 1) for speed in result.speeds),
+        *(_format_change(measured.speed_change.get(n)) for n in SPEED_CHANGES if result.speeds),
         _format(seconds, 1),
         _format(None if seconds is None else sum(row.passes(dense).values()), 1),
     ]
@@ -177,12 +182,21 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = " ".join(map(str, value)) if name == "dropped" else value
+            flat[f"{prefix}{name}"] = " ".join(map(str, value)) if name in SPACED else value
     return flat
 
 
 def _format(value: float | None, digits: int) -> str:
     return MISSING if value is None else f"{value:,.{digits}f}"
+
+
+def _format_change(change: Median | None) -> str:
+    """The median and half its spread; ``?`` behind a change that is not clear of the spread."""
+    if change is None:
+        return MISSING
+    low, high = change.spread
+    mark = "" if change.is_clear_change() else " ?"
+    return f"{change.value:.2f} ± {(high - low) / 2:.2f}{mark}"
 
 
 def _format_ratio(ratio: float | None, error: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ import torch
 
 from layercut.evaluation.evaluate import add_changes, collect_outcomes
 from layercut.results import Estimate, Evaluation, Fidelity, Generation, estimate_mean, harness_name
-from layercut.types import Cut, LayerSet
+from layercut.types import Cut, LayerSet, Median
 
 DENSE = "dense"
 SPEEDS = {
@@ -18,6 +18,8 @@ SPEEDS = {
     "decode_tokens_per_second": "Decoding, tokens/s",
 }
 """What a comparison measures with ``speed``, and its columns' titles."""
+SPEED_CHANGES = {"prefill": "× prefill", "decode": "× decoding"}
+"""The changes from the dense model, and their columns' titles."""
 
 DIGITS = 5
 """Of a window's loss in nats; its error is a thousand times as large."""
@@ -144,6 +146,8 @@ class Row:
             content["generation"] = self.generation.to_json()
         if self.evaluation.prefill_tokens_per_second is not None:
             content |= {speed: getattr(self.evaluation, speed) for speed in SPEEDS}
+            spreads = ("prefill_spread", "decode_spread", "speed_change")
+            content |= {name: measured[name] for name in spreads if name in measured}
         return content
 
     def _relative_json(self, dense: Row) -> dict[str, Any]:
@@ -186,7 +190,17 @@ def _read_evaluation(row: Mapping[str, Any]) -> Evaluation:
         flops_per_token=row.get("flops_per_token"),
         prefill_tokens_per_second=row.get("prefill_tokens_per_second"),
         decode_tokens_per_second=row.get("decode_tokens_per_second"),
+        prefill_spread=_read_spread(row.get("prefill_spread")),
+        decode_spread=_read_spread(row.get("decode_spread")),
+        speed_change={
+            name: Median(change["value"], tuple(change["spread"]), change["n_rounds"])
+            for name, change in row.get("speed_change", {}).items()
+        },
     )
+
+
+def _read_spread(content: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if content is None else (content[0], content[1])
 
 
 def _read_fidelity(content: Mapping[str, Any]) -> Fidelity:

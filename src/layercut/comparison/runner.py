@@ -81,7 +81,7 @@ class ComparisonRunner:
             row = Row(
                 key=key, method=DENSE, layers=0, model=self.view.name, forward_seconds=seconds
             )
-        return self.store.add_row(self.evaluator.measure(row))
+        return self.store.add_row(self.evaluator.measure_speed(self.evaluator.measure(row)))
 
     def run_entry(self, entry: Entry) -> None:
         """Choose for all sizes, then recover and measure each; finished rows are passed over."""
@@ -150,8 +150,11 @@ class ComparisonRunner:
             repair = fit_repair(self.view, plan, evidence, self.batches, recovery, dense=dense)
             recover_seconds = time.perf_counter() + self._saved_seconds() - start
             self._check_intact(entry.pair)
-            with pruned_in_memory(self.view, plan, repair):
-                row = self.evaluator.measure(row)
+            with pruned_in_memory(self.view, plan, repair) as pruned:
+                row = self.evaluator.measure(row, pruned)
+            row = self.evaluator.measure_speed(
+                row, lambda: pruned_in_memory(self.view, plan, repair)
+            )
         except NOT_APPLICABLE as error:
             return replace(row, reason=str(error)), None
         n_maps = len(repair.maps) if isinstance(repair, RuntimeMaps) else 0
@@ -224,11 +227,11 @@ class ComparisonRunner:
 @contextmanager
 def pruned_in_memory(
     view: DecoderView, plan: PruningPlan, repair: WeightPatch | RuntimeMaps
-) -> Iterator[None]:
+) -> Iterator[DecoderView]:
     """Inside the block ``view`` is the pruned and repaired model; nothing is cut."""
     if isinstance(repair, RuntimeMaps):
         repaired = applied_maps(view, plan, repair)
     else:
         repaired = view.patched(repair.tensors)
     with view.skipping(plan.dropped), repaired:
-        yield
+        yield view

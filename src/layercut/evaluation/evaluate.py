@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -14,7 +15,7 @@ from layercut.evaluation.accuracy import accuracy, answer, paired_change, texts_
 from layercut.evaluation.flops import FLOPS_CONTEXT, flops_per_token
 from layercut.evaluation.harness import run_harness
 from layercut.evaluation.perplexity import perplexity
-from layercut.evaluation.speed import decode_tokens_per_second, prefill_tokens_per_second
+from layercut.evaluation.speed import add_speeds, measure_speeds
 from layercut.machine import peak_rss_bytes
 from layercut.models.special_tokens import text_frame
 from layercut.results import Estimate, Evaluation, TextWindows, harness_name
@@ -60,7 +61,7 @@ def evaluate(
         seq_len: tokens per window; windows do not overlap.
         max_tokens: tokens of each text at most.
         detokenize: whether to undo WikiText's and PTB's markers.
-        speed: whether to measure tokens per second.
+        speed: whether to measure tokens per second: the median of seven rounds.
         harness: tasks of lm-evaluation-harness, as for `layercut.evaluation.harness`.
         harness_limit: rows of each of these, from its start; ``None`` for all.
         harness_batch_size: requests of these in memory at once.
@@ -89,13 +90,12 @@ def evaluate(
         zero_shot = run_harness(view, harness, limit=harness_limit, batch_size=harness_batch_size)
     speed = speed and view.source is None  # of reading files it would be
     context = min(FLOPS_CONTEXT, view.context)
-    return Evaluation(
+    evaluation = Evaluation(
         n_layers=view.n_layers,
         n_parameters=view.n_parameters,
         perplexity=estimates,
         accuracy=right,
-        prefill_tokens_per_second=prefill_tokens_per_second(view) if speed else None,
-        decode_tokens_per_second=decode_tokens_per_second(view) if speed else None,
+        weight_bytes=view.weight_bytes,
         peak_rss_bytes=peak_rss_bytes(),
         windows=cuts,
         harness=zero_shot,
@@ -103,6 +103,9 @@ def evaluate(
         flops_context=context,
         leading_token=frame.leading_token,
     )
+    if not speed:
+        return evaluation
+    return add_speeds(evaluation, measure_speeds({"": lambda: nullcontext(view)})[""])
 
 
 def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Estimate]:

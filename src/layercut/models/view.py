@@ -110,6 +110,11 @@ class DecoderView:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
+    def weight_bytes(self) -> int:
+        """Memory of the parameters, tied ones counted once."""
+        return sum(p.nbytes for p in self.model.parameters())
+
+    @property
     def hidden_size(self) -> int:
         """Width d of the residual stream."""
         return int(self.model.config.get_text_config(decoder=True).hidden_size)

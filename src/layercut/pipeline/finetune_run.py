@@ -17,6 +17,7 @@ from layercut.machine import peak_rss_bytes, provenance
 from layercut.output.verify import verify_checkpoint
 from layercut.pipeline.finetune_stage import move_kept, prepare_finetune, train_and_measure
 from layercut.pipeline.prepare import open_model
+from layercut.pipeline.speed_stage import carry_speeds
 from layercut.recipe import strict_yaml
 from layercut.recipe.recipe import Recipe, load_recipe
 from layercut.report.write import write_model_card, write_report
@@ -73,6 +74,7 @@ def finetune_checkpoint(
         with result.timed("evaluate", "evaluate the model"):
             result.stages["dense"] = evaluate(view, **job.evaluation)
         train_and_measure(view, job, "dense", result, adapter_base=view.path)
+        carry_speeds(result)
         from layercut.training.finetune import trained_names
 
         whole = PruningPlan(recipe.model, view.n_layers, (), "none")

@@ -195,7 +195,7 @@ def train_and_measure(
             stacklevel=2,
         )
     with result.timed("evaluate", f"evaluate the tuned {name} model"):
-        measured = evaluate(view, **job.evaluation)
+        measured = evaluate(view, **job.evaluation, speed=False)
     stages = result.stages
     warn_if_worse(stages[name], measured, name)
     measured = add_changes(measured, stages.get("dense_tuned", stages["dense"]))

@@ -102,7 +102,8 @@ def heal_pruned(
         state = view.model.state_dict()
         patch = patch_trained(view.path, view.layout, plan, patch, state, adapted_names(view))
     with result.timed("evaluate", "evaluate the healed model"):
-        measured = add_changes(evaluate(view, **job.evaluation), result.stages["dense"])
+        healed_stage = evaluate(view, **job.evaluation, speed=False)
+        measured = add_changes(healed_stage, result.stages["dense"])
     result.healing = healed.to_json()
     result.stages["healed"] = replace(measured, train_seconds=healed.train_seconds)
     return patch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from layercut.pipeline.finetune_stage import finetune_dense, finetune_pruned, mo
 from layercut.pipeline.heal_stage import heal_pruned
 from layercut.pipeline.prepare import Job, prepare
 from layercut.pipeline.prune import prune
+from layercut.pipeline.speed_stage import carry_speeds, time_dense_and_pruned
 from layercut.recipe.recipe import Recipe, load_recipe
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
@@ -57,17 +59,22 @@ def run(
         with result.timed("load"):
             job = prepare(recipe, Path(output_dir), overwrite=overwrite)
         with result.timed("evaluate", "evaluate the dense model"):
-            result.stages["dense"] = evaluate(job.view, **job.evaluation)
+            result.stages["dense"] = evaluate(job.view, **job.evaluation, speed=False)
         teacher = finetune_dense(job.view, job.finetune, result)
         plan, evidence, patch = prune(job, result)
         result.plan, result.lineage = plan, read_lineage(job.view.path)
         result.recovery = {"method": patch.method, **patch.notes}
+        dense = copy.copy(job.view)  # kept beyond the cut until both are timed
         apply(job.view, plan, patch)
         with result.timed("evaluate", "evaluate the pruned model"):
-            pruned = evaluate(job.view, **job.evaluation)
+            pruned = evaluate(job.view, **job.evaluation, speed=False)
             result.stages["pruned"] = add_changes(pruned, result.stages["dense"])
+            if job.view.source is None:  # else the time would be that of reading files
+                time_dense_and_pruned(dense, job.view, result)
+        del dense
         patch = heal_pruned(job.view, job.heal, plan, patch, result)
         patch = finetune_pruned(job.view, job.finetune, plan, patch, teacher, result)
+        carry_speeds(result)
         result.recovery = {**result.recovery, "tensors_changed": len(patch.tensors)}
         write_output(job, plan, patch, evidence, result, start)
         if job.heal or job.finetune:

@@ -10,6 +10,7 @@ from layercut.results import Estimate, Evaluation, RunResult, describe_windows, 
 
 if TYPE_CHECKING:
     from layercut.results import Generation
+    from layercut.types import Median
 
 STAGE_TITLES = {
     "dense": "Dense",
@@ -23,6 +24,11 @@ TUNED_TITLES = {"dense": "Before", "dense_tuned": "Tuned"}
 MISSING = "–"
 ACCURACY = "Accuracy, "
 ZERO_SHOT = "Zero-shot, "
+SPEEDS = {"prefill": "Prefill, tokens per second", "decode": "Decoding, tokens per second"}
+NOISY = (
+    "The timing was too noisy to tell how the speed changed ({which}): compare the weights and the "
+    "FLOPs instead."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,8 @@ def rows(result: RunResult) -> tuple[Row, ...]:
             paired := changes.get(label.removeprefix(ACCURACY).removeprefix(ZERO_SHOT))
         ) is not None:
             change = _paired_points(paired)
+        if label in SPEEDS.values() and (timed := _speed_change(result, label)) is not None:
+            change = timed
         table.append(Row(label, tuple(m.text if m else MISSING for m in cells), change))
     return tuple(table)
 
@@ -100,6 +108,19 @@ def compared_stages(result: RunResult) -> tuple[str, str]:
         pruned = "healed" if "healed" in result.stages else "pruned"
         return "dense", pruned if pruned in result.stages else "dense_tuned"
     return "dense_tuned" if "dense_tuned" in result.stages else "dense", "pruned_tuned"
+
+
+def noisy_speeds(result: RunResult) -> tuple[str, ...]:
+    """``prefill``, ``decode``: those whose change is not clear of the timing's spread."""
+    stage = result.stages.get(compared_stages(result)[1])
+    changes = stage.speed_change if stage else {}
+    return tuple(name for name, change in changes.items() if not change.is_clear_change())
+
+
+def describe_noise(result: RunResult) -> tuple[str, ...]:
+    """The sentence that says so, if it is so."""
+    named = [SPEEDS[name].partition(",")[0].lower() for name in noisy_speeds(result)]
+    return (NOISY.format(which=", ".join(named)),) if named else ()
 
 
 def measured(stage: Evaluation) -> list[tuple[str, str]]:
@@ -131,6 +152,9 @@ def _measures(stage: Evaluation, training: str = "Fine-tuning") -> dict[str, _Me
         "Layers": _Measure(stage.n_layers, str(stage.n_layers), _difference),
         "Parameters": _Measure(stage.n_parameters, f"{stage.n_parameters:,}", _percent),
     }
+    if stage.weight_bytes is not None:
+        size = stage.weight_bytes / 2**20
+        measures["Weights, MiB"] = _Measure(size, f"{size:,.1f}", _factor)
     for name, estimate in stage.perplexity.items():
         measures[f"Perplexity, {name}"] = _Measure(
             estimate.value, _with_error(estimate, 2), _factor
@@ -142,12 +166,12 @@ def _measures(stage: Evaluation, training: str = "Fine-tuning") -> dict[str, _Me
         label = f"GFLOPs per token, context {stage.flops_context:,}"
         count = stage.flops_per_token / 1e9
         measures[label] = _Measure(count, f"{count:,.3f}", _factor)
-    for label, speed in (
-        ("Prefill, tokens per second", stage.prefill_tokens_per_second),
-        ("Decoding, tokens per second", stage.decode_tokens_per_second),
+    for label, speed, spread in (
+        (SPEEDS["prefill"], stage.prefill_tokens_per_second, stage.prefill_spread),
+        (SPEEDS["decode"], stage.decode_tokens_per_second, stage.decode_spread),
     ):
         if speed is not None:
-            measures[label] = _Measure(speed, f"{speed:,.1f}", _factor)
+            measures[label] = _Measure(speed, f"{speed:,.1f}{_half(spread, 1)}", _factor)
     if (seconds := stage.train_seconds) is not None:
         measures[f"{training}, seconds"] = _Measure(seconds, f"{seconds:,.1f}", _factor)
         if (peak := stage.peak_rss_bytes) is not None:
@@ -234,6 +258,20 @@ def _points(dense: float, pruned: float) -> str:
 def _paired_points(change: Estimate) -> str:
     text = f"{100 * change.value:+.1f} ± {100 * change.stderr:.1f} points"
     return text.replace("-", "−")
+
+
+def _speed_change(result: RunResult, label: str) -> str | None:
+    """The change by the paired rounds; ``None`` in older results, which have no rounds."""
+    stage = result.stages.get(compared_stages(result)[1])
+    if stage is None or stage.prefill_spread is None:
+        return None
+    name = next(name for name, title in SPEEDS.items() if title == label)
+    change: Median | None = stage.speed_change.get(name)
+    return f"× {change.value:.2f}{_half(change.spread, 2)}" if change else ""
+
+
+def _half(spread: tuple[float, float] | None, digits: int) -> str:
+    return "" if spread is None else f" ± {(spread[1] - spread[0]) / 2:,.{digits}f}"
 
 
 def _factor(dense: float, pruned: float) -> str:

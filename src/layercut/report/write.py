@@ -21,8 +21,15 @@ from layercut.results import RunResult
 from layercut.types import LayerScores
 
 EMBEDDED_LICENSE = "apache-2.0"
-HEADLINES = {"Prefill": "prompt speed", "Fine-tuning": "fine-tuning time"}
-NO_HEADLINE = ("Layers", "Decoding", "Peak memory", "GFLOPs per token", "Zero-shot")
+HEADLINES = {
+    "Prefill": "prompt speed",
+    "Fine-tuning": "fine-tuning time",
+    "Weights": "bytes of weights",
+    "GFLOPs per token": "FLOPs per token",
+}
+NO_HEADLINE = ("Layers", "Decoding", "Peak memory", "Zero-shot")
+WITHOUT_SPEED = ("Weights", "GFLOPs per token")
+"""What the headline shows of size and cost where the timing is too noisy to show the speed."""
 MAX_FRONT_MATTER = 100_000
 """Bytes of a model card that are looked at."""
 MAX_BRACKETS = 1000
@@ -138,6 +145,7 @@ def _context(result: RunResult, recipe_yaml: str) -> dict[str, Any]:
         "windows": table.windows(result),
         "compared_title": "Dense and pruned" if "pruned" in result.stages else "Figures",
         "headline": write_headline(result),
+        "noise": table.describe_noise(result),
         "recovery": format_labels(result.recovery),
         "heal": format_labels({k: v for k, v in result.healing.items() if k != "losses"}),
         "seconds": {name: f"{spent:,.1f}" for name, spent in _stage_seconds(result).items()},
@@ -154,9 +162,10 @@ def write_headline(result: RunResult) -> tuple[tuple[str, str], ...]:
     parts = []
     if result.plan is not None:
         parts.append((f"{len(result.plan.dropped)} of {result.plan.n_layers}", "layers dropped"))
+    left_out = ("Prefill",) if "prefill" in table.noisy_speeds(result) else WITHOUT_SPEED
     for row in table.rows(result):
         quantity, _, name = row.label.partition(", ")
-        if not row.change or quantity in NO_HEADLINE:
+        if not row.change or quantity in (*NO_HEADLINE, *left_out):
             continue
         label = HEADLINES.get(quantity, quantity.lower())
         on = f" on {name}" if quantity in ("Perplexity", "Accuracy") else ""
