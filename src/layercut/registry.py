@@ -45,6 +45,7 @@ class Method:
         needs_previous_layer: of a recovery: a kept layer must stand before every cut.
         needs_gradient_log: of a recovery: it reads the gradients that a score recorded.
         shares_dense_stream: of a recovery: ``fit`` takes ``dense=``, the intact model's stream.
+        records_steps: of a recovery: ``fit`` takes ``journal=``, where it records what it decides.
         stores: of a recovery: a checkpoint can hold the result; else `compare` alone takes it.
     """
 
@@ -59,6 +60,7 @@ class Method:
     needs_previous_layer: bool = False
     needs_gradient_log: bool = False
     shares_dense_stream: bool = False
+    records_steps: bool = False
     stores: bool = True
 
 

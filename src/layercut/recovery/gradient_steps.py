@@ -23,10 +23,12 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.checkpoints.patch import Names
+from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.engine.loss import mean_loss
 from layercut.errors import NumericsError
 from layercut.models.attention import eager
 from layercut.models.view import DecoderView
+from layercut.recovery.step_records import recall_steps, record_step
 from layercut.training.distillation_loss import Divergence
 from layercut.types import PruningPlan
 
@@ -46,6 +48,7 @@ def take_steps(
     *,
     n_steps: int,
     micro_batch: int,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[dict[str, Tensor], tuple[float, ...]]:
     """Take up to ``n_steps`` steps from the pruned model with ``tensors`` in it.
 
@@ -56,6 +59,7 @@ def take_steps(
         sequences: token ids, (n, seq), at least two rows.
         n_steps: steps; each half of the sequences teaches every second one.
         micro_batch: sequences in memory at once.
+        journal: records every step; those that it knows are not taken again.
 
     Returns:
         The replaced weights after the steps, in the model's dtype, and each step's η; 0 for one
@@ -64,16 +68,16 @@ def take_steps(
     Raises:
         NumericsError: the loss or a gradient is not finite.
     """
-    reached = dict(tensors)
+    reached, lengths = recall_steps(journal, tensors, n_steps)
     halves = sequences[::2], sequences[1::2]
-    lengths: list[float] = []
-    for step in range(n_steps):
+    for step in range(len(lengths), n_steps):
         learned, held_out = halves[step % 2], halves[1 - step % 2]
         with eager(view, sequences.shape[1]):
             gradients = compute_divergence_gradients(view, plan, reached, learned, micro_batch)
         directions = _find_directions(view, reached, gradients)
         eta, reached = _search_length(view, plan, reached, directions, held_out, micro_batch)
         lengths.append(eta)
+        record_step(journal, reached, lengths)
     return reached, tuple(lengths)
 
 
