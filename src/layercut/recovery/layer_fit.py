@@ -110,7 +110,7 @@ def _refit(
     last = plan.cuts[-1][0] - 1 if cuts_only else plan.kept[-1]
     for kept in walk:
         if kept.before_cut or not cuts_only:
-            tensors |= _refit_layer(view, kept, held_out, journal, attention=attention)
+            tensors |= _refit_layer(view, kept, held_out, attention=attention, journal=journal)
         if kept.layer == last:  # nothing behind it is refitted, and nothing need run
             break
     kept.pruned.layer = plan.target_of(last)
@@ -134,7 +134,12 @@ def mask_held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
 
 
 def _refit_layer(
-    view: DecoderView, kept: KeptLayer, held_out: Tensor, journal: Journal, *, attention: bool
+    view: DecoderView,
+    kept: KeptLayer,
+    held_out: Tensor,
+    *,
+    attention: bool,
+    journal: Journal = NO_JOURNAL,
 ) -> dict[str, Tensor]:
     """Refit one layer's weights and move the pruned stream past it; recorded changes are taken."""
     layer, pruned, target = kept.layer, kept.pruned, kept.target
