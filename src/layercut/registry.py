@@ -46,6 +46,7 @@ class Method:
         needs_gradient_log: of a recovery: it reads the gradients that a score recorded.
         shares_dense_stream: of a recovery: ``fit`` takes ``dense=``, the intact model's stream.
         streams: whether it works with layers that are read from their files one at a time.
+        records_steps: of a recovery: ``fit`` takes ``journal=``, where it records what it decides.
         stores: of a recovery: a checkpoint can hold the result; else `compare` alone takes it.
     """
 
@@ -61,6 +62,7 @@ class Method:
     needs_gradient_log: bool = False
     shares_dense_stream: bool = False
     streams: bool = True
+    records_steps: bool = False
     stores: bool = True
 
 

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
 @contextmanager
 def warnings_into(sentences: list[str]) -> Iterator[None]:
-    """Add what the block warns about to ``sentences``, each once."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Add what the block warns about to ``sentences`` at once, each once; show nothing."""
+
+    def add(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        if issubclass(category, UserWarning) and str(message) not in sentences:
+            sentences.append(str(message))
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = add
         yield
-    sentences += dict.fromkeys(
-        str(w.message) for w in caught if issubclass(w.category, UserWarning)
-    )
 
 
 @dataclass(frozen=True, slots=True)

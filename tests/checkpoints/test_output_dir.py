@@ -83,7 +83,7 @@ def test_a_destination_behind_a_link_is_replaced_where_it_is(out: Path, tmp_path
 
 def test_a_destination_that_fills_meanwhile_is_not_touched(out: Path) -> None:
     with (
-        pytest.raises(OutputError, match=r"cannot be written .*nothing was left behind"),
+        pytest.raises(OutputError, match=r"cannot be written .*nothing of it was left behind"),
         staged_folder(out, overwrite=False),
     ):
         earlier_output(out)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from layercut.comparison.store import Records, Store, check_folder, find_differences, open_store
+from layercut.checkpoints.claimed_folder import find_differences
+from layercut.comparison.store import Records, Store, check_folder, open_store
 from layercut.errors import OutputError
 
 

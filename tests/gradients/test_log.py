@@ -186,8 +186,8 @@ def test_a_record_past_the_memory_limit_goes_to_an_unlinked_file(
     for limit in (None, 0):
         log = GradientLog(steps=3, memory_limit_bytes=limit)
         trainer_of(tiny(tiny_llama), ids, tmp_path / "run", log).train()
-        assert log._rows is not None
-        assert log._rows.on_disk == (limit == 0)
+        assert log.rows is not None
+        assert log.rows.on_disk == (limit == 0)
         values.append(log.layer_scores().values)
     assert values[0] == values[1]
     assert not list(tmp_path.glob("layercut-spool-*"))

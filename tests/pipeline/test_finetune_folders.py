@@ -29,7 +29,7 @@ def test_a_folder_in_the_checkpoints_place_is_refused_before_anything_is_compute
     def computed(*_: Any, **__: Any) -> None:
         raise AssertionError("the long work has begun")
 
-    monkeypatch.setattr("layercut.pipeline.run.evaluate", computed)
+    monkeypatch.setattr("layercut.evaluation.recorded_evaluation.evaluate", computed)
     monkeypatch.setattr("layercut.pipeline.finetune_run.evaluate", computed)
     thesis = tmp_path / "out.training/thesis.txt"
     thesis.parent.mkdir()

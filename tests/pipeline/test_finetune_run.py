@@ -155,7 +155,7 @@ def test_an_interrupted_run_goes_on_and_says_so(
         patched.setattr("layercut.training.finetune.finetune", interrupted)
         with pytest.raises(KeyboardInterrupt):
             layercut.run(recipe, tmp_path / "out")
-    assert {path.name for path in tmp_path.glob("out*")} == {"out.training"}
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.progress", "out.training"}
     result = layercut.run(recipe, tmp_path / "out")
     assert any(
         "pruned model went on from step 4 of 4; its seconds are those of both" in line
@@ -172,7 +172,7 @@ def nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*_: Any, **__: Any) -> None:
         raise AssertionError("the long work has begun")
 
-    monkeypatch.setattr("layercut.pipeline.run.evaluate", computed)
+    monkeypatch.setattr("layercut.evaluation.recorded_evaluation.evaluate", computed)
     monkeypatch.setattr("layercut.pipeline.finetune_run.evaluate", computed)
 
 

@@ -86,7 +86,7 @@ def test_an_interrupted_run_goes_on_and_says_so(
         patched.setattr("layercut.training.heal.heal", interrupted)
         with pytest.raises(KeyboardInterrupt):
             layercut.run(recipe, tmp_path / "out")
-    assert {path.name for path in tmp_path.glob("out*")} == {"out.training"}
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.progress", "out.training"}
     result = layercut.run(recipe, tmp_path / "out")
     assert any("the heal went on from step 12 of 12" in line for line in result.warnings)
     assert {path.name for path in tmp_path.glob("out*")} == {"out"}
@@ -137,7 +137,7 @@ def test_bad_sections_are_refused_before_anything_is_computed(
     def computed(*_: Any, **__: Any) -> None:
         raise AssertionError("the long work has begun")
 
-    monkeypatch.setattr("layercut.pipeline.run.evaluate", computed)
+    monkeypatch.setattr("layercut.evaluation.recorded_evaluation.evaluate", computed)
     recipe["heal"] |= changes
     with pytest.raises(error, match=message):
         layercut.run(recipe, tmp_path / "out")

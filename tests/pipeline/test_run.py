@@ -166,6 +166,8 @@ def test_warnings_become_sentences_of_the_result(recipe: dict, tmp_path: Path):
     recipe["calibration"]["n_sequences"] = 1000
     result = layercut.run(recipe, tmp_path / "out")
     assert any("fewer than the 1000" in sentence for sentence in result.warnings)
+    content = json.loads((tmp_path / "out/layercut/result.json").read_text())
+    assert content["warnings"] == result.warnings
 
 
 @pytest.mark.parametrize(
@@ -213,11 +215,12 @@ def test_an_earlier_output_needs_overwrite_and_survives_a_failed_one(
         with pytest.raises(KeyboardInterrupt):
             layercut.run(recipe, out, overwrite=True)
     assert tree(out) == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.progress", "text.txt"]
     layercut.run(
         recipe | {"selection": {"strategy": "lowest", "drop_layers": 1}}, out, overwrite=True
     )
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
 def test_the_source_folder_is_never_written_to(recipe: dict, tiny_llama: Path, tmp_path: Path):

@@ -65,7 +65,7 @@ def test_a_run_that_cannot_be_made_is_refused_before_any_compute(
     error: type[LayercutError],
     message: str,
 ):
-    monkeypatch.delattr("layercut.pipeline.run.evaluate")
+    monkeypatch.delattr("layercut.evaluation.recorded_evaluation.evaluate")
     method = {"scoring": "igia", "recovery": "sign-merge"}[room]
     recipe[room] = {"method": method, "options": SMALL | {"data": rows} | change}
     with pytest.raises(error, match=message):
@@ -76,7 +76,7 @@ def test_a_run_that_cannot_be_made_is_refused_before_any_compute(
 def test_safe_layers_are_compared_with_the_request_before_any_compute(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amount: dict[str, Any]
 ):
-    monkeypatch.delattr("layercut.pipeline.run.evaluate")
+    monkeypatch.delattr("layercut.evaluation.recorded_evaluation.evaluate")
     recipe["selection"] = {"strategy": "lowest", **amount}
     recipe["recovery"] = {"method": "sign-merge", "options": BEYOND_SAFE}
     with pytest.raises(PlanError, match="n_safe is 2, but only 2 layers are dropped"):

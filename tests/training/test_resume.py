@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from layercut.checkpoints.claimed_folder import RUN_FILE
 from layercut.data.tasks import TaskRow
 from layercut.errors import OutputError
 from layercut.models.load import reload
 from layercut.models.view import DecoderView
 from layercut.recipe.finetune import FinetuneConfig
 from layercut.training.finetune import finetune
-from layercut.training.resume import RUN_FILE, claim, last_checkpoint, model_hash
+from layercut.training.resume import claim, last_checkpoint, model_hash
 
 ROWS = [TaskRow(f"{i} is", (" even", " odd"), i % 2, where=f"row {i}") for i in range(32)]
 SETTINGS = FinetuneConfig(

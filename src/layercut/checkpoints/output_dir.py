@@ -125,10 +125,10 @@ def staged_folder(output_dir: Path, *, overwrite: bool) -> Iterator[Path]:
         if error.errno in DISK_FULL:
             raise ResourceError(
                 f"the disk became full while {output_dir} was written ({error.strerror}); nothing "
-                "was left behind. Free some space, or choose an --output-dir on another disk."
+                "of it was left behind. Free some space, or choose an --output-dir on another disk."
             ) from error
         raise OutputError(
-            f"{output_dir} cannot be written ({error}); nothing was left behind. "
+            f"{output_dir} cannot be written ({error}); nothing of it was left behind. "
             "Choose another --output-dir."
         ) from error
 

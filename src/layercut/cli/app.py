@@ -30,7 +30,7 @@ from layercut.version import __version__
 
 TERMINATED = 143
 REMEDY = {
-    "disk": "the disk is full. Free space, or choose another --output-dir; nothing was kept.",
+    "disk": "the disk is full. Free space, or choose another --output-dir; no output was kept.",
     "memory": "memory ran out. Lower calibration.micro_batch, calibration.seq_len or "
     "finetune.batch_size, set dtype: bfloat16, or refit with options: {gradient_steps: 0}.",
 }

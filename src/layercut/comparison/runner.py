@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 from layercut import progress, registry
+from layercut.checkpoints.claimed_folder import remove_claimed
 from layercut.comparison.config import ComparisonConfig
 from layercut.comparison.entries import Entry, LayerChoice, parse_methods
 from layercut.comparison.heal_rows import RowHealer
@@ -23,7 +24,6 @@ from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit_repair
 from layercut.recovery.runtime_maps import applied_maps
 from layercut.registry import MethodCall
-from layercut.training.resume import remove_claimed
 from layercut.types import CalibrationBatches, PruningPlan, RuntimeMaps, WeightPatch
 
 SHARED_BYTES = 4 * 1024**3

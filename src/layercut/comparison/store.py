@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from layercut.checkpoints.claimed_folder import find_differences, remove_claimed
 from layercut.checkpoints.output_dir import check_path
 from layercut.comparison.row import Row
 from layercut.errors import OutputError
-from layercut.training.resume import remove_claimed
 
 IDENTITY_FILE = "settings.json"
 RECORDS = ("rows", "plans", "scores")
@@ -186,18 +186,6 @@ def open_store(folder: Path, *, overwrite: bool) -> Iterator[Store]:
         ) from None
     finally:
         os.close(descriptor)
-
-
-def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """``key: old value, now new value`` for every key whose value differs in both."""
-    differences = []
-    for key in old.keys() & new.keys():
-        before, now, name = old[key], new[key], f"{prefix}{key}"
-        if isinstance(before, Mapping) and isinstance(now, Mapping):
-            differences += find_differences(before, now, f"{name}.")
-        elif before != now:
-            differences.append(f"{name} {before} there, {now} now")
-    return sorted(differences)
 
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

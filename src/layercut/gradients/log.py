@@ -75,6 +75,7 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         weights: what is recorded, by its name in the base model; empty before training.
         n_steps: steps recorded so far.
         n_layers: layers of the model.
+        rows: one per step, ∇A and ∇B of every weight; ``None`` before training.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         self.weights: dict[str, LoggedWeight] = {}
         self.n_steps = 0
         self.n_layers = 0
-        self._rows: Spool | None = None
+        self.rows: Spool | None = None
         self._trained_state: list[LoraWeight] = []
         self._hooks: list[RemovableHandle] = []
         self._broken: str | None = None
@@ -136,7 +137,7 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
             logged = LoggedWeight(weight.layer, weight.scaling, *shapes, start=width)
             self.weights[weight.name] = logged
             width = logged.span_b.stop
-        self._rows = Spool(n_wanted, width, limit_bytes=self.memory_limit_bytes)
+        self.rows = Spool(n_wanted, width, limit_bytes=self.memory_limit_bytes)
         self._add_hooks()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,10 +146,10 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         Raises:
             NumericsError: a gradient is missing or not finite.
         """
-        assert self._rows is not None
-        if self.n_steps == len(self._rows):
+        assert self.rows is not None
+        if self.n_steps == len(self.rows):
             return
-        row = self._rows.rows[self.n_steps]
+        row = self.rows.rows[self.n_steps]
         for weight in self._trained_state:
             logged = self.weights[weight.name]
             row[logged.span_a] = self._gradient(weight, "A", weight.a)
@@ -157,7 +158,7 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
             self._remove_hooks()
             raise NumericsError(self._not_finite(row))
         self.n_steps += 1
-        if self.n_steps == len(self._rows):
+        if self.n_steps == len(self.rows):
             self._remove_hooks()
             control.should_training_stop |= self.stop
 
@@ -252,11 +253,11 @@ class GradientLog(TrainerCallback):  # type: ignore[misc]
         return self.steps
 
     def _read_record(self) -> Tensor:
-        if self._rows is None or self.n_steps == 0:
+        if self.rows is None or self.n_steps == 0:
             raise RecipeError(
                 "GradientLog has recorded no step yet. Add it to a trainer and train first."
             )
-        return self._rows.rows[: self.n_steps]
+        return self.rows.rows[: self.n_steps]
 
     def _add_hooks(self) -> None:
         """Note whose gradient is the first that is not finite: clipping spoils all the others."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layercut.checkpoints.claimed_folder import remove_claimed
 from layercut.checkpoints.output_dir import staged_folder
 from layercut.checkpoints.patch import patch_trained
 from layercut.checkpoints.writer import write_checkpoint
@@ -22,7 +23,6 @@ from layercut.recipe import strict_yaml
 from layercut.recipe.recipe import Recipe, load_recipe
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
-from layercut.training.resume import remove_claimed
 from layercut.types import PruningPlan, WeightPatch
 
 USED_ALONE = {"model", "revision", "seed", "dtype", "device", "finetune", "evaluation"}

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from layercut.engine.journal import Journal
 from layercut.pipeline.prepare import Job
 from layercut.pipeline.size_search import Pruned, prune_within
-from layercut.recovery.fit import fit_repair
+from layercut.recovery.recorded_fit import recall_repair
 from layercut.results import RunResult
+from layercut.scoring.recorded_scorer import RecordedScorer
 from layercut.selection.select import choose_layers
-from layercut.types import WeightPatch
 
 
-def prune(job: Job, result: RunResult) -> Pruned:
+def prune(job: Job, journal: Journal, result: RunResult) -> Pruned:
     """Plan, evidence and patch; the model is unchanged afterwards.
 
     Args:
         job: what is asked for.
+        journal: what an interrupted run had decided, and what this one decides.
         result: receives plan, notes and seconds.
 
     Raises:
         PlanError: no plan meets the request.
         NumericsError: a score or a fitted tensor is not finite.
     """
+    scorer = RecordedScorer(journal, job.recovery.method.needs_gradient_log)
+    request = replace(job.request, scorer=scorer, journal=journal)
     limit = job.recipe.selection.max_perplexity_ratio
     if limit is not None:
         with result.timed("score", f"drop layers until perplexity is × {limit:g}"):
@@ -30,15 +34,14 @@ def prune(job: Job, result: RunResult) -> Pruned:
                 job.view,
                 job.batches,
                 max_perplexity_ratio=limit,
-                request=job.request,
+                request=request,
                 recovery=job.recovery,
+                journal=journal,
             )
     else:
-        with result.timed("score", f"score the layers by {job.request.scoring.name}"):
-            plan, evidence = choose_layers(job.view, job.batches, job.request)
+        with result.timed("score", f"score the layers by {request.scoring.name}"):
+            plan, evidence = choose_layers(job.view, job.batches, request)
         with result.timed("recover", f"recover by {job.recovery.name}"):
-            repair = fit_repair(job.view, plan, evidence, job.batches, job.recovery)
-            assert isinstance(repair, WeightPatch)  # `prepare` refuses what cannot be stored
-            patch = repair
+            patch = recall_repair(job.view, plan, evidence, job.batches, job.recovery, journal)
     # The record has served, and would count towards the memory of the training to come.
     return plan, replace(evidence, gradient_log=None), patch

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from layercut.checkpoints.claimed_folder import remove_claimed
 from layercut.checkpoints.output_dir import staged_folder
 from layercut.checkpoints.plan_file import read_lineage
 from layercut.checkpoints.writer import write_checkpoint
-from layercut.evaluation.evaluate import add_changes, evaluate
+from layercut.engine.journal import Journal
+from layercut.evaluation.evaluate import add_changes
+from layercut.evaluation.recorded_evaluation import recall_evaluation
 from layercut.machine import peak_rss_bytes, provenance
 from layercut.models.surgery import apply
 from layercut.output.verify import verify_checkpoint
@@ -20,10 +23,11 @@ from layercut.pipeline.heal_stage import heal_pruned
 from layercut.pipeline.prepare import Job, prepare
 from layercut.pipeline.prune import prune
 from layercut.pipeline.speed_stage import carry_speeds, time_dense_and_pruned
+from layercut.pipeline.run_record import recorded
 from layercut.recipe.recipe import Recipe, load_recipe
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
-from layercut.training.resume import remove_claimed, training_folder
+from layercut.training.resume import training_folder
 from layercut.types import Evidence, PruningPlan, WeightPatch
 
 
@@ -48,8 +52,9 @@ def run(
         Everything that was measured, as in ``result.json``.
 
     Raises:
-        LayercutError: see errors.py; nothing is left behind but the checkpoints of a training
-            that began (``OUTPUT_DIR.training``), from which the same call goes on.
+        LayercutError: see errors.py; nothing is left behind but the record of what was decided
+            (``OUTPUT_DIR.progress``) and the checkpoints of a training that began
+            (``OUTPUT_DIR.training``), from which the same call goes on.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
@@ -58,28 +63,45 @@ def run(
     with result.collecting_warnings():
         with result.timed("load"):
             job = prepare(recipe, Path(output_dir), overwrite=overwrite)
-        with result.timed("evaluate", "evaluate the dense model"):
-            result.stages["dense"] = evaluate(job.view, **job.evaluation, speed=False)
-        teacher = finetune_dense(job.view, job.finetune, result)
-        plan, evidence, patch = prune(job, result)
-        result.plan, result.lineage = plan, read_lineage(job.view.path)
-        result.recovery = {"method": patch.method, **patch.notes}
-        dense = copy.copy(job.view)  # kept beyond the cut until both are timed
-        apply(job.view, plan, patch)
-        with result.timed("evaluate", "evaluate the pruned model"):
-            pruned = evaluate(job.view, **job.evaluation, speed=False)
-            result.stages["pruned"] = add_changes(pruned, result.stages["dense"])
-            if job.view.source is None:  # else the time would be that of reading files
-                time_dense_and_pruned(dense, job.view, result)
-        del dense
-        patch = heal_pruned(job.view, job.heal, plan, patch, result)
-        patch = finetune_pruned(job.view, job.finetune, plan, patch, teacher, result)
-        carry_speeds(result)
-        result.recovery = {**result.recovery, "tensors_changed": len(patch.tensors)}
-        write_output(job, plan, patch, evidence, result, start)
-        if job.heal or job.finetune:
-            remove_claimed(training_folder(job.output_dir))
+        with recorded(job) as journal:
+            prune_and_train(job, journal, result, start)
     return result
+
+
+def prune_and_train(job: Job, journal: Journal, result: RunResult, start: float) -> None:
+    """All stages of a run, the output last.
+
+    Args:
+        job: the run's model, recipe and destination.
+        journal: what an interrupted run had decided, and what this one decides.
+        result: receives everything that is measured.
+        start: when the run began, by ``time.perf_counter``.
+
+    Raises:
+        LayercutError: see errors.py.
+    """
+    view = job.view
+    with result.timed("evaluate", "evaluate the dense model"):
+        result.stages["dense"] = recall_evaluation(view, job.evaluation, journal, "dense")
+    teacher = finetune_dense(view, job.finetune, result)
+    plan, evidence, patch = prune(job, journal, result)
+    result.plan, result.lineage = plan, read_lineage(view.path)
+    result.recovery = {"method": patch.method, **patch.notes}
+    dense = copy.copy(view)  # kept beyond the cut until both are timed
+    apply(view, plan, patch)
+    with result.timed("evaluate", "evaluate the pruned model"):
+        pruned = recall_evaluation(view, job.evaluation, journal, "pruned")
+        result.stages["pruned"] = add_changes(pruned, result.stages["dense"])
+        if view.source is None:  # else the time would be that of reading files
+            time_dense_and_pruned(dense, view, result)
+    del dense
+    patch = heal_pruned(view, job.heal, plan, patch, result)
+    patch = finetune_pruned(view, job.finetune, plan, patch, teacher, result)
+    carry_speeds(result)
+    result.recovery = {**result.recovery, "tensors_changed": len(patch.tensors)}
+    write_output(job, plan, patch, evidence, result, start)
+    if job.heal or job.finetune:
+        remove_claimed(training_folder(job.output_dir))
 
 
 def write_output(

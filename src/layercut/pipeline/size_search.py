@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from layercut import progress
+from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.engine.loss import mean_loss
 from layercut.errors import DataError, PlanError
-from layercut.recovery.fit import fit_repair
+from layercut.recovery.recorded_fit import name_plan, recall_repair
 from layercut.registry import MethodCall
 from layercut.selection.select import Request, most_droppable, plan_sizes
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 SET_ASIDE_EVERY = 8
 FEWEST_SEQUENCES = 4
+HELD_OUT_LOSS = "held-out losses"
 
 Pruned = tuple[PruningPlan, Evidence, WeightPatch]
 
@@ -38,6 +41,7 @@ def prune_within(
     max_perplexity_ratio: float,
     request: Request,
     recovery: MethodCall,
+    journal: Journal = NO_JOURNAL,
 ) -> Pruned:
     """Choose and repair the shallowest model that stays within the limit.
 
@@ -47,6 +51,7 @@ def prune_within(
         max_perplexity_ratio: highest perplexity, as a multiple of the dense model's.
         request: strategy, score, rounds and protected layers.
         recovery: how kept layers are repaired.
+        journal: records what is scored, fitted and measured.
 
     Returns:
         The plan, whose ``trials`` hold the ratio of every size tried, the evidence and the patch.
@@ -62,31 +67,47 @@ def prune_within(
             f"no layer of {view.n_layers} may be dropped: {n_kept} are protected. Protect fewer."
         )
     fitting, held_out = split(batches)
-    dense = mean_loss(view, held_out.input_ids, held_out.micro_batch)
+    patches: dict[int, WeightPatch] = {}
+    found: dict[int, tuple[PruningPlan, Evidence]] = {}
+
+    def loss_without(size: int) -> float:
+        """Held-out loss of the repaired model; its patch is at hand afterwards."""
+        patch = patches[size] = recall_repair(view, *found[size], fitting, recovery, journal)
+        with view.skipping(found[size][0].dropped), view.patched(patch.tensors):
+            return mean_loss(view, held_out.input_ids, held_out.micro_batch)
+
+    def give_up(size: int) -> None:
+        patches.pop(size, None)
+        if size in found:
+            journal.within(name_plan(found.pop(size)[0])).conclude(HELD_OUT_LOSS, size)
+
+    intact = partial(mean_loss, view, held_out.input_ids, held_out.micro_batch)
+    dense = journal.recall_number(HELD_OUT_LOSS, "dense", intact)
     plan_of_size = plan_sizes(view, fitting, request)
     trials: dict[int, float] = {}
-    best: Pruned | None = None
     refusal: PlanError | None = None
     while fails - fits > 1:
         size = (fits + fails) // 2
         try:
-            plan, evidence = plan_of_size(size)
+            found[size] = plan_of_size(size)
         except PlanError as error:  # no plan has this size, so it meets no limit
             fails, refusal = size, error
             continue
-        patch = fit_repair(view, plan, evidence, fitting, recovery)
-        assert isinstance(patch, WeightPatch)  # `prepare` refuses what cannot be stored
-        with view.skipping(plan.dropped), view.patched(patch.tensors):
-            loss = mean_loss(view, held_out.input_ids, held_out.micro_batch)
+        own = journal.within(name_plan(found[size][0]))
+        loss = own.recall_number(HELD_OUT_LOSS, size, partial(loss_without, size))
         trials[size] = math.exp(loss - dense)
         progress.status(f"{size} layers: perplexity × {trials[size]:.3f}")
         if trials[size] <= max_perplexity_ratio:
-            fits, best = size, (plan, evidence, patch)
+            give_up(fits)
+            fits = size
         else:
+            give_up(size)
             fails = size
-    if best is None:
+    if fits not in found:
         raise _no_size_error(max_perplexity_ratio, trials.get(1), refusal)
-    return replace(best[0], trials=dict(sorted(trials.items()))), *best[1:]
+    plan, evidence = found[fits]
+    patch = patches.get(fits) or recall_repair(view, plan, evidence, fitting, recovery, journal)
+    return replace(plan, trials=dict(sorted(trials.items()))), evidence, patch
 
 
 def _no_size_error(limit: float, ratio: float | None, refusal: PlanError | None) -> PlanError:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from layercut import registry
 from layercut.checkpoints.patch import round_patch
+from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.errors import NumericsError, PlanError, RecipeError
 from layercut.models.check_method import check_method
 from layercut.models.droppable import check_dropped
@@ -60,6 +61,7 @@ def fit_repair(
     recovery: MethodCall,
     *,
     dense: ResidualStream | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> WeightPatch | RuntimeMaps:
     """Fit what makes up for the dropped layers: weights, or matrices for run time.
 
@@ -70,6 +72,7 @@ def fit_repair(
         batches: calibration text.
         recovery: the method with its options.
         dense: the intact model's stream over ``batches``, where several recoveries share it.
+        journal: where a method that can do so records its steps.
 
     Raises:
         PlanError: the method needs a kept layer before every cut, and layer 0 is dropped.
@@ -83,7 +86,8 @@ def fit_repair(
         )
     check_dropped(view, plan.dropped)
     check_method(recovery, view, batches, len(plan.dropped))
-    shared = {"dense": dense} if recovery.method.shares_dense_stream else {}
+    shared: dict[str, Any] = {"dense": dense} if recovery.method.shares_dense_stream else {}
+    shared |= {"journal": journal} if recovery.method.records_steps else {}
     repair: Any = recovery.function(view, plan, evidence, batches, recovery.options, **shared)
     expected = WeightPatch if recovery.method.stores else RuntimeMaps
     if not isinstance(repair, expected):

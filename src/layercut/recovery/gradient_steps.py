@@ -23,6 +23,7 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.checkpoints.patch import Names
+from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.engine.layer_gradients import LossGradient
 from layercut.engine.layerwise import walk_gradients
 from layercut.engine.loss import mean_loss
@@ -31,6 +32,7 @@ from layercut.errors import NumericsError
 from layercut.models.attention import eager
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import collect, make_store
+from layercut.recovery.step_records import recall_steps, record_step
 from layercut.tensor_maps import ComputedTensors
 from layercut.training.distillation_loss import Divergence
 from layercut.types import CalibrationBatches, PruningPlan
@@ -51,6 +53,7 @@ def take_steps(
     *,
     n_steps: int,
     micro_batch: int,
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[Mapping[str, Tensor], tuple[float, ...]]:
     """Take up to ``n_steps`` steps from the pruned model with ``tensors`` in it.
 
@@ -61,6 +64,7 @@ def take_steps(
         sequences: token ids, (n, seq), at least two rows.
         n_steps: steps; each half of the sequences teaches every second one.
         micro_batch: sequences in memory at once.
+        journal: records every step; those that it knows are not taken again.
 
     Returns:
         The replaced weights after the steps, in the model's dtype, and each step's η; 0 for one
@@ -69,16 +73,16 @@ def take_steps(
     Raises:
         NumericsError: the loss or a gradient is not finite.
     """
-    reached = tensors
+    reached, lengths = recall_steps(journal, tensors, n_steps)
     halves = sequences[::2], sequences[1::2]
-    lengths: list[float] = []
-    for step in range(n_steps):
+    for step in range(len(lengths), n_steps):
         learned, held_out = halves[step % 2], halves[1 - step % 2]
         directions = find_directions(view, plan, reached, learned, micro_batch)
         eta = search_length(view, plan, reached, directions, held_out, micro_batch)
         if eta:
             reached = collect(view, step_weights(view, reached, directions, eta))
         lengths.append(eta)
+        record_step(journal, reached, lengths)
     return reached, tuple(lengths)
 
 

@@ -8,17 +8,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.engine.residual_stream import ResidualStream, advance_and_record_inputs
 from layercut.errors import DataError
 from layercut.models.output_projections import (
     attention_output,
     check_exact,
     down_projection,
-    store_like,
 )
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import make_store
 from layercut.recovery.paired_walk import KeptLayer, paired_walk
+from layercut.recovery.refit_records import (
+    ATTENTION,
+    DOWN,
+    add_update,
+    recall_layers,
+    recall_update,
+)
 from layercut.recovery.ridge import Shape, fast_products, fit_best_penalty
 from layercut.spool import SLICE, Spool, choose_device
 from layercut.types import CalibrationBatches, PruningPlan
@@ -44,6 +51,7 @@ def refit_layers(
     layers: Literal["cuts", "following"] = "following",
     modules: Literal["down", "both"] = "both",
     dense: ResidualStream | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> Mapping[str, Tensor]:
     """The refitted tensors by name, each fitted in the model that the earlier ones made.
 
@@ -55,10 +63,14 @@ def refit_layers(
         layers: the kept layers before a cut, or all from the first cut on.
         modules: down-projections, or attention outputs as well.
         dense: the intact model's stream where it is shared.
+        journal: records every change.
     """
-    walk = paired_walk(view, plan, batches, dense=dense)
     cuts_only, both = layers == "cuts", modules == "both"
-    return _refit(view, plan, walk, held_out, cuts_only=cuts_only, attention=both)[0]
+    known = recall_layers(view, plan, journal, cuts_only=cuts_only, attention=both)
+    if known is not None:
+        return known
+    walk = paired_walk(view, plan, batches, dense=dense)
+    return _refit(view, plan, walk, held_out, journal, cuts_only=cuts_only, attention=both)[0]
 
 
 def refit_cuts(
@@ -81,7 +93,7 @@ def refit_cuts(
         It, behind the last refitted layer: at the layer after the last cut.
     """
     walk = paired_walk(view, plan, batches, dense=dense)
-    return _refit(view, plan, walk, held_out, cuts_only=True, attention=False)[1]
+    return _refit(view, plan, walk, held_out, NO_JOURNAL, cuts_only=True, attention=False)[1]
 
 
 def _refit(
@@ -89,6 +101,7 @@ def _refit(
     plan: PruningPlan,
     walk: Iterator[KeptLayer],
     held_out: Tensor,
+    journal: Journal,
     *,
     cuts_only: bool,
     attention: bool,
@@ -99,7 +112,9 @@ def _refit(
     for kept in walk:
         if kept.before_cut or not cuts_only:
             with view.holding(kept.layer):
-                tensors.update(_refit_layer(view, kept, held_out, attention=attention))
+                tensors.update(
+                    _refit_layer(view, kept, held_out, attention=attention, journal=journal)
+                )
         if kept.layer == last:  # nothing behind it is refitted, and nothing need run
             break
     kept.pruned.layer = plan.target_of(last)
@@ -123,28 +138,40 @@ def mask_held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
 
 
 def _refit_layer(
-    view: DecoderView, kept: KeptLayer, held_out: Tensor, *, attention: bool
+    view: DecoderView,
+    kept: KeptLayer,
+    held_out: Tensor,
+    *,
+    attention: bool,
+    journal: Journal = NO_JOURNAL,
 ) -> dict[str, Tensor]:
-    """Refit one layer's weights and move the pruned stream past it."""
-    layer, pruned = kept.layer, kept.pruned
+    """Refit one layer's weights and move the pruned stream past it; recorded changes are taken."""
+    layer, pruned, target = kept.layer, kept.pruned, kept.target
     changed: dict[str, Tensor] = {}
     output = attention_output(view, layer) if attention else None
     if output is not None:
         prefix, module = output
-        ahead = pruned.fork()
-        inputs = advance_and_record_inputs(ahead, layer, module)
-        update = fit_ridge_update(inputs, ahead.states, kept.target, held_out, view.device)
+
+        def fit_attention() -> Tensor | None:
+            ahead = pruned.fork()
+            inputs = advance_and_record_inputs(ahead, layer, module)
+            return fit_ridge_update(inputs, ahead.states, target, held_out, view.device)
+
+        update = recall_update(journal, ATTENTION, layer, fit_attention)
         if update is not None:
-            stored = store_like(module, update).to(module.weight)
-            changed[f"{prefix}.weight"] = module.weight + stored
+            changed[f"{prefix}.weight"] = add_update(module, update)
     prefix, module = down_projection(view, layer)
     with view.patched(changed):
         inputs = advance_and_record_inputs(pruned, layer, module)
-    update = fit_ridge_update(inputs, pruned.states, kept.target, held_out, view.device)
+
+    def fit_down() -> Tensor | None:
+        return fit_ridge_update(inputs, pruned.states, target, held_out, view.device)
+
+    update = recall_update(journal, DOWN, layer, fit_down)
     if update is not None:
-        changed[f"{prefix}.weight"] = module.weight + store_like(module, update).to(module.weight)
+        changed[f"{prefix}.weight"] = add_update(module, update)
         # The layer's output is linear in its down-projection: no second forward pass is needed.
-        right = update.float().T
+        right = update.T
         with fast_products(right.device):
             for rows, a in zip(pruned.states.slices(), inputs.slices(), strict=True):
                 rows += (a.to(right.device) @ right).to(rows.device)

@@ -14,12 +14,14 @@ Cost     one forward-backward through activations and one forward pass over the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from layercut import progress
 from layercut.checkpoints.layer_types import LayerTypes
+from layercut.engine.journal import NO_JOURNAL, Entry, Journal
 from layercut.engine.layerwise import walk_gradients
 from layercut.engine.residual_stream import ResidualStream, advance_and_record_inputs
 from layercut.models.output_projections import down_projection
@@ -69,28 +71,52 @@ def price_cuts(
     dense: ResidualStream,
     slopes: Tensor,
     longest: int,
+    journal: Journal = NO_JOURNAL,
 ) -> Prices:
-    """The price of every cut (first layer, number of layers) of at most ``longest`` layers."""
+    """The price of every cut (first layer, number of layers) of at most ``longest`` layers.
+
+    Args:
+        view: the model; unchanged afterwards.
+        batches: calibration text.
+        dense: the model's stream with a history.
+        slopes: ‖∇h_l‖, (L + 1, n_tokens).
+        longest: the most layers of a cut.
+        journal: records the prices of every first layer.
+    """
     held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
-    fitted_rows, held_out_rows = (mask.nonzero().squeeze(1) for mask in (~held_out, held_out))
-    weights = slopes[:, held_out_rows.to(slopes.device)]
+    rows = (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
+    weights = slopes[:, rows[1].to(slopes.device)]
     prices: Prices = {}
-    assert dense.history is not None
     for start in progress.track(range(1, view.n_layers), total=view.n_layers - 1):
-        dense.rewind(start - 1)
-        module = down_projection(view, start - 1)[1]
-        inputs = advance_and_record_inputs(dense.fork(), start - 1, module)
         ends = range(start + 1, min(start + longest, view.n_layers) + 1)
-        targets = [dense.history[end] for end in ends]
-        rows = fitted_rows, held_out_rows
-        lengths = _residuals(inputs, dense.history[start], targets, rows, view.device)
-        costs = [
-            (weights[end].to(length.device) * length).sum(dtype=torch.float64)
-            for end, length in zip(ends, lengths, strict=True)
-        ]
-        for end, price in zip(ends, torch.stack(costs).tolist(), strict=True):
-            prices[start, end - start] = price
+        price = partial(_price_from, view, dense, start, ends, weights, rows)
+        entry = journal.recall("prices of cuts at", start, price)
+        for end, cost in zip(ends, entry.values["prices"], strict=True):
+            prices[start, end - start] = cost
     return prices
+
+
+def _price_from(
+    view: DecoderView,
+    dense: ResidualStream,
+    start: int,
+    ends: range,
+    weights: Tensor,
+    rows: tuple[Tensor, Tensor],
+) -> Entry:
+    """The prices of all cuts that begin at layer ``start``, by their ends."""
+    dense.advance_to(view.n_layers)  # known already, but where another process recorded the slopes
+    assert dense.history is not None
+    dense.rewind(start - 1)
+    module = down_projection(view, start - 1)[1]
+    inputs = advance_and_record_inputs(dense.fork(), start - 1, module)
+    targets = [dense.history[end] for end in ends]
+    lengths = _residuals(inputs, dense.history[start], targets, rows, view.device)
+    costs = [
+        (weights[end].to(length.device) * length).sum(dtype=torch.float64)
+        for end, length in zip(ends, lengths, strict=True)
+    ]
+    return Entry({"prices": torch.stack(costs).tolist()})
 
 
 def _residuals(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from layercut import registry
 from layercut.checkpoints.layer_types import LayerTypes
+from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.errors import PlanError, RecipeError
 from layercut.models.droppable import check_dropped, layers_to_keep
 from layercut.registry import MethodCall, Rounds
@@ -36,6 +37,7 @@ class Request:
         keep_one_of: layers of which at least one must stay; empty where there is no such need.
         layer_types: the pattern that kept layers must follow, if there is one to preserve.
         scorer: computes scores; `layercut.scoring.score.score_layers`, or one that remembers.
+        journal: where a strategy records what takes long.
     """
 
     scoring: MethodCall
@@ -47,6 +49,7 @@ class Request:
     keep_one_of: frozenset[int] = frozenset()
     layer_types: LayerTypes | None = None
     scorer: Scorer = score_layers
+    journal: Journal = NO_JOURNAL
 
 
 PlanOfSize = Callable[[int], tuple[PruningPlan, Evidence]]

@@ -13,15 +13,19 @@ from typing import Any, TypeVar
 
 import torch
 
-from layercut.errors import OutputError
+from layercut.checkpoints.claimed_folder import (
+    RUN_FILE,
+    check_claimed,
+    encode_mark,
+    folder_beside,
+)
 from layercut.models.view import DecoderView
 from layercut.recipe.base import Config
 
 Saving = TypeVar("Saving", bound=Config)
 """Settings with a key ``save_steps``."""
 
-RUN_FILE = "layercut-run.json"
-"""In a folder that layercut made for checkpoints: what they belong to."""
+PURPOSE = "the checkpoints of the training"
 
 WITHOUT_EFFECT = {"save_steps", "report_to", "keep_adapter", "compare_dense", "data"}
 """Settings that do not change what a run computes from its rows."""
@@ -29,8 +33,7 @@ WITHOUT_EFFECT = {"save_steps", "report_to", "keep_adapter", "compare_dense", "d
 
 def training_folder(output_dir: Path) -> Path:
     """Where the checkpoints of a run's trainings stay until it is complete: beside its output."""
-    home = output_dir.resolve()
-    return home.with_name(f"{home.name}.training")
+    return folder_beside(output_dir, "training")
 
 
 @contextmanager
@@ -48,25 +51,13 @@ def trainer_folder(work_dir: Path | None, config: Saving) -> Iterator[tuple[Path
         yield Path(scratch), config.model_copy(update={"save_steps": None})
 
 
-def remove_claimed(folder: Path) -> None:
-    """Remove a folder that `claim` marked; leave any other."""
-    if (folder / RUN_FILE).is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def check_work_dir(folder: Path) -> None:
     """Refuse a folder that holds something else than layercut's checkpoints.
 
     Raises:
         OutputError: it is a file, or has content and no ``RUN_FILE``.
     """
-    if (folder / RUN_FILE).is_file() or not folder.exists():
-        return
-    if not folder.is_dir() or any(folder.iterdir()):
-        raise OutputError(
-            f"{folder}, the place for the checkpoints of the training, was not made by "
-            "layercut. Move it away, or choose another output folder."
-        )
+    check_claimed(folder, PURPOSE)
 
 
 def claim(folder: Path, contents: Sequence[str] = ()) -> Path:
@@ -77,7 +68,7 @@ def claim(folder: Path, contents: Sequence[str] = ()) -> Path:
     """
     check_work_dir(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(_mark(contents), encoding="utf-8")
+    (folder / RUN_FILE).write_text(encode_mark(list(contents)), encoding="utf-8")
     return folder
 
 
@@ -91,7 +82,7 @@ def last_checkpoint(folder: Path, contents: Sequence[str]) -> str | None:
     """
     check_work_dir(folder)
     mark = folder / RUN_FILE
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != _mark(contents):
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != encode_mark(list(contents)):
         if mark.is_file():
             shutil.rmtree(folder)
         claim(folder, contents)
@@ -100,10 +91,6 @@ def last_checkpoint(folder: Path, contents: Sequence[str]) -> str | None:
     complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return None if newest is None else str(newest)
-
-
-def _mark(contents: Sequence[str]) -> str:
-    return json.dumps(list(contents)) + "\n"
 
 
 def model_hash(view: DecoderView) -> str:

@@ -17,13 +17,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from layercut import progress
+from layercut.engine.journal import NO_JOURNAL, Entry, Journal
 from layercut.engine.loss import mean_loss
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError
@@ -63,6 +65,7 @@ class Options(MethodOptions):
 METHOD = Method(
     needs_previous_layer=True,
     shares_dense_stream=True,
+    records_steps=True,
     revision=2,
     check=lambda view, batches, options, n_drop: check_refit(view),
 )
@@ -76,6 +79,7 @@ def fit(
     options: Options,
     *,
     dense: ResidualStream | None = None,
+    journal: Journal = NO_JOURNAL,
 ) -> WeightPatch:
     """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
     held_out = mask_held_out_rows(batches, options.held_out_every)
@@ -87,12 +91,17 @@ def fit(
         layers=options.layers,
         modules=options.modules,
         dense=dense,
+        journal=journal,
     )
     sequences = batches.input_ids[held_out[:: batches.seq_len]]
-    patch = _choose_shrinkage(view, plan, tensors, sequences, batches.micro_batch)
+    choose = partial(_choose_shrinkage, view, plan, tensors, sequences, batches.micro_batch)
+    notes = dict(journal.recall("shrinkage", "chosen", lambda: Entry(choose())).values)
+    share = notes["shrinkage"]
+    repaired = collect(view, interpolate(view, tensors, share)) if share else {}
+    patch = WeightPatch(repaired, "refit", notes)
     if options.gradient_steps and len(sequences) > 1:
         patch = _take_gradient_steps(
-            view, plan, patch, sequences, batches.micro_batch, options.gradient_steps
+            view, plan, patch, sequences, batches.micro_batch, options.gradient_steps, journal
         )
     return patch
 
@@ -103,8 +112,8 @@ def _choose_shrinkage(
     tensors: Mapping[str, Tensor],
     sequences: Tensor,
     micro_batch: int,
-) -> WeightPatch:
-    """The patch, as large a part of every change as lowers the held-out cross-entropy most."""
+) -> dict[str, Any]:
+    """The part of every change that lowers the held-out cross-entropy most, as a patch's notes."""
     losses: dict[float, float] = {}
     with view.skipping(plan.dropped):
         without = mean_loss(view, sequences, micro_batch)
@@ -116,15 +125,13 @@ def _choose_shrinkage(
                 break
     best = min(losses, key=lambda share: losses[share])
     accepted = losses[best] < without
-    notes = {
+    return {
         "held_out_loss_without": without,
         "held_out_loss_with": losses[best],
         "accepted": accepted,
         "shrinkage": best if accepted else 0.0,
         "tensors_changed": len(tensors) if accepted else 0,
     }
-    repaired = collect(view, interpolate(view, tensors, best)) if accepted else {}
-    return WeightPatch(repaired, "refit", notes)
 
 
 def _take_gradient_steps(
@@ -134,11 +141,18 @@ def _take_gradient_steps(
     sequences: Tensor,
     micro_batch: int,
     n_steps: int,
+    journal: Journal,
 ) -> WeightPatch:
     """The patch after gradient steps, and the cross-entropy on the sequences that they saw."""
     try:
         tensors, lengths = take_steps(
-            view, plan, patch.tensors, sequences, n_steps=n_steps, micro_batch=micro_batch
+            view,
+            plan,
+            patch.tensors,
+            sequences,
+            n_steps=n_steps,
+            micro_batch=micro_batch,
+            journal=journal,
         )
     except NumericsError as error:
         warnings.warn(f"the refit goes without gradient steps: {error}", stacklevel=2)

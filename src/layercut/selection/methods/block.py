@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 
+from layercut.engine.journal import Entry
 from layercut.errors import PlanError
 from layercut.models.check_method import check_model
 from layercut.models.view import DecoderView
@@ -34,7 +35,12 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
     """Measure every angle once; each size is then a look along one diagonal."""
     check_model(request.scoring, view)
     start = time.perf_counter()
-    distances = angular_distances(view, batches, request.scoring.options)
+    measured = request.journal.recall(
+        "angles",
+        "all",
+        lambda: Entry(tensors={"mean": angular_distances(view, batches, request.scoring.options)}),
+    )
+    distances = measured.tensors["mean"]
     bare = LayerScores(tuple(distances.diagonal(1).tolist()))
     seconds = time.perf_counter() - start
     scores = with_provenance(view, batches, bare, request.scoring, seconds)

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 from layercut import progress
 from layercut.checkpoints.layer_types import LayerTypes
+from layercut.engine.journal import NO_JOURNAL, Entry, Journal
 from layercut.engine.loss import mean
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import PlanError
@@ -54,8 +56,15 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
     protect = request.protect | {0}
     sample = subsample(batches)
     dense = ResidualStream(view, sample, remember=True)
-    slopes, values = sensitivities(view, sample, dense)
-    prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT)
+    journal = request.journal
+
+    def measure_slopes() -> Entry:
+        slopes, values = sensitivities(view, sample, dense)
+        return Entry({"values": values}, {"slopes": slopes})
+
+    measured = journal.recall("sensitivities", "all layers", measure_slopes)
+    slopes, values = measured.tensors["slopes"], measured.values["values"]
+    prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT, journal)
     n_priced = int(mask_held_out_rows(sample, HELD_OUT_EVERY).sum())
     types, one_of = request.layer_types, request.keep_one_of
     cheapest = find_cheapest_plans(prices, view.n_layers, protect, types, one_of)
@@ -73,7 +82,7 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
                 f"no plan drops {n_drop} of {view.n_layers} layers around the protected ones. "
                 "Lower drop_layers or protect fewer."
             )
-        dropped, _ = search(view, sample, dense, starts, prices, protect, types, one_of)
+        dropped, _ = search(view, sample, dense, starts, prices, protect, types, one_of, journal)
         chosen = PruningPlan(
             model=view.name,
             n_layers=view.n_layers,
@@ -129,13 +138,20 @@ def search(
     protect: frozenset[int],
     layer_types: LayerTypes | None = None,
     keep_one_of: frozenset[int] = frozenset(),
+    journal: Journal = NO_JOURNAL,
 ) -> tuple[LayerSet, dict[LayerSet, float]]:
     """Try the starts, then follow neighbours of the best by held-out loss, until the budget ends.
 
     Returns:
         The best plan and the held-out loss, in nats, of every plan tried.
     """
-    losses = {plan: plan_loss(view, batches, dense, plan) for plan in starts}
+
+    def loss_of(plan: LayerSet) -> float:
+        name = " ".join(map(str, plan))
+        compute = partial(plan_loss, view, batches, dense, plan)
+        return journal.recall_number("plans tried", name, compute)
+
+    losses = {plan: loss_of(plan) for plan in starts}
     best = min(starts, key=lambda plan: losses[plan])
     while len(losses) < PLANS_TRIED:
         near = list_neighbours(best, view.n_layers, protect)
@@ -147,7 +163,7 @@ def search(
         if not candidates:
             break
         candidate = min(candidates, key=lambda plan: plan_price(plan, prices))
-        losses[candidate] = plan_loss(view, batches, dense, candidate)
+        losses[candidate] = loss_of(candidate)
         progress.status(f"plan {len(losses)} of {PLANS_TRIED}: loss {min(losses.values()):.3f}")
         if losses[candidate] < losses[best]:
             best = candidate
