@@ -50,7 +50,7 @@ def load(
     if dtype not in DTYPE_NAMES:
         hint = suggestion(dtype, DTYPE_NAMES)
         raise RecipeError(f"dtype '{dtype}' is none of {', '.join(DTYPE_NAMES)}{hint}")
-    target = _device(device)
+    target = find_device(device)
     folder = find_folder(model, revision)
     layout, stored = check_folder(folder)
     warn_of_own_code(folder)
@@ -85,7 +85,15 @@ def reload(view: DecoderView) -> DecoderView:
     )
 
 
-def _device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """Where a model computes.
+
+    Args:
+        device: of the recipe: ``auto``, ``cpu``, ``cuda``, ``cuda:0`` …
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layercut import registry
+from layercut import progress, registry
 from layercut.checkpoints.output_dir import check_disk_space, check_output_dir
+from layercut.checkpoints.preflight import check_folder
+from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.writer import check_named_layers
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
@@ -16,10 +18,17 @@ from layercut.engine.loss import check_vocabulary
 from layercut.evaluation.evaluate import check_tasks
 from layercut.evaluation.harness import check_harness
 from layercut.models.check_method import check_lengths, check_model, check_options
-from layercut.models.load import load
+from layercut.models.load import find_device, load
 from layercut.models.view import DecoderView
+from layercut.pipeline.estimate import estimate_checkpoint
 from layercut.pipeline.finetune_stage import FinetuneJob, prepare_finetune
 from layercut.pipeline.heal_stage import HealJob, prepare_heal
+from layercut.pipeline.resources import (
+    check_resources,
+    choose_residency,
+    describe_run,
+    measure_available,
+)
 from layercut.pipeline.size_search import split
 from layercut.recipe.recipe import Recipe
 from layercut.registry import MethodCall
@@ -41,6 +50,7 @@ class Job:
         recovery: how kept layers are repaired, with its options.
         heal: the heal's windows and configuration, if one is asked for.
         finetune: the fine-tuning's rows and configuration, if one is asked for.
+        estimate: what all of it was to take, as in ``result.json``.
     """
 
     recipe: Recipe
@@ -52,6 +62,7 @@ class Job:
     recovery: MethodCall
     heal: HealJob | None
     finetune: FinetuneJob | None
+    estimate: Mapping[str, Any]
 
     @property
     def evaluation(self) -> Mapping[str, Any]:
@@ -71,6 +82,8 @@ def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> Job:
         LayercutError: see errors.py.
     """
     scoring, recovery = resolve_methods(recipe)
+    estimate = estimate_recipe(recipe, output_dir, overwrite=overwrite)
+    progress.stage("load")
     view = open_model(recipe, output_dir, overwrite=overwrite)
     section = recipe.selection
     search_size = section.max_perplexity_ratio is not None
@@ -109,7 +122,30 @@ def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> Job:
         recovery=recovery,
         finetune=prepare_finetune(recipe, view, output_dir),
         heal=prepare_heal(recipe, view, batches, output_dir),
+        estimate=estimate,
     )
+
+
+def estimate_recipe(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> dict[str, Any]:
+    """What a run will take, said in three lines and returned as in ``result.json``.
+
+    Raises:
+        OutputError: the destination cannot be written to.
+        ResourceError: there is too little memory or disk for it.
+        LayercutError: as for `load`.
+    """
+    check_output_dir(output_dir, Path(recipe.model), overwrite=overwrite)
+    device = find_device(recipe.device)
+    folder = find_folder(recipe.model, recipe.revision)
+    layout, stored = check_folder(folder)
+    estimate = estimate_checkpoint(folder, layout, stored, recipe, device)
+    available = measure_available(device)
+    mode, reason = choose_residency(estimate, available)
+    for line in describe_run(estimate, mode, reason):
+        progress.line(line)
+    check_resources(estimate, available, mode)
+    check_disk_space(folder, output_dir)
+    return estimate.to_json(mode, reason)
 
 
 def resolve_methods(recipe: Recipe) -> tuple[MethodCall, MethodCall]:

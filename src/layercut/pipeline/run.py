@@ -54,8 +54,9 @@ def run(
     result = RunResult(recipe.model, recipe.model_dump(mode="json"), provenance(command))
     start = time.perf_counter()
     with result.collecting_warnings():
-        with result.timed("load"):
+        with result.timed("load", "estimate the run"):
             job = prepare(recipe, Path(output_dir), overwrite=overwrite)
+        result.estimate = job.estimate
         with result.timed("evaluate", "evaluate the dense model"):
             result.stages["dense"] = evaluate(job.view, **job.evaluation)
         teacher = finetune_dense(job.view, job.finetune, result)
