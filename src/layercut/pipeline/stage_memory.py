@@ -53,7 +53,8 @@ class StageMemory:
         self.times, self.shape, self.recipe = times, times.shape, times.recipe
         on_gpu = self.shape.device.type == "cuda"
         n_chunk = GPU_LOSS_CHUNK if on_gpu else LOSS_CHUNK
-        self.logits = 4 * LOGIT_COPIES * n_chunk * self.shape.vocabulary
+        narrow = self.shape.item_bytes if self.shape.item_bytes < 4 else 0
+        self.logits = (4 * LOGIT_COPIES + narrow) * n_chunk * self.shape.vocabulary
         self.written = sum(e.written for e in self.shape.layers)
         self.widest = max(e.written for e in self.shape.layers)
 
