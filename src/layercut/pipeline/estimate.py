@@ -20,7 +20,7 @@ from layercut.checkpoints.safetensors_file import StoredTensor
 from layercut.machine import Rates, available_memory_bytes, measure_rates
 from layercut.pipeline.model_shape import ModelShape, read_shape
 from layercut.pipeline.stage_memory import FIXED_BYTES, Need, StageMemory
-from layercut.pipeline.stage_times import LENGTHS, SHRINKAGES, StageTimes, find_unestimated
+from layercut.pipeline.stage_times import LENGTHS, RECOVERY, SCORING, SHRINKAGES, StageTimes
 from layercut.recipe.recipe import Recipe
 
 Residency = Literal["resident", "streamed"]
@@ -223,3 +223,32 @@ def _place_streamed(shape: ModelShape, row: _Row, read: float) -> StageEstimate:
     if shape.device.type != "cpu":
         device, host = round(used - FIXED_BYTES), FIXED_BYTES + 2 * shape.largest_layer * item
     return StageEstimate(row.name, seconds, device, host, round(disk))
+
+
+def find_unestimated(shape: ModelShape, recipe: Recipe) -> dict[str, str]:
+    """Stage → what has no formula, by its name."""
+    unknown: dict[str, str] = {}
+    section, scoring = recipe.selection, recipe.scoring.method
+    known = {*SCORING, "magnitude", "perplexity"}
+    if any(layer.active is None for layer in shape.layers):
+        why = "how many experts a token passes through is not said"
+        return dict.fromkeys(
+            ("evaluate dense", "select", "recover", "gradient steps", "evaluate pruned"), why
+        )
+    if recipe.evaluation.tasks or recipe.evaluation.harness:
+        names = ", ".join([*recipe.evaluation.tasks, *recipe.evaluation.harness])
+        unknown |= dict.fromkeys(("evaluate dense", "evaluate pruned"), f"tasks: {names}")
+    if section.drop is None:
+        if section.strategy == "lowest" and scoring not in known:
+            unknown["select"] = f"scoring {scoring}"
+        elif section.strategy not in ("lowest", "block", "priced-cuts"):
+            unknown["select"] = f"strategy {section.strategy}"
+    if recipe.recovery.method not in {*RECOVERY, "refit"}:
+        unknown["recover"] = f"recovery {recipe.recovery.method}"
+        if section.max_perplexity_ratio is not None:
+            unknown["select"] = unknown["recover"]
+    if recipe.heal is not None and recipe.heal.minutes is None:
+        unknown["heal"] = "a heal by steps"
+    if recipe.finetune is not None:
+        unknown["fine-tune"] = f"fine-tuning by {recipe.finetune.mode}"
+    return unknown

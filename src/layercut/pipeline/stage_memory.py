@@ -21,6 +21,8 @@ LOGIT_COPIES = 2.5
 """Float32 copies of a chunk's logits that a loss holds."""
 KEPT_WRITES = 2.3
 """Numbers that autograd keeps of a layer, for each that its matrices write."""
+LEFT_BY_STEPS = 2.7
+"""Parts of a chunk's logits that gradient steps free and the allocator keeps."""
 EAGER_COPIES = 6
 """Attention matrices that autograd keeps of a layer, in the weights' dtype."""
 
@@ -67,7 +69,8 @@ class StageMemory:
         """One micro-batch, a chunk of logits, and after a repair its tensors."""
         n_tokens = 2 * self.recipe.evaluation.seq_len
         changed = self.changed_bytes() if kept < 1 else 0.0
-        memory = FIXED_BYTES + self.logits + self._activations(n_tokens)
+        left = self._left_by_steps() if kept < 1 else 0.0
+        memory = FIXED_BYTES + self.logits + self._activations(n_tokens) + left
         return Need(memory, tensors=changed, kept=kept)
 
     def select(self) -> Need:
@@ -130,7 +133,8 @@ class StageMemory:
 
     def write(self) -> Need:
         """The changed tensors, and where there is room the written model, in float32."""
-        return Need(FIXED_BYTES, tensors=self.changed_bytes(), kept=self.times.kept)
+        memory = FIXED_BYTES + self._left_by_steps()
+        return Need(memory, tensors=self.changed_bytes(), kept=self.times.kept)
 
     def refitted_bytes(self) -> float:
         """Tensors that the closed form changes."""
@@ -148,6 +152,9 @@ class StageMemory:
         if self.times.n_steps():
             return self.times.kept * self._moved() * self.shape.item_bytes
         return self.refitted_bytes()
+
+    def _left_by_steps(self) -> float:
+        return LEFT_BY_STEPS * self.logits if self.times.n_steps() else 0.0
 
     def _moved(self) -> float:
         return float(sum(a * b for e in self.shape.layers for a, b in e.matrices))

@@ -1,6 +1,6 @@
 """Seconds of every stage of a run, from the model's sizes, the recipe and the machine's rates.
 
-What has no formula here is named by `find_unestimated`; nothing is guessed for it. Which layers go
+What has no formula here is named as such in an estimate; nothing is guessed for it. Which layers go
 is not known yet: without ``selection.drop`` they are taken to lie from the middle on.
 """
 
@@ -272,32 +272,3 @@ def count_dropped(section: SelectionConfig, n_layers: int) -> int:
 def find_first_refitted(section: SelectionConfig, n_layers: int) -> int:
     """The layer before the first cut; the middle where the cuts are not known yet."""
     return max(0, (min(section.drop) if section.drop else n_layers // 2) - 1)
-
-
-def find_unestimated(shape: ModelShape, recipe: Recipe) -> dict[str, str]:
-    """Stage → what has no formula, by its name."""
-    unknown: dict[str, str] = {}
-    section, scoring = recipe.selection, recipe.scoring.method
-    known = {*SCORING, "magnitude", "perplexity"}
-    if any(layer.active is None for layer in shape.layers):
-        why = "how many experts a token passes through is not said"
-        return dict.fromkeys(
-            ("evaluate dense", "select", "recover", "gradient steps", "evaluate pruned"), why
-        )
-    if recipe.evaluation.tasks or recipe.evaluation.harness:
-        names = ", ".join([*recipe.evaluation.tasks, *recipe.evaluation.harness])
-        unknown |= dict.fromkeys(("evaluate dense", "evaluate pruned"), f"tasks: {names}")
-    if section.drop is None:
-        if section.strategy == "lowest" and scoring not in known:
-            unknown["select"] = f"scoring {scoring}"
-        elif section.strategy not in ("lowest", "block", "priced-cuts"):
-            unknown["select"] = f"strategy {section.strategy}"
-    if recipe.recovery.method not in {*RECOVERY, "refit"}:
-        unknown["recover"] = f"recovery {recipe.recovery.method}"
-        if section.max_perplexity_ratio is not None:
-            unknown["select"] = unknown["recover"]
-    if recipe.heal is not None and recipe.heal.minutes is None:
-        unknown["heal"] = "a heal by steps"
-    if recipe.finetune is not None:
-        unknown["fine-tune"] = f"fine-tuning by {recipe.finetune.mode}"
-    return unknown
