@@ -21,6 +21,8 @@ LOGIT_COPIES = 2.5
 """Float32 copies of a chunk's logits that a loss holds."""
 KEPT_WRITES = 2.3
 """Numbers that autograd keeps of a layer, for each that its matrices write."""
+NORM_COPIES = 6
+"""Float32 copies of the stream that autograd keeps of a layer in a narrower dtype."""
 LEFT_BY_STEPS = 2.7
 """Parts of a chunk's logits that gradient steps free and the allocator keeps."""
 EAGER_COPIES = 6
@@ -168,7 +170,10 @@ class StageMemory:
 
     def _graph(self, n_tokens: float) -> float:
         """Of a pass through all layers that a backward pass follows."""
-        return n_tokens * KEPT_WRITES * self.written * self.shape.item_bytes
+        # Norms of narrower streams keep copies in float32.
+        norms = NORM_COPIES * self.shape.width * len(self.shape.layers)
+        copies = 4 * norms if self.shape.item_bytes < 4 else 0
+        return n_tokens * (KEPT_WRITES * self.written * self.shape.item_bytes + copies)
 
     def _sums(self, fitted: float, held_out: float, inner: int) -> float:
         """Gram matrix, ridged, factored; right side and solutions; rows of the tokens' side."""
