@@ -26,6 +26,9 @@ class Listener(Protocol):
     def status(self, text: str) -> None:
         """What was measured last, e.g. ``perplexity 17.8``."""
 
+    def line(self, text: str) -> None:
+        """A sentence between two stages, which stays."""
+
 
 _listener: ContextVar[Listener | None] = ContextVar("layercut_progress", default=None)
 
@@ -50,6 +53,12 @@ def status(text: str) -> None:
     """Announce what was measured last."""
     if listener := _listener.get():
         listener.status(text)
+
+
+def line(text: str) -> None:
+    """End the current stage and say something that stays."""
+    if listener := _listener.get():
+        listener.line(text)
 
 
 def step(done: int, total: int) -> None:

@@ -252,6 +252,7 @@ class RunResult:
         lineage: the plans that made the input model, if layercut pruned it before.
         checks: what the written checkpoint was compared by, where that is less than a reload.
         healing: what the heal took and brought, if there was one.
+        estimate: what the run was to take, before it began.
     """
 
     model: str
@@ -266,6 +267,7 @@ class RunResult:
     checks: list[str] = field(default_factory=list)
     lineage: list[dict[str, Any]] = field(default_factory=list)
     healing: Mapping[str, Any] = field(default_factory=dict)
+    estimate: Mapping[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, key: str, stage: str | None = None) -> Iterator[None]:
@@ -296,6 +298,7 @@ class RunResult:
             **({"heal": dict(self.healing)} if self.healing else {}),
             "stages": {name: stage.to_json() for name, stage in self.stages.items()},
             "seconds": dict(self.seconds),
+            **({"estimate": dict(self.estimate)} if self.estimate else {}),
             "peak_rss_bytes": self.peak_rss_bytes,
             "warnings": list(self.warnings),
             **({"checks": list(self.checks)} if self.checks else {}),

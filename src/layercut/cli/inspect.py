@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ def inspect(
 
 def fields(inspection: Inspection) -> Iterator[tuple[str, str]]:
     """What is shown, as (label, value)."""
+    from layercut.checkpoints.layout import LAST_TO_COUNT
+
     yield "Family", f"{inspection.model_type} ({inspection.architecture})"
     yield "Layers", "unknown" if inspection.n_layers is None else str(inspection.n_layers)
     for first, last, layer in _runs(inspection.layers):
@@ -58,8 +60,13 @@ def fields(inspection: Inspection) -> Iterator[tuple[str, str]]:
     for number, layer in enumerate(inspection.layers):
         if layer.pinned:
             yield "Must stay", f"layer {number}: {layer.pinned}"
-    if inspection.scoring:
-        yield "Scoring", _scoring(inspection.scoring)
+    if inspection.keep_one_of:
+        numbers = ", ".join(map(str, inspection.keep_one_of))
+        yield "Must stay", f"one of the layers {numbers}: {LAST_TO_COUNT}"
+    if inspection.summary:
+        yield "A default run", inspection.summary[0]
+        yield from (("", line) for line in inspection.summary[1:])
+        yield from ((f"  {e['name']}", _stage(e)) for e in inspection.estimate["stages"])
 
 
 def _runs(layers: tuple[Any, ...]) -> Iterator[tuple[int, int, Any]]:
@@ -70,10 +77,10 @@ def _runs(layers: tuple[Any, ...]) -> Iterator[tuple[int, int, Any]]:
         yield members[0][0], members[-1][0], members[0][1]
 
 
-def _scoring(scoring: Any) -> str:
-    seconds = scoring["seconds"]
-    minutes = f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
-    return (
-        f"about {scoring['memory_bytes'] / 1e9:,.1f} GB of memory and {minutes} on this CPU, "
-        f"by the default score on {scoring['n_tokens']:,.0f} tokens"
-    )
+def _stage(stage: Mapping[str, Any]) -> str:
+    """Seconds and bytes of one stage of an estimate."""
+    if stage["seconds"] is None:
+        return f"not estimated: {stage['missing']}"
+    sizes = (("device memory", "device"), ("memory", "host"), ("disk", "disk"))
+    parts = [f"{n / 1e9:,.2f} GB of {name}" for name, key in sizes if (n := stage[f"{key}_bytes"])]
+    return ", ".join([f"{stage['seconds']:,.0f} s", *parts])

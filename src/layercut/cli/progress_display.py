@@ -71,6 +71,11 @@ class LiveDisplay(Listener):
         if self._task is not None:
             self.bars.update(self._task, status=text)
 
+    def line(self, text: str) -> None:
+        """Print it above the bars that come."""
+        self.finish()
+        self.bars.console.print(literal(text), soft_wrap=True)
+
     def finish(self) -> None:
         """Fill the current bar and show what the stage took."""
         if self._task is None:
@@ -102,6 +107,11 @@ class PlainDisplay(Listener):
     def status(self, text: str) -> None:
         """Remember a status for the end of the line."""
         self._status = text
+
+    def line(self, text: str) -> None:
+        """Print it on a line of its own."""
+        self.finish()
+        self._print(text)
 
     def finish(self) -> None:
         """End the current line."""

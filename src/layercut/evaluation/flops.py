@@ -43,12 +43,23 @@ def flops_per_token(view: DecoderView, *, context: int = FLOPS_CONTEXT) -> int |
     for layer in range(view.n_layers):
         if layer in view.skipped:
             continue
-        experts = _expert_entries(view, layer)
-        if experts is None:
+        entries = count_active_entries(view, layer)
+        if entries is None:
             return None
-        matrices = sum(module.weight.numel() for module in view.linear_modules(layer).values())
-        total += 2 * (matrices + experts) + 2 * context * _attention_width(view, layer)
+        total += 2 * entries + 2 * context * attention_width(view, layer)
     return round(total)
+
+
+def count_active_entries(view: DecoderView, layer: int) -> float | None:
+    """Entries of a layer's matrices that one token passes through.
+
+    Returns:
+        The count, or ``None`` where a mixture of experts does not say how many are active.
+    """
+    experts = _expert_entries(view, layer)
+    if experts is None:
+        return None
+    return experts + sum(m.weight.numel() for m in view.linear_modules(layer).values())
 
 
 def _outside_layers(view: DecoderView) -> Iterator[int]:
@@ -85,7 +96,7 @@ def _expert_entries(view: DecoderView, layer: int) -> float | None:
     )
 
 
-def _attention_width(view: DecoderView, layer: int) -> int:
+def attention_width(view: DecoderView, layer: int) -> int:
     """Width of all heads' queries plus that of all heads' values; 0 without softmax attention."""
     text: Any = view.model.config.get_text_config(decoder=True)
     modules = [

@@ -67,7 +67,7 @@ def load(
     if residency not in RESIDENCIES:
         hint = suggestion(residency, RESIDENCIES)
         raise RecipeError(f"residency '{residency}' is none of {', '.join(RESIDENCIES)}{hint}")
-    target = _device(device)
+    target = find_device(device)
     folder = find_folder(model, revision)
     layout, stored = check_folder(folder)
     warn_of_own_code(folder)
@@ -121,7 +121,15 @@ def _fits(stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.
     return numbers * dtype.itemsize <= MEMORY_SHARE * free
 
 
-def _device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """Where a model computes.
+
+    Args:
+        device: of the recipe: ``auto``, ``cpu``, ``cuda``, ``cuda:0`` …
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

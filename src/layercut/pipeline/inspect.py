@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,20 +19,16 @@ from layercut.checkpoints.preflight import check_folder, compute_expected_shapes
 from layercut.checkpoints.quantization import is_quantised
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
-from layercut.data.calibration import MICRO_BATCH_TOKENS
 from layercut.errors import ModelError
-from layercut.models.dtypes import has_bfloat16, weights_dtype
-from layercut.models.load import load_tokenizer
+from layercut.models.load import find_device, load_tokenizer
 from layercut.models.special_tokens import text_frame
-from layercut.models.view import LOSS_CHUNK
+from layercut.pipeline.estimate import estimate_checkpoint
+from layercut.pipeline.resources import choose_residency, describe_run, measure_available
 from layercut.recipe.recipe import Recipe
 from layercut.registry import describe
 
-PASSES = 3
-"""Of the default score: forward, backward through activations, and forward once more."""
 NEEDS_PREVIOUS = "the default recovery needs a kept layer before every cut"
 TYPE_KEYS = ("layer_types", "mlp_layer_types")
-PROBE_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,10 @@ class Inspection:
         refusal: why it cannot be scored and pruned, or an empty string.
         by_plan: whether `layercut prune` can apply a plan to it nevertheless.
         layers: each layer; empty where the family's layout is not known.
-        scoring: memory_bytes, seconds and n_tokens of the default score on this machine's CPU.
+        scoring: memory_bytes, seconds and n_tokens of the default selection on this machine.
+        estimate: every stage of the default recipe on this machine, as in ``result.json``.
+        summary: the same in three lines.
+        keep_one_of: layers of which at least one must stay; empty where there is no such need.
         leading_token: what starts every window of text; ``None``: nothing, or no tokenizer is read.
         document_separator: what stands between documents; ``None`` likewise.
     """
@@ -90,10 +88,13 @@ class Inspection:
     scoring: Mapping[str, float] = field(default_factory=dict)
     leading_token: str | None = None
     document_separator: str | None = None
+    estimate: Mapping[str, Any] = field(default_factory=dict)
+    summary: tuple[str, ...] = ()
+    keep_one_of: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``--json``."""
-        content = {name: getattr(self, name) for name in self.__slots__}
+        content = {name: getattr(self, name) for name in self.__slots__ if name != "summary"}
         layers = [
             {"type": e.kind or None, "n_parameters": e.n_parameters, "pinned": e.pinned or None}
             for e in self.layers
@@ -141,12 +142,31 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
         refusal=refusal,
         by_plan=by_plan is not None,
         layers=layers,
-        scoring=_scoring(values, n_parameters, stored) if layout is not None else {},
+        keep_one_of=tuple(sorted(by_plan.keep_one_of)) if by_plan else (),
         **_frame(folder),
+        **(_estimate(folder, layout, stored) if layout is not None else {}),
     )
 
 
-def _frame(folder: Path) -> dict[str, str | None]:
+def _estimate(folder: Path, layout: Layout, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """What the default recipe takes, and of that the selection."""
+    recipe, device = Recipe(model="default"), find_device("auto")
+    estimate = estimate_checkpoint(folder, layout, stored, recipe, device)
+    mode, reason = choose_residency(estimate, measure_available(device))
+    select = next(stage for stage in estimate.stages(mode) if stage.name == "select")
+    scoring = {
+        "memory_bytes": select.host_bytes,
+        "seconds": select.seconds,
+        "n_tokens": recipe.calibration.n_sequences * recipe.calibration.seq_len,
+    }
+    return {
+        "estimate": estimate.to_json(mode, reason),
+        "summary": tuple(describe_run(estimate, mode, reason)),
+        "scoring": scoring if select.seconds is not None else {},
+    }
+
+
+def _frame(folder: Path) -> dict[str, Any]:
     """What stands around text; nothing where no tokenizer can be read: `load` says why."""
     try:
         return text_frame(load_tokenizer(folder)).to_json()
@@ -207,46 +227,6 @@ def _quantisation(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) ->
         if isinstance(value := raw.get(key), dict):
             return str(value.get("quant_method", "yes"))
     return "yes" if is_quantised(raw, stored) else ""
-
-
-def _scoring(
-    values: Mapping[str, Any], n_parameters: int, stored: Mapping[str, StoredTensor]
-) -> dict[str, float]:
-    """What the default score takes on this machine's CPU, roughly.
-
-    Time: 2 operations per parameter, token and pass, at the speed of a matrix product of this
-    model's width. Memory: the weights, a micro-batch's activations in every layer, a chunk of
-    logits and the residual streams of all layers.
-    """
-    calibration = Recipe(model="default").calibration
-    n_tokens = calibration.n_sequences * calibration.seq_len
-    cpu = torch.device("cpu")
-    dtype = weights_dtype("auto", stored, cpu)
-    width = int(values.get("hidden_size") or 1024)
-    inner, n_layers = values.get("intermediate_size"), int(values.get("num_hidden_layers") or 1)
-    inner = inner if isinstance(inner, int) else 4 * width
-    flops = _flops_per_second(width, inner, torch.bfloat16 if has_bfloat16(cpu) else dtype)
-    floats = (
-        min(n_tokens, MICRO_BATCH_TOKENS) * n_layers * (6 * width + 4 * inner)
-        + 3 * LOSS_CHUNK * int(values.get("vocab_size") or 0)
-        + (n_layers + 1) * n_tokens * width
-    )
-    return {
-        "memory_bytes": n_parameters * dtype.itemsize + 4 * floats,
-        "seconds": PASSES * 2 * n_parameters * n_tokens / flops,
-        "n_tokens": n_tokens,
-    }
-
-
-def _flops_per_second(width: int, inner: int, dtype: torch.dtype) -> float:
-    """Measured speed of this machine on an MLP's first product."""
-    hidden, weight = torch.ones(512, width, dtype=dtype), torch.ones(width, inner, dtype=dtype)
-    hidden @ weight  # the first product also starts the threads
-    start, n_products = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - start) < PROBE_SECONDS:
-        hidden @ weight
-        n_products += 1
-    return n_products * 2 * hidden.numel() * inner / seconds
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layercut import registry
+from layercut import progress, registry
 from layercut.checkpoints.output_dir import check_disk_space, check_output_dir
+from layercut.checkpoints.preflight import check_folder
+from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.writer import check_named_layers
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
@@ -22,10 +24,18 @@ from layercut.models.check_method import (
     check_options,
     require_resident,
 )
-from layercut.models.load import load
+from layercut.models.load import find_device, load
 from layercut.models.view import DecoderView
+from layercut.pipeline.estimate import Residency, estimate_checkpoint
 from layercut.pipeline.finetune_stage import FinetuneJob, prepare_finetune
 from layercut.pipeline.heal_stage import HealJob, prepare_heal
+from layercut.pipeline.resources import (
+    RESIDENCIES,
+    check_resources,
+    choose_residency,
+    describe_run,
+    measure_available,
+)
 from layercut.pipeline.size_search import split
 from layercut.recipe.recipe import Recipe
 from layercut.registry import MethodCall
@@ -47,6 +57,7 @@ class Job:
         recovery: how kept layers are repaired, with its options.
         heal: the heal's windows and configuration, if one is asked for.
         finetune: the fine-tuning's rows and configuration, if one is asked for.
+        estimate: what all of it was to take, as in ``result.json``.
     """
 
     recipe: Recipe
@@ -58,6 +69,7 @@ class Job:
     recovery: MethodCall
     heal: HealJob | None
     finetune: FinetuneJob | None
+    estimate: Mapping[str, Any]
 
     @property
     def evaluation(self) -> Mapping[str, Any]:
@@ -77,7 +89,10 @@ def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> Job:
         LayercutError: see errors.py.
     """
     scoring, recovery = resolve_methods(recipe)
-    view = open_model(recipe, output_dir, overwrite=overwrite)
+    modes = list_residencies(recipe, scoring, recovery)
+    estimate = estimate_recipe(recipe, output_dir, modes, overwrite=overwrite)
+    progress.stage("load")
+    view = open_model(recipe, output_dir, overwrite=overwrite, residency=estimate["residency"])
     section = recipe.selection
     search_size = section.max_perplexity_ratio is not None
     check_model(recovery, view)
@@ -115,7 +130,49 @@ def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> Job:
         recovery=recovery,
         finetune=prepare_finetune(recipe, view, output_dir),
         heal=prepare_heal(recipe, view, batches, output_dir),
+        estimate=estimate,
     )
+
+
+def list_residencies(
+    recipe: Recipe, scoring: MethodCall, recovery: MethodCall
+) -> tuple[Residency, ...]:
+    """Where the weights may be for all that is asked for."""
+    in_memory = recipe.heal, recipe.finetune, recipe.evaluation.harness
+    methods = [recovery] if recipe.selection.drop is not None else [scoring, recovery]
+    if any(in_memory) or not all(call.method.streams for call in methods):
+        return ("resident",)
+    return RESIDENCIES
+
+
+def estimate_recipe(
+    recipe: Recipe, output_dir: Path, modes: Sequence[Residency], *, overwrite: bool
+) -> dict[str, Any]:
+    """What a run will take, said in three lines and returned as in ``result.json``.
+
+    Args:
+        recipe: what is asked for.
+        output_dir: the new checkpoint's folder.
+        modes: where the weights may be.
+        overwrite: replace an earlier output.
+
+    Raises:
+        OutputError: the destination cannot be written to.
+        ResourceError: there is too little memory or disk for it.
+        LayercutError: as for `load`.
+    """
+    check_output_dir(output_dir, Path(recipe.model), overwrite=overwrite)
+    device = find_device(recipe.device)
+    folder = find_folder(recipe.model, recipe.revision)
+    layout, stored = check_folder(folder)
+    estimate = estimate_checkpoint(folder, layout, stored, recipe, device)
+    available = measure_available(device)
+    mode, reason = choose_residency(estimate, available, modes, residency=recipe.residency)
+    for line in describe_run(estimate, mode, reason):
+        progress.line(line)
+    check_resources(estimate, available, mode, modes)
+    check_disk_space(folder, output_dir)
+    return estimate.to_json(mode, reason)
 
 
 def resolve_methods(recipe: Recipe) -> tuple[MethodCall, MethodCall]:
@@ -136,8 +193,16 @@ def resolve_methods(recipe: Recipe) -> tuple[MethodCall, MethodCall]:
     return scoring, recovery
 
 
-def open_model(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> DecoderView:
+def open_model(
+    recipe: Recipe, output_dir: Path, *, overwrite: bool, residency: str = "resident"
+) -> DecoderView:
     """Load the recipe's model, once its destination is known to be usable.
+
+    Args:
+        recipe: what is asked for.
+        output_dir: the new checkpoint's folder.
+        overwrite: replace an earlier output.
+        residency: where the weights will be.
 
     Raises:
         OutputError: the destination cannot be written to.
@@ -150,7 +215,7 @@ def open_model(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> DecoderV
         revision=recipe.revision,
         dtype=recipe.dtype,
         device=recipe.device,
-        residency=recipe.residency,
+        residency=residency,
     )
     check_residency(recipe, view)
     check_output_dir(output_dir, view.path, overwrite=overwrite)

@@ -22,8 +22,8 @@ from layercut.pipeline.finetune_stage import finetune_dense, finetune_pruned, mo
 from layercut.pipeline.heal_stage import heal_pruned
 from layercut.pipeline.prepare import Job, prepare
 from layercut.pipeline.prune import prune
-from layercut.pipeline.speed_stage import carry_speeds, time_dense_and_pruned
 from layercut.pipeline.run_record import recorded
+from layercut.pipeline.speed_stage import carry_speeds, time_dense_and_pruned
 from layercut.recipe.recipe import Recipe, load_recipe
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
@@ -61,8 +61,9 @@ def run(
     result = RunResult(recipe.model, recipe.model_dump(mode="json"), provenance(command))
     start = time.perf_counter()
     with result.collecting_warnings():
-        with result.timed("load"):
+        with result.timed("load", "estimate the run"):
             job = prepare(recipe, Path(output_dir), overwrite=overwrite)
+        result.estimate = job.estimate
         with recorded(job) as journal:
             prune_and_train(job, journal, result, start)
     return result
