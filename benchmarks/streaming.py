@@ -83,7 +83,8 @@ def write_planted_model(folder: Path, shape: str, n_layers: int) -> None:
     keys = head * sizes["num_key_value_heads"]
 
     def draw(out: int, size: int, scale: float) -> torch.Tensor:
-        return (torch.randn(out, size, generator=generator) * scale * size**-0.5).bfloat16()
+        drawn: torch.Tensor = torch.randn(out, size, generator=generator) * scale * size**-0.5
+        return drawn.bfloat16()
 
     embedding = draw(sizes["vocab_size"], width, width**0.5)
     successor = torch.roll(embedding, 1, 0)  # the row of token t + 1 looks for t's embedding

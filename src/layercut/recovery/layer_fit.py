@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from layercut.engine.residual_stream import ResidualStream, advance_and_record_inputs
-from layercut.errors import DataError
-from layercut.models.output_projections import (
-    attention_output,
-    check_exact,
-    down_projection,
-    store_like,
-)
+from layercut.engine.residual_stream import ResidualStream, advance_and_record
+from layercut.errors import DataError, ModelError
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import make_store
+from layercut.models.writers import Writer, find_writers
 from layercut.recovery.paired_walk import KeptLayer, paired_walk
-from layercut.recovery.ridge import Shape, fast_products, fit_best_penalty
-from layercut.spool import SLICE, Spool, choose_device
+from layercut.recovery.ridge import fast_products
+from layercut.recovery.writer_fit import WriterRows, fit_writer
+from layercut.spool import Spool
 from layercut.types import CalibrationBatches, PruningPlan
 
 
 def check_refit(view: DecoderView) -> None:
-    """Refuse a model that a refit cannot correct exactly, before any long work.
+    """Refuse a model of which a refit could correct nothing, before any long work.
 
     Raises:
-        ModelError: a layer has no single down-projection, or its output is not added as it is.
+        ModelError: no layer writes to the residual stream by a way that is known.
     """
-    for layer in range(view.n_layers):
-        down_projection(view, layer)
-    check_exact(view, range(view.n_layers))
+    if not any(find_writers(view)):
+        raise ModelError(
+            f"no layer of this {view.layout.model_type} model writes to the residual stream by a "
+            "projection that a refit could correct (a norm over the stream, a gate or experts "
+            "stand between). Set recovery.method: none, and selection.strategy: lowest."
+        )
 
 
 def refit_layers(
@@ -95,11 +94,13 @@ def _refit(
 ) -> tuple[MutableMapping[str, Tensor], ResidualStream]:
     """The refitted tensors, and the pruned stream at the layer after the last refitted one."""
     tensors = make_store(view)
+    writers = find_writers(view)
     last = plan.cuts[-1][0] - 1 if cuts_only else plan.kept[-1]
     for kept in walk:
         if kept.before_cut or not cuts_only:
+            chosen = [w for w in writers[kept.layer] if attention or w.is_mlp]
             with view.holding(kept.layer):
-                tensors.update(_refit_layer(view, kept, held_out, attention=attention))
+                tensors.update(_refit_layer(view, kept, held_out, chosen))
         if kept.layer == last:  # nothing behind it is refitted, and nothing need run
             break
     kept.pruned.layer = plan.target_of(last)
@@ -123,69 +124,35 @@ def mask_held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
 
 
 def _refit_layer(
-    view: DecoderView, kept: KeptLayer, held_out: Tensor, *, attention: bool
+    view: DecoderView, kept: KeptLayer, held_out: Tensor, writers: Sequence[Writer]
 ) -> dict[str, Tensor]:
-    """Refit one layer's weights and move the pruned stream past it."""
+    """Refit one layer's weights, attention before MLP, and move the pruned stream past it."""
     layer, pruned = kept.layer, kept.pruned
     changed: dict[str, Tensor] = {}
-    output = attention_output(view, layer) if attention else None
-    if output is not None:
-        prefix, module = output
+    for writer in writers:
         ahead = pruned.fork()
-        inputs = advance_and_record_inputs(ahead, layer, module)
-        update = fit_ridge_update(inputs, ahead.states, kept.target, held_out, view.device)
-        if update is not None:
-            stored = store_like(module, update).to(module.weight)
-            changed[f"{prefix}.weight"] = module.weight + stored
-    prefix, module = down_projection(view, layer)
-    with view.patched(changed):
-        inputs = advance_and_record_inputs(pruned, layer, module)
-    update = fit_ridge_update(inputs, pruned.states, kept.target, held_out, view.device)
-    if update is not None:
-        changed[f"{prefix}.weight"] = module.weight + store_like(module, update).to(module.weight)
-        # The layer's output is linear in its down-projection: no second forward pass is needed.
-        right = update.float().T
-        with fast_products(right.device):
-            for rows, a in zip(pruned.states.slices(), inputs.slices(), strict=True):
-                rows += (a.to(right.device) @ right).to(rows.device)
+        with view.patched(changed):
+            inputs, outputs = advance_and_record(ahead, layer, writer.module)
+        rows = WriterRows(inputs, outputs, ahead.states, kept.target, held_out)
+        new, change = fit_writer(view, writer, rows)
+        changed |= new
+        if writer is writers[-1] and ((writer.is_plain and writer.is_mlp) or not new):
+            # The layer's output is linear in its down-projection: no second forward pass is needed.
+            if change is not None:
+                _add_products(ahead.states, inputs, change)
+            pruned.states, pruned.layer = ahead.states, ahead.layer
+    if pruned.layer <= layer:
+        with view.patched(changed):
+            pruned.advance(layer)
     return changed
 
 
-def fit_ridge_update(
-    inputs: Spool,
-    outputs: Spool,
-    targets: Spool,
-    held_out: Tensor,
-    device: torch.device,
-) -> Tensor | None:
-    """The change D that lowers the held-out error most, (out, in); ``None`` if none does.
-
-    Args:
-        inputs: a, (n_tokens, in).
-        outputs: the layer's output, (n_tokens, d).
-        targets: what it should be, (n_tokens, d).
-        held_out: mask of the tokens that choose λ and are not fitted.
-        device: where D is computed, and is then, if there is memory for it; else the CPU.
-    """
-    width, out = inputs.rows.shape[1], outputs.rows.shape[1]
-    n_held_out = int(held_out.sum())
-    n_fitted = len(held_out) - n_held_out
-    side = min(n_fitted, width)
-    # The Gram matrix, ridged and factored; two solutions, the right side and D; the rows of the
-    # tokens' side and the held-out ones; slices.
-    n_bytes = 8 * side * (3 * side + 5 * out) + 4 * (side + n_held_out) * (width + out) + 2**28
-    device = choose_device(device, n_bytes)
-
-    def pick(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        slices = zip(inputs.slices(), outputs.slices(), targets.slices(), strict=True)
-        for spooled, chosen in zip(slices, mask.split(SLICE), strict=True):
-            index = chosen.nonzero().squeeze(1)
-            a, output, target = (rows[index.to(rows.device)].to(device) for rows in spooled)
-            weight = target.norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
-            yield a * weight, (target - output) * weight
-
-    shape = Shape(n_fitted, n_held_out, width, out)
-    return fit_best_penalty(pick(~held_out), pick(held_out), shape, device)
+def _add_products(rows: Spool, inputs: Spool, change: Tensor) -> None:
+    """Rows += a·Dᵀ."""
+    right = change.float().T
+    with fast_products(right.device):
+        for part, a in zip(rows.slices(), inputs.slices(), strict=True):
+            part += (a.to(right.device) @ right).to(part.device)
 
 
 def sum_products(residual: Spool, output: Spool) -> tuple[Tensor, Tensor]:
