@@ -38,6 +38,9 @@ def recipe_for(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
         ("gpt_neox", REFIT, "residual-sensitivity", "refit"),
         ("bloom", REFIT, "residual-sensitivity", "refit"),
         ("mixtral", LOWEST, "gradmap", "projection"),
+        ("mixtral", REFIT, "residual-sensitivity", "refit"),
+        ("gemma2", REFIT, "residual-sensitivity", "refit"),
+        ("granitemoehybrid", REFIT, "residual-sensitivity", "refit"),
         ("gemma2", LOWEST, "gradmap", "none"),
         ("gpt2", LOWEST, "igia", "sign-merge"),
         ("gpt_neox", BLOCK, "angular-distance", "linear-map"),
@@ -69,8 +72,8 @@ def test_whole_runs(
         ("modernbert-decoder", {"selection": {"drop": [0]}}, "layer 0 cannot be dropped"),
         ("jamba", {"selection": {"drop": [0]}}, "cannot be expressed"),
         ("mamba", {}, "cannot work on 'mamba'"),
-        ("mixtral", {}, "no single down-projection"),
-        ("olmo2", {}, "does not add its MLP's output"),
+        ("minimax", {}, "no layer of this minimax model writes to the residual stream by a"),
+        ("olmo2", {"recovery": {"method": "projection"}}, "does not add its MLP's output"),
     ],
 )
 def test_refused_before_anything_is_computed(

@@ -21,7 +21,7 @@ from layercut.engine.record_file import write_record
 from layercut.errors import NumericsError, OutputError
 from layercut.pipeline import run_record
 from layercut.pipeline.run_record import summarise
-from layercut.recovery import layer_fit
+from layercut.recovery import writer_fit
 
 DEFAULT: dict[str, Any] = {"selection": {"drop_layers": 2}}
 GIVEN: dict[str, Any] = {"selection": {"drop": [2]}}
@@ -158,13 +158,13 @@ def test_a_walk_goes_on_without_the_solves_that_are_done(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    solve, solved = layer_fit.fit_ridge_update, []
+    solve, solved = writer_fit.fit_ridge_update, []
 
     def count(*arguments: Any) -> Any:
         solved.append(arguments)
         return solve(*arguments)
 
-    monkeypatch.setattr(layer_fit, "fit_ridge_update", count)
+    monkeypatch.setattr(writer_fit, "fit_ridge_update", count)
     expected = finished(GIVEN)
     solved.clear()
     with monkeypatch.context() as patched, pytest.raises(Killed):
@@ -182,8 +182,7 @@ def test_a_walk_goes_on_without_the_solves_that_are_done(
     result = layercut.run(recipe_of(home, GIVEN), tmp_path / "out")
     assert len(solved) == whole
     assert statuses[0] == (
-        "going on from out.progress: evaluated dense, refitted attention outputs 1 3–5, "
-        "refitted layers 1 3–5, shrinkage chosen"
+        "going on from out.progress: evaluated dense, refitted layers 1 3–5, shrinkage chosen"
     )
     assert any("went on from what it had recorded; its seconds" in w for w in result.warnings)
     assert_same(tmp_path / "out", expected)

@@ -63,19 +63,18 @@ MODELS = {
     "olmo2": ("olmo2", SIZES),
     "mamba": ("mamba", {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 4}),
 }
-BETWEEN, SINGLE, ADAPTERS = "does not add its MLP", "no single down-projection", "has experts"
+BETWEEN, ADAPTERS = "does not add its MLP", "has experts"
+NOTHING = "no layer of this opt model writes to the residual stream by a projection"
 ALONE, SCALE = "cannot work on 'mamba'", "does not follow the scale"
 REFUSED = {
-    ("mixtral", "refit"): SINGLE,
-    ("gpt_oss", "refit"): SINGLE,
-    ("deepseek_v3", "refit"): SINGLE,
+    ("opt post-norm", "refit"): NOTHING,
     ("mixtral", "sign-merge"): ADAPTERS,
     ("gpt_oss", "sign-merge"): ADAPTERS,
     ("deepseek_v3", "sign-merge"): ADAPTERS,
     **{
         (m, r): BETWEEN
         for m in ("granite", "gemma2", "olmo2", "opt post-norm")
-        for r in ("linear-map", "projection", "refit")
+        for r in ("linear-map", "projection")
     },
     **{(m, "magnitude-rescale"): SCALE for m in ("gemma2", "olmo2", "opt post-norm")},
     **{("mamba", r): ALONE for r in available("recovery") if r != "none"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import PlanError, RecipeError
 from layercut.models.view import DecoderView
+from layercut.models.writers import find_writers
 from layercut.scoring.score import score
 from layercut.selection import cut_prices
 from layercut.selection.methods import priced_cuts
@@ -65,7 +67,7 @@ def test_planted_redundancy_is_priced_lowest(
     view.layers[planted].post_attention_layernorm.weight.data.zero_()
     dense = ResidualStream(view, batches, remember=True)
     slopes, _ = cut_prices.sensitivities(view, batches, dense)
-    prices = cut_prices.price_cuts(view, batches, dense, slopes, 3)
+    prices = cut_prices.price_cuts(view, batches, dense, slopes, 3, find_writers(view))
     assert prices[planted, 1] == 0.0
     assert cut_prices.find_cheapest_plans(prices, 6, frozenset({0}))[1] == (0.0, (planted,))
 
@@ -75,7 +77,7 @@ def test_price_by_hand(view: DecoderView, batches: CalibrationBatches):
     view.layers[1].post_attention_layernorm.weight.data.zero_()
     dense = ResidualStream(view, batches, remember=True)
     slopes, _ = cut_prices.sensitivities(view, batches, dense)
-    prices = cut_prices.price_cuts(view, batches, dense, slopes, 1)
+    prices = cut_prices.price_cuts(view, batches, dense, slopes, 1, find_writers(view))
     change = (dense.history[3].rows - dense.history[2].rows).norm(dim=1)
     expected = float((slopes[3] * change)[-batches.seq_len :].sum())
     assert prices[2, 1] == pytest.approx(expected, rel=1e-5)
@@ -105,7 +107,8 @@ def test_the_search_never_returns_a_worse_plan(
     for layer in range(view.n_layers):
         dense.advance(layer)
     prices = {(i, n): 1.0 for i in range(1, 6) for n in range(1, 7 - i)}
-    best, losses = priced_cuts.search(view, batches, dense, [(1, 2)], prices, frozenset({0}))
+    loss_of = partial(priced_cuts.plan_loss, view, batches, dense, find_writers(view))
+    best, losses = priced_cuts.search(loss_of, 6, [(1, 2)], prices, frozenset({0}))
     assert losses[best] == min(losses.values())
     assert len(losses) == 4
 

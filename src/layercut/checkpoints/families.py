@@ -94,6 +94,10 @@ ATTENTION_OUTPUTS = (
     "temporal_block.linear_out",
     "linear_attn.out_proj",
     "mixer.o_proj",
+    "mixer.out_proj",
+    "mamba.out_proj",
+    "conv.out_proj",
+    "self_attn.Wo",
 )
 """Where a layer's attention, or what stands in for it, writes to the residual stream."""
 DOWN_PROJECTIONS = (
@@ -111,6 +115,17 @@ DOWN_PROJECTIONS = (
     "fc2",
 )
 """Where a layer's MLP writes to the residual stream."""
+SHARED_EXPERTS = (
+    "mlp.shared_experts.down_proj",
+    "mlp.shared_expert.down_proj",
+    "mlp.shared_mlp.down_proj",
+    "mlp.shared_experts.w2",
+    "feed_forward.shared_expert.down_proj",
+    "shared_mlp.output_linear",
+    "shared_mlp.down_proj",
+    "block_sparse_moe.shared_experts.down_proj",
+)
+"""Where experts that every token passes through write, beside the routed ones."""
 EXPERT_BLOCKS = ("mlp", "block_sparse_moe", "feed_forward")
 """Modules whose output is a sum over routed, and perhaps shared, experts."""
 EXPERT_DOWN_PROJECTIONS = re.compile(

@@ -198,12 +198,21 @@ def start_dense_stream(
     return shared
 
 
-def advance_and_record_inputs(stream: ResidualStream, layer: int, module: LinearMap) -> Spool:
-    """Move ``stream`` past ``layer`` and return what ``module`` read, (n_tokens, in)."""
+def advance_and_record(
+    stream: ResidualStream, layer: int, module: LinearMap
+) -> tuple[Spool, Spool]:
+    """Move ``stream`` past ``layer``; what ``module`` read and wrote, (n_tokens, in) and (…, d)."""
     inputs = Spool(len(stream.states), in_features(module), device=stream.view.device)
-    with inputs.filling() as write, capture(module, lambda read, _: write(read, read)):
-        stream.advance(layer)
-    return inputs
+    outputs = Spool(len(stream.states), stream.states.rows.shape[1], device=stream.view.device)
+    with inputs.filling() as write_input, outputs.filling() as write_output:
+
+        def keep(read: Tensor, written: Tensor) -> None:
+            write_input(read, read)
+            write_output(read, written)
+
+        with capture(module, keep):
+            stream.advance(layer)
+    return inputs, outputs
 
 
 def advance_and_record_outputs(stream: ResidualStream, layer: int, module: nn.Module) -> Spool:

@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from layercut.engine.journal import NO_JOURNAL, Journal
-from layercut.engine.residual_stream import ResidualStream, advance_and_record_inputs
-from layercut.errors import DataError
-from layercut.models.output_projections import (
-    attention_output,
-    check_exact,
-    down_projection,
-)
+from layercut.engine.residual_stream import ResidualStream, advance_and_record
+from layercut.errors import DataError, ModelError
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import make_store
+from layercut.models.writers import Writer, find_writers
 from layercut.recovery.paired_walk import KeptLayer, paired_walk
-from layercut.recovery.refit_records import (
-    ATTENTION,
-    DOWN,
-    add_update,
-    recall_layers,
-    recall_update,
-)
-from layercut.recovery.ridge import Shape, fast_products, fit_best_penalty
-from layercut.spool import SLICE, Spool, choose_device
+from layercut.recovery.refit_records import recall_layer, recall_layers
+from layercut.recovery.ridge import fast_products
+from layercut.recovery.writer_fit import WriterRows, fit_writer
+from layercut.spool import Spool
 from layercut.types import CalibrationBatches, PruningPlan
 
+LayerWriters = Sequence[Sequence[Writer]]
+"""Every layer's writers, attention before MLP."""
 
-def check_refit(view: DecoderView) -> None:
-    """Refuse a model that a refit cannot correct exactly, before any long work.
+
+def check_refit(view: DecoderView) -> LayerWriters:
+    """Refuse a model of which a refit could correct nothing, before any long work.
+
+    Returns:
+        What it can correct, layer by layer.
 
     Raises:
-        ModelError: a layer has no single down-projection, or its output is not added as it is.
+        ModelError: no layer writes to the residual stream by a way that is known.
     """
-    for layer in range(view.n_layers):
-        down_projection(view, layer)
-    check_exact(view, range(view.n_layers))
+    writers = find_writers(view)
+    if not any(writers):
+        raise ModelError(
+            f"no layer of this {view.layout.model_type} model writes to the residual stream by a "
+            "projection that a refit could correct (a norm over the stream, a gate or experts "
+            "stand between). Set recovery.method: none, and selection.strategy: lowest."
+        )
+    return writers
 
 
 def refit_layers(
@@ -66,11 +68,12 @@ def refit_layers(
         journal: records every change.
     """
     cuts_only, both = layers == "cuts", modules == "both"
-    known = recall_layers(view, plan, journal, cuts_only=cuts_only, attention=both)
+    known = recall_layers(plan, journal, cuts_only=cuts_only)
     if known is not None:
         return known
+    writers = find_writers(view) if both else [w[-1:] for w in find_writers(view)]
     walk = paired_walk(view, plan, batches, dense=dense)
-    return _refit(view, plan, walk, held_out, journal, cuts_only=cuts_only, attention=both)[0]
+    return _refit(view, plan, walk, writers, held_out, journal, cuts_only=cuts_only)[0]
 
 
 def refit_cuts(
@@ -79,8 +82,9 @@ def refit_cuts(
     batches: CalibrationBatches,
     held_out: Tensor,
     dense: ResidualStream,
+    writers: LayerWriters,
 ) -> ResidualStream:
-    """The stream of the pruned model whose down-projections before the cuts are refitted.
+    """The stream of the pruned model whose last writers before the cuts are refitted.
 
     Args:
         view: the intact model; unchanged afterwards.
@@ -88,23 +92,25 @@ def refit_cuts(
         batches: calibration text.
         held_out: mask of the tokens that choose λ.
         dense: the intact model's stream.
+        writers: of every layer.
 
     Returns:
         It, behind the last refitted layer: at the layer after the last cut.
     """
     walk = paired_walk(view, plan, batches, dense=dense)
-    return _refit(view, plan, walk, held_out, NO_JOURNAL, cuts_only=True, attention=False)[1]
+    last = [found[-1:] for found in writers]
+    return _refit(view, plan, walk, last, held_out, NO_JOURNAL, cuts_only=True)[1]
 
 
 def _refit(
     view: DecoderView,
     plan: PruningPlan,
     walk: Iterator[KeptLayer],
+    writers: LayerWriters,
     held_out: Tensor,
     journal: Journal,
     *,
     cuts_only: bool,
-    attention: bool,
 ) -> tuple[MutableMapping[str, Tensor], ResidualStream]:
     """The refitted tensors, and the pruned stream at the layer after the last refitted one."""
     tensors = make_store(view)
@@ -112,9 +118,8 @@ def _refit(
     for kept in walk:
         if kept.before_cut or not cuts_only:
             with view.holding(kept.layer):
-                tensors.update(
-                    _refit_layer(view, kept, held_out, attention=attention, journal=journal)
-                )
+                found = writers[kept.layer]
+                tensors.update(_refit_layer(view, kept, held_out, found, journal))
         if kept.layer == last:  # nothing behind it is refitted, and nothing need run
             break
     kept.pruned.layer = plan.target_of(last)
@@ -141,78 +146,68 @@ def _refit_layer(
     view: DecoderView,
     kept: KeptLayer,
     held_out: Tensor,
-    *,
-    attention: bool,
+    writers: Sequence[Writer],
     journal: Journal = NO_JOURNAL,
 ) -> dict[str, Tensor]:
-    """Refit one layer's weights and move the pruned stream past it; recorded changes are taken."""
-    layer, pruned, target = kept.layer, kept.pruned, kept.target
-    changed: dict[str, Tensor] = {}
-    output = attention_output(view, layer) if attention else None
-    if output is not None:
-        prefix, module = output
+    """Refit one layer's weights and move the pruned stream past it; a recorded refit is taken."""
+    layer, pruned = kept.layer, kept.pruned
+    states: list[Spool] = []
 
-        def fit_attention() -> Tensor | None:
-            ahead = pruned.fork()
-            inputs = advance_and_record_inputs(ahead, layer, module)
-            return fit_ridge_update(inputs, ahead.states, target, held_out, view.device)
+    def fit() -> tuple[dict[str, Tensor], Tensor | None]:
+        changed, change, ahead = _fit_writers(view, kept, held_out, writers)
+        if ahead is not None:
+            states.append(ahead.states)
+        return changed, change
 
-        update = recall_update(journal, ATTENTION, layer, fit_attention)
-        if update is not None:
-            changed[f"{prefix}.weight"] = add_update(module, update)
-    prefix, module = down_projection(view, layer)
-    with view.patched(changed):
-        inputs = advance_and_record_inputs(pruned, layer, module)
-
-    def fit_down() -> Tensor | None:
-        return fit_ridge_update(inputs, pruned.states, target, held_out, view.device)
-
-    update = recall_update(journal, DOWN, layer, fit_down)
-    if update is not None:
-        changed[f"{prefix}.weight"] = add_update(module, update)
-        # The layer's output is linear in its down-projection: no second forward pass is needed.
-        right = update.T
-        with fast_products(right.device):
-            for rows, a in zip(pruned.states.slices(), inputs.slices(), strict=True):
-                rows += (a.to(right.device) @ right).to(rows.device)
+    changed, change = recall_layer(journal, layer, fit)
+    if states:
+        pruned.states, pruned.layer = states[0], layer + 1
+    elif change is not None:
+        last = writers[-1]
+        before = {n: t for n, t in changed.items() if not n.startswith(f"{last.prefix}.")}
+        with view.patched(before):
+            inputs, _ = advance_and_record(pruned, layer, last.module)
+        _add_products(pruned.states, inputs, change)
+    else:
+        with view.patched(changed):
+            pruned.advance(layer)
     return changed
 
 
-def fit_ridge_update(
-    inputs: Spool,
-    outputs: Spool,
-    targets: Spool,
-    held_out: Tensor,
-    device: torch.device,
-) -> Tensor | None:
-    """The change D that lowers the held-out error most, (out, in); ``None`` if none does.
+def _fit_writers(
+    view: DecoderView, kept: KeptLayer, held_out: Tensor, writers: Sequence[Writer]
+) -> tuple[dict[str, Tensor], Tensor | None, ResidualStream | None]:
+    """The layer's replaced tensors, attention before MLP.
 
-    Args:
-        inputs: a, (n_tokens, in).
-        outputs: the layer's output, (n_tokens, d).
-        targets: what it should be, (n_tokens, d).
-        held_out: mask of the tokens that choose λ and are not fitted.
-        device: where D is computed, and is then, if there is memory for it; else the CPU.
+    Returns:
+        They; the last writer's change D where the layer's output is linear in it; and the pruned
+        stream behind the layer, where it is known without another forward pass.
     """
-    width, out = inputs.rows.shape[1], outputs.rows.shape[1]
-    n_held_out = int(held_out.sum())
-    n_fitted = len(held_out) - n_held_out
-    side = min(n_fitted, width)
-    # The Gram matrix, ridged and factored; two solutions, the right side and D; the rows of the
-    # tokens' side and the held-out ones; slices.
-    n_bytes = 8 * side * (3 * side + 5 * out) + 4 * (side + n_held_out) * (width + out) + 2**28
-    device = choose_device(device, n_bytes)
+    changed: dict[str, Tensor] = {}
+    for writer in writers:
+        ahead = kept.pruned.fork()
+        with view.patched(changed):
+            inputs, outputs = advance_and_record(ahead, kept.layer, writer.module)
+        rows = WriterRows(inputs, outputs, ahead.states, kept.target, held_out)
+        new, change = fit_writer(view, writer, rows)
+        changed |= new
+        if writer is not writers[-1]:
+            continue
+        if not new:
+            return changed, None, ahead
+        if writer.is_mlp and change is not None:
+            _add_products(ahead.states, inputs, change)
+            return changed, change, ahead
+    return changed, None, None
+    return changed
 
-    def pick(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        slices = zip(inputs.slices(), outputs.slices(), targets.slices(), strict=True)
-        for spooled, chosen in zip(slices, mask.split(SLICE), strict=True):
-            index = chosen.nonzero().squeeze(1)
-            a, output, target = (rows[index.to(rows.device)].to(device) for rows in spooled)
-            weight = target.norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
-            yield a * weight, (target - output) * weight
 
-    shape = Shape(n_fitted, n_held_out, width, out)
-    return fit_best_penalty(pick(~held_out), pick(held_out), shape, device)
+def _add_products(rows: Spool, inputs: Spool, change: Tensor) -> None:
+    """Rows += a·Dᵀ."""
+    right = change.float().T
+    with fast_products(right.device):
+        for part, a in zip(rows.slices(), inputs.slices(), strict=True):
+            part += (a.to(right.device) @ right).to(part.device)
 
 
 def sum_products(residual: Spool, output: Spool) -> tuple[Tensor, Tensor]:

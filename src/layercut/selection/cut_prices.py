@@ -3,8 +3,8 @@
 Source   ours; docs/methods.md#priced-cuts
 Formula  price(i, n) = Σ_t ‖∇h_{i+n,t}‖₂ · ‖h_{i+n,t} − h_{i,t} − D·a_t‖₂ over held-out tokens:
          a first-order bound, in nats, on what dropping layers i…i+n−1 does to the loss
-         D (d, in) refits layer i−1's down-projection towards h_{i+n}, with weights 1/‖h_{i,t}‖²;
-         a_t (in): its input; ∇ of the summed token loss, in the dense model
+         D (d, in) refits what layer i−1 writes last, its down-projection, towards h_{i+n}, with
+         weights 1/‖h_{i,t}‖²; a_t (in): its input; ∇ of the summed token loss, in the dense model
 Rule     prices of disjoint cuts with a kept layer before each add up; the cheapest plan of every
          size is a shortest path
 Cost     one forward-backward through activations and one forward pass over the tokens, and in·d
@@ -23,11 +23,12 @@ from layercut import progress
 from layercut.checkpoints.layer_types import LayerTypes
 from layercut.engine.journal import NO_JOURNAL, Entry, Journal
 from layercut.engine.layerwise import walk_gradients
-from layercut.engine.residual_stream import ResidualStream, advance_and_record_inputs
-from layercut.models.output_projections import down_projection
+from layercut.engine.residual_stream import ResidualStream, advance_and_record
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import mask_held_out_rows
+from layercut.models.writers import Writer
+from layercut.recovery.layer_fit import LayerWriters, mask_held_out_rows
 from layercut.recovery.ridge import factor_ridge, fast_products
+from layercut.recovery.writer_fit import small_gain
 from layercut.selection.pattern import keeps_one
 from layercut.spool import Spool, choose_device
 from layercut.types import CalibrationBatches, Cut, LayerSet
@@ -71,6 +72,7 @@ def price_cuts(
     dense: ResidualStream,
     slopes: Tensor,
     longest: int,
+    writers: LayerWriters,
     journal: Journal = NO_JOURNAL,
 ) -> Prices:
     """The price of every cut (first layer, number of layers) of at most ``longest`` layers.
@@ -81,6 +83,7 @@ def price_cuts(
         dense: the model's stream with a history.
         slopes: ‖∇h_l‖, (L + 1, n_tokens).
         longest: the most layers of a cut.
+        writers: of every layer; the last one in front of a cut is what its refit changes.
         journal: records the prices of every first layer.
     """
     held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
@@ -89,7 +92,9 @@ def price_cuts(
     prices: Prices = {}
     for start in progress.track(range(1, view.n_layers), total=view.n_layers - 1):
         ends = range(start + 1, min(start + longest, view.n_layers) + 1)
-        price = partial(_price_from, view, dense, start, ends, weights, rows)
+        before = writers[start - 1]
+        writer = before[-1] if before else None
+        price = partial(_price_from, view, dense, writer, start, ends, weights, rows)
         entry = journal.recall("prices of cuts at", start, price)
         for end, cost in zip(ends, entry.values["prices"], strict=True):
             prices[start, end - start] = cost
@@ -99,6 +104,7 @@ def price_cuts(
 def _price_from(
     view: DecoderView,
     dense: ResidualStream,
+    writer: Writer | None,
     start: int,
     ends: range,
     weights: Tensor,
@@ -108,10 +114,11 @@ def _price_from(
     dense.advance_to(view.n_layers)  # known already, but where another process recorded the slopes
     assert dense.history is not None
     dense.rewind(start - 1)
-    module = down_projection(view, start - 1)[1]
-    inputs = advance_and_record_inputs(dense.fork(), start - 1, module)
+    recorded = None
+    if writer is not None:
+        recorded = writer, *advance_and_record(dense.fork(), start - 1, writer.module)
     targets = [dense.history[end] for end in ends]
-    lengths = _residuals(inputs, dense.history[start], targets, rows, view.device)
+    lengths = _residuals(recorded, dense.history[start], targets, rows, view.device)
     costs = [
         (weights[end].to(length.device) * length).sum(dtype=torch.float64)
         for end, length in zip(ends, lengths, strict=True)
@@ -120,17 +127,25 @@ def _price_from(
 
 
 def _residuals(
-    inputs: Spool,
+    recorded: tuple[Writer, Spool, Spool] | None,
     origin: Spool,
     targets: list[Spool],
     rows: tuple[Tensor, Tensor],
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """‖target − origin − D·a‖ of every held-out token, per target; D = 0 where that is better."""
-    width, out = inputs.rows.shape[1], origin.rows.shape[1]
+    """‖target − origin − what D adds‖ of every held-out token, per target; D = 0 where better.
+
+    Args:
+        recorded: the writer that D refits, its inputs and its outputs; ``None``: there is none.
+        origin: rows in front of the cut.
+        targets: rows behind it, by its length.
+        rows: indices of the tokens to fit, and of those that are held out.
+        device: where it is computed, if there is memory for it; else the CPU.
+    """
+    width, out = recorded[1].rows.shape[1] if recorded else 0, origin.rows.shape[1]
     side = min(width, len(rows[0]))
     # Rows of the inputs and of one target's changes; the Gram matrix, its factor, the fit.
-    n_bytes = 4 * len(inputs) * (width + 3 * out) + 8 * side * (4 * side + len(rows[1]) + 4 * out)
+    n_bytes = 4 * len(origin) * (width + 3 * out) + 8 * side * (4 * side + len(rows[1]) + 4 * out)
     device = choose_device(device, n_bytes)
 
     def pick(spool: Spool, part: int) -> Tensor:
@@ -138,17 +153,41 @@ def _residuals(
 
     start, start_held = pick(origin, 0), pick(origin, 1)
     weight = start.norm(dim=1, keepdim=True).clamp_min(1e-6).reciprocal()
-    a, a_held = pick(inputs, 0) * weight, pick(inputs, 1)
     with fast_products(device):
-        predict = _prepare_prediction(a, a_held)
+        # Through a norm, D·a is that of z: rows by 1/ρ, changes of the stream by g/(g² + τ²).
+        predict = None
+        if recorded is not None:
+            writer, inputs, outputs = recorded
+            before, after, scale, scale_held = _see_through(
+                writer, pick(outputs, 0), pick(outputs, 1)
+            )
+            a, a_held = pick(inputs, 0) * (weight / scale), pick(inputs, 1) / scale_held
+            predict = _prepare_prediction(a, a_held)
         for target in targets:
             missing = pick(target, 1) - start_held
             length = missing.norm(dim=1)
             # A layer whose MLP is silent gives nothing to fit with.
-            if predict is not None:
-                after = (missing - predict((pick(target, 0) - start) * weight)).norm(dim=1)
-                length = torch.where(after.sum() < length.sum(), after, length)
+            if recorded is not None and predict is not None:
+                wanted = (pick(target, 0) - start) * weight * before
+                left = (missing - after * predict(wanted)).norm(dim=1)
+                length = torch.where(left.sum() < length.sum(), left, length)
             yield length
+
+
+def _see_through(
+    writer: Writer, outputs: Tensor, held_out: Tensor
+) -> tuple[Tensor | float, Tensor | float, Tensor | float, Tensor | float]:
+    """What stands between z and the stream, linearised: y's change = after ⊙ (D·a / scale).
+
+    Returns:
+        What a wanted change is multiplied by, what a predicted one is, and what a is divided by,
+        of the rows to fit and of those held out.
+    """
+    norm = writer.norm
+    if norm is None:
+        return 1 / writer.factor, writer.factor, 1.0, 1.0
+    gain = norm.gain.to(outputs.device)
+    return small_gain(norm).to(gain), gain, norm.scale(outputs), norm.scale(held_out)
 
 
 def _prepare_prediction(a: Tensor, a_held: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -62,12 +62,17 @@ class Options(MethodOptions):
     )
 
 
+def check(view: DecoderView, batches: CalibrationBatches, options: Options, n_drop: int) -> None:
+    """Refuse a model of which nothing could be corrected."""
+    check_refit(view)
+
+
 METHOD = Method(
     needs_previous_layer=True,
     shares_dense_stream=True,
     records_steps=True,
     revision=2,
-    check=lambda view, batches, options, n_drop: check_refit(view),
+    check=check,
 )
 
 

@@ -11,17 +11,23 @@ Limits   layer 0 stays; cuts longer than LONGEST_CUT are not priced
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from layercut import progress
 from layercut.checkpoints.layer_types import LayerTypes
-from layercut.engine.journal import NO_JOURNAL, Entry, Journal
+from layercut.engine.journal import Entry
 from layercut.engine.loss import mean
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_cuts
+from layercut.recovery.layer_fit import (
+    LayerWriters,
+    check_refit,
+    mask_held_out_rows,
+    refit_cuts,
+)
 from layercut.registry import Method, MethodOptions
 from layercut.scoring.score import with_provenance
 from layercut.selection.cut_prices import (
@@ -51,7 +57,7 @@ METHOD = Method(needs_scoring="residual-sensitivity")
 
 def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> PlanOfSize:
     """Price every cut; each size then costs a shortest path and a search on held-out loss."""
-    check_refit(view)
+    writers = check_refit(view)
     start = time.perf_counter()
     protect = request.protect | {0}
     sample = subsample(batches)
@@ -64,7 +70,7 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
 
     measured = journal.recall("sensitivities", "all layers", measure_slopes)
     slopes, values = measured.tensors["slopes"], measured.values["values"]
-    prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT, journal)
+    prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT, writers, journal)
     n_priced = int(mask_held_out_rows(sample, HELD_OUT_EVERY).sum())
     types, one_of = request.layer_types, request.keep_one_of
     cheapest = find_cheapest_plans(prices, view.n_layers, protect, types, one_of)
@@ -82,7 +88,13 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
                 f"no plan drops {n_drop} of {view.n_layers} layers around the protected ones. "
                 "Lower drop_layers or protect fewer."
             )
-        dropped, _ = search(view, sample, dense, starts, prices, protect, types, one_of, journal)
+
+        def loss_of(plan: LayerSet) -> float:
+            name = " ".join(map(str, plan))
+            compute = partial(plan_loss, view, sample, dense, writers, plan)
+            return journal.recall_number("plans tried", name, compute)
+
+        dropped, _ = search(loss_of, view.n_layers, starts, prices, protect, types, one_of)
         chosen = PruningPlan(
             model=view.name,
             n_layers=view.n_layers,
@@ -130,31 +142,23 @@ def find_starting_plans(
 
 
 def search(
-    view: DecoderView,
-    batches: CalibrationBatches,
-    dense: ResidualStream,
+    loss_of: Callable[[LayerSet], float],
+    n_layers: int,
     starts: list[LayerSet],
     prices: Prices,
     protect: frozenset[int],
     layer_types: LayerTypes | None = None,
     keep_one_of: frozenset[int] = frozenset(),
-    journal: Journal = NO_JOURNAL,
 ) -> tuple[LayerSet, dict[LayerSet, float]]:
     """Try the starts, then follow neighbours of the best by held-out loss, until the budget ends.
 
     Returns:
         The best plan and the held-out loss, in nats, of every plan tried.
     """
-
-    def loss_of(plan: LayerSet) -> float:
-        name = " ".join(map(str, plan))
-        compute = partial(plan_loss, view, batches, dense, plan)
-        return journal.recall_number("plans tried", name, compute)
-
     losses = {plan: loss_of(plan) for plan in starts}
     best = min(starts, key=lambda plan: losses[plan])
     while len(losses) < PLANS_TRIED:
-        near = list_neighbours(best, view.n_layers, protect)
+        near = list_neighbours(best, n_layers, protect)
         candidates = [
             p
             for p in near
@@ -171,14 +175,19 @@ def search(
 
 
 def plan_loss(
-    view: DecoderView, batches: CalibrationBatches, dense: ResidualStream, dropped: LayerSet
+    view: DecoderView,
+    batches: CalibrationBatches,
+    dense: ResidualStream,
+    writers: LayerWriters,
+    dropped: LayerSet,
 ) -> float:
     """Held-out cross-entropy of the plan after a refit at its cuts, in nats."""
     plan = PruningPlan(view.name, view.n_layers, dropped, "priced-cuts")
     held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
     sequences = held_out[:: batches.seq_len].nonzero().squeeze(1)
     # Behind the last cut nothing is fitted any more: only what is held out goes on.
-    stream = refit_cuts(view, plan, batches, held_out, dense).take_sequences(sequences)
+    behind = refit_cuts(view, plan, batches, held_out, dense, writers)
+    stream = behind.take_sequences(sequences)
     stream.advance_to(view.n_layers)
     return mean(stream.losses(batches.input_ids[sequences]))
 

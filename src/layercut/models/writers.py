@@ -1,0 +1,235 @@
+"""Where a layer writes to the residual stream, and what stands between, tried out on the model.
+
+Every linear map whose output ends in the stream is a writer: attention, MLP, shared experts, the
+output of a recurrence. Its output z is put there by hand, with all other writers silent, and what
+the layer then adds is compared with what could stand between:
+
+    y = c · z                            nothing, or a factor
+    y = g ⊙ z / √(mean z² + ε)           a norm with its gain
+    y = g ⊙ (z − mean z) / √(var z + ε)  a norm that subtracts the mean
+
+A map that fits none (a gate per token, a norm over stream and output together) is no writer: no
+correction folds into its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from layercut.checkpoints.families import (
+    ATTENTION_OUTPUTS,
+    DOWN_PROJECTIONS,
+    EXPERT_BLOCKS,
+    SHARED_EXPERTS,
+)
+from layercut.models.check_method import draw_probe_ids
+from layercut.models.view import DecoderView, LayerInputs
+
+PROBE_TOKENS = 16
+TOLERANCE = 0.03
+"""Share of y that a form may miss: bfloat16 rounds to 1/256, another form misses wholly."""
+EPSILONS = ("variance_epsilon", "eps", "epsilon")
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm between a writer and the stream.
+
+    Attributes:
+        gain: g with all factors, (d,) float32.
+        eps: ε.
+        centred: whether the mean is subtracted.
+        parameter: its gain's name in the state dict; ``None``: not known, so it stays.
+        offset: what is added to the stored gain: 1 where it is stored as g − 1.
+    """
+
+    gain: Tensor
+    eps: float
+    centred: bool
+    parameter: str | None
+    offset: float
+
+    def scale(self, z: Tensor) -> Tensor:
+        """√(mean z² + ε) or √(var z + ε) of every token, (n, 1)."""
+        centre = z - z.mean(dim=1, keepdim=True) if self.centred else z
+        return (centre.square().mean(dim=1, keepdim=True) + self.eps).sqrt()
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """One linear map W (out, in) that writes to the stream.
+
+    Attributes:
+        prefix: of its parameters in the state dict.
+        module: an ``nn.Linear`` or a ``Conv1D``.
+        is_mlp: whether it is the layer's MLP's, which comes last.
+        factor: c, where no norm stands between.
+        norm: what does.
+    """
+
+    prefix: str
+    module: Any
+    is_mlp: bool
+    factor: float = 1.0
+    norm: Norm | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its output is added as it is."""
+        return self.norm is None and self.factor == 1.0
+
+    def write(self, z: Tensor) -> Tensor:
+        """y, what the stream receives of the map's outputs z, (n, d) float32 each."""
+        if self.norm is None:
+            return self.factor * z
+        centre = z - z.mean(dim=1, keepdim=True) if self.norm.centred else z
+        return self.norm.gain.to(z.device) * (centre / self.norm.scale(z))
+
+
+@torch.no_grad()
+def find_writers(view: DecoderView) -> tuple[tuple[Writer, ...], ...]:
+    """The writers of every layer, attention before MLP.
+
+    Args:
+        view: the model; unchanged afterwards.
+    """
+    inputs = view.embed(draw_probe_ids(view, 1, PROBE_TOKENS))
+    hidden, found = inputs.hidden, []
+    for layer in range(view.n_layers):
+        with view.holding(layer):
+            found.append(tuple(_probe_layer(view, layer, hidden, inputs)))
+            hidden = view.run_layer(layer, hidden, inputs)
+    return tuple(found)
+
+
+def _probe_layer(
+    view: DecoderView, layer: int, hidden: Tensor, inputs: LayerInputs
+) -> Iterator[Writer]:
+    """Try every linear map that may be a writer."""
+    modules = dict(view.layers[layer].named_modules())
+    paths = [(p, False) for p in ATTENTION_OUTPUTS]
+    paths += [(p, True) for p in (*DOWN_PROJECTIONS, *SHARED_EXPERTS)]
+    candidates = [
+        (f"{view.layout.layers}.{layer}.{path}", modules[path], is_mlp)
+        for path, is_mlp in paths
+        if isinstance(modules.get(path), nn.Linear | Conv1D)
+    ]
+    writers = [module for _, module, _ in candidates]
+    blocks = [modules[path] for path in EXPERT_BLOCKS if path in modules]
+    generator = torch.Generator().manual_seed(layer)
+    for prefix, module, is_mlp in candidates:
+        z = torch.randn(PROBE_TOKENS, view.hidden_size, generator=generator)
+        z = z.to(hidden.device, hidden.dtype)
+        # With nothing in the stream the layer adds y alone, without rounding it away.
+        nothing = torch.zeros_like(hidden)
+        # Behind an attention, all of the MLP would answer to what it wrote.
+        probe = _Probe(view, layer, inputs, writers if is_mlp else [*writers, *blocks])
+        y = probe.run(nothing, {module: z}) - probe.run(nothing, {})
+        beside = probe.run(hidden, {module: z}) - probe.run(hidden, {})
+        rounding = 8 * torch.finfo(hidden.dtype).eps * float(hidden.float().norm())
+        size = float(y.norm())
+        if not size or not float((beside - y).norm()) <= TOLERANCE * size + rounding:
+            continue  # silent, or what it adds depends on what is there
+        form = _find_form(z.float(), y)
+        if form is None:
+            continue
+        factor, gain, centred = form
+        if gain is None:
+            factor = 1.0 if abs(factor - 1) < 1 / 256 else factor
+            yield Writer(prefix, module, is_mlp, factor)
+        else:
+            norm = _name_norm(view, layer, probe.readers(module, z), gain, centred=centred)
+            yield Writer(prefix, module, is_mlp, 1.0, norm)
+
+
+def _find_form(z: Tensor, y: Tensor) -> tuple[float, Tensor | None, bool] | None:
+    """c, g and whether the mean is subtracted; ``None`` if y is none of these of z, (n, d) each."""
+    factor = float((y * z).sum() / z.square().sum())
+    if float((y - factor * z).norm()) <= TOLERANCE * float(y.norm()):
+        return factor, None, False
+    for centred in (False, True):
+        u = z - z.mean(dim=1, keepdim=True) if centred else z
+        u = u / u.square().mean(dim=1, keepdim=True).sqrt()
+        gain = (y * u).sum(dim=0) / u.square().sum(dim=0)
+        if float((y - gain * u).norm()) <= TOLERANCE * float(y.norm()):
+            return 1.0, gain, centred
+    return None
+
+
+class _Probe:
+    """Runs one layer with the outputs of some modules replaced."""
+
+    def __init__(
+        self, view: DecoderView, layer: int, inputs: LayerInputs, silent: Sequence[nn.Module]
+    ) -> None:
+        self._view, self._layer, self._inputs, self._silent = view, layer, inputs, silent
+
+    def run(self, hidden: Tensor, outputs: Mapping[Any, Tensor]) -> Tensor:
+        """The layer's output, (tokens, d) float32; silent modules give ``outputs`` or 0."""
+        with ExitStack() as stack:
+            for module in self._silent:
+                hook = _replace_output(outputs.get(module))
+                stack.callback(module.register_forward_hook(hook).remove)
+            output = self._view.run_layer(self._layer, hidden, self._inputs)
+        return output.float().flatten(0, 1)
+
+    def readers(self, module: Any, z: Tensor) -> dict[str, nn.Module]:
+        """Modules with a gain that read just the module's output z, by path in the layer."""
+        found: dict[str, nn.Module] = {}
+        with ExitStack() as stack:
+            for path, reader in self._view.layers[self._layer].named_modules():
+                if _has_gain(reader, z.shape[1]):
+                    look = _look_for(z, found, path, reader)
+                    stack.callback(reader.register_forward_pre_hook(look).remove)
+            hidden = torch.zeros_like(self._inputs.hidden)
+            self.run(hidden, {module: z})
+        return found
+
+
+def _replace_output(output: Tensor | None) -> Any:
+    def hook(_: nn.Module, __: Any, own: Any) -> Any:
+        if isinstance(own, tuple):  # a block of experts may return its router's scores as well
+            return (torch.zeros_like(own[0]), *own[1:])
+        if output is None:
+            return torch.zeros_like(own)
+        return output.view_as(own).to(own.dtype)
+
+    return hook
+
+
+def _look_for(z: Tensor, found: dict[str, nn.Module], path: str, reader: nn.Module) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        read = args[0] if args and isinstance(args[0], Tensor) else None
+        if read is not None and read.numel() == z.numel() and torch.equal(read.view_as(z).to(z), z):
+            found[path] = reader
+
+    return hook
+
+
+def _has_gain(module: nn.Module, width: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.shape == (width,)
+
+
+def _name_norm(
+    view: DecoderView, layer: int, readers: Mapping[str, nn.Module], gain: Tensor, *, centred: bool
+) -> Norm:
+    """The norm with the exact gain of its module, where one of those that read z explains it."""
+    for path, module in readers.items():
+        stored = module.get_parameter("weight").detach().float()
+        eps = next((float(v) for k in EPSILONS if (v := getattr(module, k, None))), 0.0)
+        for offset in (0.0, 1.0):
+            own = stored + offset
+            factor = float((gain * own).sum() / own.square().sum().clamp_min(1e-30))
+            factor = 1.0 if abs(factor - 1) < 1 / 256 else factor
+            if float((gain - factor * own).norm()) <= TOLERANCE * float(gain.norm()):
+                name = f"{view.layout.layers}.{layer}.{path}.weight"
+                return Norm(factor * own, eps, centred, name, offset)
+    return Norm(gain, 0.0, centred, None, 0.0)

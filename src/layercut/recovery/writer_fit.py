@@ -1,0 +1,226 @@
+"""The refit of one writer through what stands between it and the residual stream.
+
+Source   docs/methods.md#refit
+Formula  y = c·z: the correction over c.  y = g ⊙ z/ρ, ρ_t = √(mean z_t² + ε): Gauss–Newton, whose
+         rounds solve the same ridge towards ρ_t·e_t ⊙ g/(g² + τ²) with token weights w_t/ρ_t²
+         z = W·a (d): the writer's output; e: what the stream still lacks; τ = 0.1 · median |g|,
+         because tiny gains would blow up noise. The part of ∂y/∂z along z is left out
+Rule     each round's step by the held-out error through the norm; then the gain, per channel by
+         least squares, if that lowers the held-out error
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layercut.models.output_projections import store_like
+from layercut.models.view import DecoderView
+from layercut.models.writers import Norm, Writer
+from layercut.recovery.ridge import Shape, fast_products, fit_best_penalty
+from layercut.spool import SLICE, Spool, choose_device
+
+ROUNDS = 3
+STEPS = (1.0, 0.7, 0.4, 0.2)
+SMALL_GAIN = 0.1
+"""τ as a share of the median gain."""
+MOST_GAIN = 4.0
+"""A gain changes by this factor at most: a channel that is silent in the text says nothing."""
+
+Rows = Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]
+"""A mask over all tokens → slices of the weighted rows a and e of those that it marks."""
+
+
+@dataclass(slots=True)
+class WriterRows:
+    """What a fit reads, token by token.
+
+    Attributes:
+        inputs: a, (n_tokens, in).
+        outputs: z, (n_tokens, d).
+        stream: the layer's output, (n_tokens, d).
+        target: what it should be, (n_tokens, d).
+        held_out: mask of the tokens that judge and are not fitted.
+    """
+
+    inputs: Spool
+    outputs: Spool
+    stream: Spool
+    target: Spool
+    held_out: Tensor
+
+
+def fit_writer(
+    view: DecoderView, writer: Writer, rows: WriterRows
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The replaced tensors that lower the held-out error; the change D, (out, in), of a plain one.
+
+    Args:
+        view: the model; the writer's layer is in memory.
+        writer: what is fitted.
+        rows: of all calibration tokens.
+    """
+    device = _choose_device(view, rows)
+    weight = writer.module.weight
+    if writer.norm is None:
+        change = fit_ridge_update(rows, writer.factor, device)
+        if change is None:
+            return {}, None
+        stored = store_like(writer.module, change).to(weight)
+        return {f"{writer.prefix}.weight": weight + stored}, change if writer.is_plain else None
+    total, gain = _fit_through_norm(writer, writer.norm, rows, device)
+    changed: dict[str, Tensor] = {}
+    if total is not None:
+        changed[f"{writer.prefix}.weight"] = weight + store_like(writer.module, total).to(weight)
+    if gain is not None and writer.norm.parameter is not None:
+        stored = view.model.get_parameter(writer.norm.parameter).data
+        new = (stored.float() + writer.norm.offset) * gain.to(stored.device) - writer.norm.offset
+        changed[writer.norm.parameter] = new.to(stored.dtype)
+    return changed, None
+
+
+def fit_ridge_update(rows: WriterRows, factor: float, device: torch.device) -> Tensor | None:
+    """The change D that lowers the held-out error most, (out, in); ``None`` if none does.
+
+    Args:
+        rows: of all calibration tokens.
+        factor: what stands between the writer and the stream.
+        device: where D is computed, and is then.
+    """
+    return _fit_rows(rows, device, _plain_rows(rows, factor, device))
+
+
+def small_gain(norm: Norm) -> Tensor:
+    """g/(g² + τ²), (d,): what a correction of y is multiplied by to become one of z/ρ."""
+    gain = norm.gain
+    tau = SMALL_GAIN * gain.abs().median()
+    damped: Tensor = gain.div((gain.square() + tau.square()).clamp_min(1e-30))
+    return damped
+
+
+def _choose_device(view: DecoderView, rows: WriterRows) -> torch.device:
+    """Where D is computed: the model's device if there is memory for it, else the CPU."""
+    width, out = rows.inputs.rows.shape[1], rows.stream.rows.shape[1]
+    n_held_out = int(rows.held_out.sum())
+    side = min(len(rows.held_out) - n_held_out, width)
+    # The Gram matrix, ridged and factored; two solutions, the right side and D; the rows of the
+    # tokens' side and the held-out ones; slices.
+    n_bytes = 8 * side * (3 * side + 5 * out) + 4 * (side + n_held_out) * (width + out) + 2**28
+    return choose_device(view.device, n_bytes)
+
+
+def _fit_rows(rows: WriterRows, device: torch.device, pick: Rows) -> Tensor | None:
+    """D of the best λ, (out, in); ``None`` if none lowers the held-out error."""
+    width, out = rows.inputs.rows.shape[1], rows.stream.rows.shape[1]
+    n_held_out = int(rows.held_out.sum())
+    shape = Shape(len(rows.held_out) - n_held_out, n_held_out, width, out)
+    return fit_best_penalty(pick(~rows.held_out), pick(rows.held_out), shape, device)
+
+
+def _slices(mask: Tensor, device: torch.device, *spools: Spool) -> Iterator[tuple[Tensor, ...]]:
+    """The marked rows of several spools, slice by slice, on the device."""
+    parts = zip(*(spool.slices() for spool in spools), strict=True)
+    for spooled, chosen in zip(parts, mask.split(SLICE), strict=True):
+        index = chosen.nonzero().squeeze(1)
+        yield tuple(rows[index.to(rows.device)].to(device) for rows in spooled)
+
+
+def _weigh(target: Tensor) -> Tensor:
+    """√w_t = 1/‖target_t‖, (n, 1)."""
+    length: Tensor = target.norm(dim=1, keepdim=True)
+    return length.clamp_min(1e-6).reciprocal()
+
+
+def _plain_rows(rows: WriterRows, factor: float, device: torch.device) -> Rows:
+    def pick(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for a, output, target in _slices(mask, device, rows.inputs, rows.stream, rows.target):
+            weight = _weigh(target)
+            missing = (target - output) * weight
+            yield a * weight, missing if factor == 1.0 else missing / factor
+
+    return pick
+
+
+def _fit_through_norm(
+    writer: Writer, norm: Norm, rows: WriterRows, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The summed change of W, (out, in), and the factor of every gain, (d,)."""
+    z = Spool(len(rows.outputs), rows.outputs.rows.shape[1], device=rows.outputs.device)
+    z.write(0, rows.outputs.rows)
+    through = _ThroughNorm(writer, norm, rows, z, device)
+    total: Tensor | None = None
+    for _ in range(ROUNDS):
+        change = _fit_rows(rows, device, through.linearised)
+        if change is None:
+            break
+        change = change.float()
+        step = through.choose_step(change)
+        if step == 0:
+            break
+        total = step * change if total is None else total + step * change
+        through.move(step * change)
+    return total, through.fit_gain() if norm.parameter is not None else None
+
+
+class _ThroughNorm:
+    """The rows of a writer with a norm behind it, at the z that the fit has reached."""
+
+    def __init__(
+        self, writer: Writer, norm: Norm, rows: WriterRows, z: Spool, device: torch.device
+    ) -> None:
+        self.writer, self.norm, self.rows, self.z, self.device = writer, norm, rows, z, device
+        self.raise_by = small_gain(norm).to(device)
+
+    def _parts(self, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """a, z, what y should be, and √w."""
+        rows = self.rows
+        spools = rows.inputs, self.z, rows.outputs, rows.stream, rows.target
+        for a, z, first, stream, target in _slices(mask, self.device, *spools):
+            yield a, z, target - stream + self.writer.write(first), _weigh(target)
+
+    def linearised(self, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weighted rows a/ρ and g/(g² + τ²) ⊙ e."""
+        for a, z, wanted, weight in self._parts(mask):
+            missing = (wanted - self.writer.write(z)) * self.raise_by
+            yield a * (weight / self.norm.scale(z)), missing * weight
+
+    def choose_step(self, change: Tensor) -> float:
+        """The part of D with the lowest held-out error; 0 where none lowers it."""
+        shares = (0.0, *STEPS)
+        errors = torch.zeros(len(shares), dtype=torch.float64, device=self.device)
+        right = change.to(self.device).T
+        with fast_products(self.device):
+            for a, z, wanted, weight in self._parts(self.rows.held_out):
+                moved = a @ right
+                for place, share in enumerate(shares):
+                    left = (wanted - self.writer.write(z + share * moved)) * weight
+                    errors[place] += left.square().sum(dtype=torch.float64)
+        return shares[int(errors.argmin())]
+
+    def move(self, change: Tensor) -> None:
+        """Let z be that of the changed W."""
+        right = change.T
+        with fast_products(right.device):
+            for z, a in zip(self.z.slices(), self.rows.inputs.slices(), strict=True):
+                z += (a.to(right.device) @ right).to(z.device)
+
+    def fit_gain(self) -> Tensor | None:
+        """The factor of every gain, (d,); ``None`` where it does not lower the held-out error."""
+        width = self.z.rows.shape[1]
+        sums = torch.zeros(2, width, dtype=torch.float64, device=self.device)
+        for _, z, wanted, weight in self._parts(~self.rows.held_out):
+            y = self.writer.write(z) * weight
+            sums[0] += (wanted * weight * y).sum(dim=0, dtype=torch.float64)
+            sums[1] += y.square().sum(dim=0, dtype=torch.float64)
+        factor = (sums[0] / sums[1].clamp_min(1e-300)).clamp(1 / MOST_GAIN, MOST_GAIN).float()
+        factor = torch.where(sums[1] > 0, factor, 1.0)
+        errors = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for _, z, wanted, weight in self._parts(self.rows.held_out):
+            y = self.writer.write(z)
+            for place, written in enumerate((y, y * factor)):
+                left = (wanted - written) * weight
+                errors[place] += left.square().sum(dtype=torch.float64)
+        return factor if bool(errors[1] < errors[0]) else None
