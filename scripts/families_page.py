@@ -127,12 +127,14 @@ loads a model onto one device.
 `projection` and `linear-map` fold a d × d matrix into all weights that write a layer's MLP output
 to the residual stream: one down-projection (`Linear` or `Conv1D`), or those of all routed and
 shared experts.
-`refit` fits one down-projection per layer, so it refuses mixtures of experts; where a layer has an
-attention output projection that is known, it is refitted first. Its gradient steps move all linear
-weights of the kept layers that the checkpoint stores as such. `sign-merge` and `igia` need LoRA
+`refit` corrects whatever writes to the residual stream by a linear map: attention, a recurrence or
+a convolution in its place, the down-projection, shared experts. Routed experts are left as they
+are. A factor behind the map (Granite) or a norm (Gemma 2 and 3, OLMo 2 and 3, EXAONE 4) is allowed
+for; [methods.md](methods.md#refit) says how. Its gradient steps move all linear weights of the kept
+layers that the checkpoint stores as such. `sign-merge` and `igia` need LoRA
 adapters on every weight, so they refuse experts that are stored as one tensor.
 
-Before `projection`, `linear-map` and `refit` compute anything, every layer is tried out: doubling
+Before `projection` and `linear-map` compute anything, every layer is tried out: doubling
 half of the coordinates of its MLP's output must change the layer's output by just that. A norm
 behind the projection (Gemma 2 and 3, OLMo 2 and 3) or a factor (Granite's `residual_multiplier`)
 fails that test and is refused; parallel attention and MLP (GPT-NeoX, Falcon, GPT-J, Phi) pass it.

@@ -53,6 +53,7 @@ def refit_layers(
     layers: Literal["cuts", "following"] = "following",
     modules: Literal["down", "both"] = "both",
     dense: ResidualStream | None = None,
+    writers: LayerWriters | None = None,
     journal: Journal = NO_JOURNAL,
 ) -> Mapping[str, Tensor]:
     """The refitted tensors by name, each fitted in the model that the earlier ones made.
@@ -65,13 +66,15 @@ def refit_layers(
         layers: the kept layers before a cut, or all from the first cut on.
         modules: down-projections, or attention outputs as well.
         dense: the intact model's stream where it is shared.
+        writers: of every layer, where they are known.
         journal: records every change.
     """
     cuts_only, both = layers == "cuts", modules == "both"
     known = recall_layers(plan, journal, cuts_only=cuts_only)
     if known is not None:
         return known
-    writers = find_writers(view) if both else [w[-1:] for w in find_writers(view)]
+    writers = find_writers(view) if writers is None else writers
+    writers = writers if both else [found[-1:] for found in writers]
     walk = paired_walk(view, plan, batches, dense=dense)
     return _refit(view, plan, walk, writers, held_out, journal, cuts_only=cuts_only)[0]
 

@@ -5,11 +5,11 @@ Formula  D = argmin Σ_t w_t ‖e_t − D·a_t‖² + λ·tr(Σ w a aᵀ)/in · 
          a_t (in): what W reads; e_t (d) = target_t − output_t of the layer, in the model that is
          pruned and refitted so far; target (d): dense input of the next kept layer
          w_t = 1/‖target_t‖²
+         behind a factor or a norm: see `layercut.recovery.writer_fit`
 Rule     attention output first, then down-projection; λ and the part s of the change by held-out
          sequences, then gradient steps on these; what does not lower their loss is not done
 Cost     one dense and one to two pruned forward passes without the head, in² sums per weight
-Limits   needs a kept layer before every cut; exact only where the output is added to the stream
-         without a norm in between
+Limits   needs a kept layer before every cut; routed experts are left as they are
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import collect
+from layercut.models.writers import find_writers
 from layercut.recovery.gradient_steps import take_steps
 from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_layers
 from layercut.registry import Method, MethodOptions
@@ -88,6 +89,7 @@ def fit(
 ) -> WeightPatch:
     """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
     held_out = mask_held_out_rows(batches, options.held_out_every)
+    writers = find_writers(view)
     tensors = refit_layers(
         view,
         plan,
@@ -96,12 +98,16 @@ def fit(
         layers=options.layers,
         modules=options.modules,
         dense=dense,
+        writers=writers,
         journal=journal,
     )
     sequences = batches.input_ids[held_out[:: batches.seq_len]]
     choose = partial(_choose_shrinkage, view, plan, tensors, sequences, batches.micro_batch)
     notes = dict(journal.recall("shrinkage", "chosen", lambda: Entry(choose())).values)
     share = notes["shrinkage"]
+    behind = [layer for layer in plan.kept if layer >= plan.cuts[0][0] - 1]
+    if routed := [layer for layer in behind if view.expert_weights(layer)]:
+        notes["experts_not_refitted"] = routed
     repaired = collect(view, interpolate(view, tensors, share)) if share else {}
     patch = WeightPatch(repaired, "refit", notes)
     if options.gradient_steps and len(sequences) > 1:
