@@ -129,7 +129,7 @@ def test_projection_moves_the_pruned_model_as_predicted(
         batches.micro_batches(), dense_target.split(2 * batches.seq_len), strict=True
     ):
         inner: list[torch.Tensor] = []
-        module = down_projection(view, target.layer)[1]
+        _, module = down_projection(view, target.layer)
         handle = module.register_forward_hook(
             lambda m, args, out, inner=inner: inner.append(args[0])
         )

@@ -48,20 +48,9 @@ class MlpOutput:
     weights: dict[str, bool]
 
 
-def down_projection(view: DecoderView, layer: int) -> tuple[str, LinearMap]:
-    """State-dict prefix and module of the MLP's only output projection.
-
-    Raises:
-        ModelError: the layer has none, or one for each of several experts.
-    """
-    projection = _linear(view, layer, DOWN_PROJECTIONS)
-    if projection is None:
-        raise ModelError(
-            f"layer {layer} of this {view.layout.model_type} model has no single down-projection, "
-            "which a refit needs. Set recovery.method: projection or none, and "
-            "selection.strategy: lowest."
-        )
-    return projection
+def down_projection(view: DecoderView, layer: int) -> tuple[str, LinearMap] | None:
+    """State-dict prefix and module of the MLP's only output projection, if there is one."""
+    return _linear(view, layer, DOWN_PROJECTIONS)
 
 
 def attention_output(view: DecoderView, layer: int) -> tuple[str, LinearMap] | None:

@@ -221,7 +221,11 @@ def _has_gain(module: nn.Module, width: int) -> bool:
 def _name_norm(
     view: DecoderView, layer: int, readers: Mapping[str, nn.Module], gain: Tensor, *, centred: bool
 ) -> Norm:
-    """The norm with the exact gain of its module, where one of those that read z explains it."""
+    """The norm with the exact gain of its module, where one of those that read z explains it.
+
+    Large gains are much like themselves less 1: of all forms, the closest is taken.
+    """
+    best, closest = Norm(gain, 0.0, centred, None, 0.0), TOLERANCE * float(gain.norm())
     for path, module in readers.items():
         stored = module.get_parameter("weight").detach().float()
         eps = next((float(v) for k in EPSILONS if (v := getattr(module, k, None))), 0.0)
@@ -229,7 +233,8 @@ def _name_norm(
             own = stored + offset
             factor = float((gain * own).sum() / own.square().sum().clamp_min(1e-30))
             factor = 1.0 if abs(factor - 1) < 1 / 256 else factor
-            if float((gain - factor * own).norm()) <= TOLERANCE * float(gain.norm()):
+            distance = float((gain - factor * own).norm())
+            if distance <= closest:
                 name = f"{view.layout.layers}.{layer}.{path}.weight"
-                return Norm(factor * own, eps, centred, name, offset)
-    return Norm(gain, 0.0, centred, None, 0.0)
+                best, closest = Norm(factor * own, eps, centred, name, offset), distance
+    return best

@@ -13,7 +13,6 @@ from layercut.checkpoints.config_edit import read_config
 from layercut.checkpoints.folder import read_model_config
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.safetensors_file import StoredTensor
-from layercut.errors import ModelError
 from layercut.evaluation.flops import attention_width, count_active_entries
 from layercut.models.dtypes import has_bfloat16, weights_dtype
 from layercut.models.output_projections import attention_output, down_projection, in_features
@@ -166,21 +165,14 @@ def _read_layer(view: DecoderView, layer: int, seen: set[int], stored_bytes: int
         if id(m.weight) in own
     )
     seen |= own
-    output = attention_output(view, layer)
+    output, down = attention_output(view, layer), down_projection(view, layer)
     return LayerShape(
         n_parameters=sum(p.numel() for p in new),
         active=active,
         attention=attention_width(view, layer),
         written=sum(m.weight.numel() // in_features(m) for m in modules.values()) + routed,
         matrices=matrices,
-        down=_down_width(view, layer),
+        down=in_features(down[1]) if down else 0,
         output=in_features(output[1]) if output else 0,
         stored_bytes=stored_bytes,
     )
-
-
-def _down_width(view: DecoderView, layer: int) -> int:
-    try:
-        return in_features(down_projection(view, layer)[1])
-    except ModelError:  # a layer without one, or with one per expert
-        return 0
