@@ -47,6 +47,7 @@ class Method:
         shares_dense_stream: of a recovery: ``fit`` takes ``dense=``, the intact model's stream.
         streams: whether it works with layers that are read from their files one at a time.
         records_steps: of a recovery: ``fit`` takes ``journal=``, where it records what it decides.
+        several_ranks: whether it gives on several ranks what it gives on one.
         stores: of a recovery: a checkpoint can hold the result; else `compare` alone takes it.
     """
 
@@ -63,6 +64,7 @@ class Method:
     shares_dense_stream: bool = False
     streams: bool = True
     records_steps: bool = False
+    several_ranks: bool = True
     stores: bool = True
 
 

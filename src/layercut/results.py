@@ -253,6 +253,7 @@ class RunResult:
         checks: what the written checkpoint was compared by, where that is less than a reload.
         healing: what the heal took and brought, if there was one.
         estimate: what the run was to take, before it began.
+        n_ranks: processes that shared the run.
     """
 
     model: str
@@ -268,6 +269,7 @@ class RunResult:
     lineage: list[dict[str, Any]] = field(default_factory=list)
     healing: Mapping[str, Any] = field(default_factory=dict)
     estimate: Mapping[str, Any] = field(default_factory=dict)
+    n_ranks: int = 1
 
     @contextmanager
     def timed(self, key: str, stage: str | None = None) -> Iterator[None]:
@@ -300,6 +302,7 @@ class RunResult:
             "seconds": dict(self.seconds),
             **({"estimate": dict(self.estimate)} if self.estimate else {}),
             "peak_rss_bytes": self.peak_rss_bytes,
+            **({"ranks": self.n_ranks} if self.n_ranks > 1 else {}),
             "warnings": list(self.warnings),
             **({"checks": list(self.checks)} if self.checks else {}),
             **({"lineage": list(self.lineage)} if self.lineage else {}),

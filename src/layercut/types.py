@@ -21,6 +21,11 @@ Cut = tuple[int, int]
 """A contiguous run of layers: the first one, and how many."""
 
 
+def split_rows(rows: Tensor, n_rows: int) -> tuple[Tensor, ...]:
+    """``rows`` in parts of at most ``n_rows``; none where there are no rows (torch makes one)."""
+    return rows.split(n_rows) if len(rows) else ()
+
+
 @dataclass(frozen=True, slots=True)
 class Median:
     """The median of repeated measurements and their spread.
@@ -94,7 +99,7 @@ class CalibrationBatches:
 
     def micro_batches(self) -> Iterator[Tensor]:
         """Slices in order: (≤ micro_batch, seq_len) each."""
-        yield from self.input_ids.split(self.micro_batch)
+        yield from split_rows(self.input_ids, self.micro_batch)
 
 
 class GradientRecord(Protocol):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Annotated, TextIO
 
@@ -24,8 +26,10 @@ from layercut.cli import (
     recipe,
     run,
 )
+from layercut.cli.libraries import set_up_libraries
 from layercut.cli.literal import literal
-from layercut.errors import LayercutError, ResourceError
+from layercut.errors import LayercutError, RecipeError, ResourceError
+from layercut.launcher import find_place
 from layercut.version import __version__
 
 TERMINATED = 143
@@ -63,6 +67,7 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -71,6 +76,31 @@ def _options(
     ] = False,
 ) -> None:
     """Prune whole layers of causal language models, guided by gradients."""
+    if (place := find_place()) is not None and context.invoked_subcommand != "run":
+        raise RecipeError(
+            f"layercut {context.invoked_subcommand} runs in one process, and {place.world} were "
+            "started. Only `layercut run` shares its work: start this without a launcher."
+        )
+
+
+@contextlib.contextmanager
+def _among_ranks(arguments: Sequence[str]) -> Iterator[None]:
+    """Share the run with the processes that a launcher started beside this one, if it did.
+
+    Rank 0 alone shows anything; which rank tells of an error is decided among them.
+    """
+    place = find_place()
+    if place is None:
+        yield
+        return
+    set_up_libraries(offline="--offline" in arguments)
+    from layercut.pipeline.join_ranks import joined_ranks  # torch: only where it is needed
+
+    with joined_ranks(), contextlib.ExitStack() as stack:
+        if place.rank:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _never_fail_to_encode(stream)
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(arguments, prog_name="layercut", obj=arguments)
+        with _among_ranks(arguments):
+            app(arguments, prog_name="layercut", obj=arguments)
     except SystemExit as stop:  # how typer ends, also after Ctrl-C
         return stop.code if isinstance(stop.code, int) else 0
     except LayercutError as error:

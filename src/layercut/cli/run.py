@@ -9,6 +9,7 @@ import typer
 
 from layercut.cli import options
 from layercut.cli.libraries import set_up_libraries
+from layercut.launcher import find_place
 from layercut.recipe.recipe import load_recipe
 
 
@@ -47,6 +48,9 @@ def run(
     from layercut.pipeline.run import run as run_recipe
 
     command = options.join_command(context)
-    with progress_display(quiet=quiet):
+    place = find_place()
+    speaks = place is None or place.rank == 0
+    with progress_display(quiet=quiet or not speaks):
         result = run_recipe(resolved, output_dir, overwrite=overwrite, command=command)
-    print_result(result, output_dir, quiet=quiet)
+    if speaks:
+        print_result(result, output_dir, quiet=quiet)

@@ -46,7 +46,7 @@ def walk_gradients(
 
     Args:
         view: the model; layers that it currently skips are passed over.
-        groups: the gradient groups, (n_sequences, seq) each.
+        groups: the gradient groups that this rank differentiates, (n_sequences, seq) each.
         micro_batch: sequences in memory at once.
         n_targets: what the summed token loss is divided by: all calibration targets, so that groups
             of any size add up to the mean loss.
@@ -63,6 +63,8 @@ def walk_gradients(
         NumericsError: the loss or a weight gradient is not finite.
     """
     loss = loss or token_loss(view, n_targets)
+    if not groups:
+        return
     if view.source is not None:
         yield from walk_streamed_gradients(view, groups, micro_batch, loss, weights=weights)
         return

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import DataError, NumericsError
+from layercut.models.ranks import Ranks
 from layercut.models.view import DecoderView
-from layercut.types import CalibrationBatches
+from layercut.types import CalibrationBatches, split_rows
 
 
 def token_losses(view: DecoderView, windows: Tensor, micro_batch: int) -> Iterator[Tensor]:
@@ -25,7 +26,7 @@ def token_losses(view: DecoderView, windows: Tensor, micro_batch: int) -> Iterat
         micro_batch: windows in memory at once.
     """
     if view.source is None:
-        yield from (view.token_losses(ids) for ids in windows.split(micro_batch))
+        yield from (view.token_losses(ids) for ids in split_rows(windows, micro_batch))
         return
     stream = ResidualStream(view, CalibrationBatches(windows, micro_batch, micro_batch, "", ""))
     for layer in range(view.n_layers):
@@ -37,19 +38,25 @@ def token_losses(view: DecoderView, windows: Tensor, micro_batch: int) -> Iterat
 def mean_loss(view: DecoderView, windows: Tensor, micro_batch: int) -> float:
     """Mean cross-entropy, in nats, of every token of every window but its first.
 
-    Raises:
-        NumericsError: it is not finite.
-    """
-    return mean(token_losses(view, windows, micro_batch))
-
-
-def mean(losses: Iterable[Tensor]) -> float:
-    """The mean over all micro-batches' token losses, in nats.
+    Every rank computes its share of the windows, and all have the mean.
 
     Raises:
         NumericsError: it is not finite.
     """
-    return _finite(float(torch.cat(list(losses)).double().mean()))
+    own = view.ranks.share(windows)
+    return mean(token_losses(view, own, micro_batch), view.ranks)
+
+
+def mean(losses: Iterable[Tensor], ranks: Ranks) -> float:
+    """The mean over all ranks' micro-batches' token losses, in nats.
+
+    Raises:
+        NumericsError: it is not finite.
+    """
+    parts = list(losses)
+    own = float(torch.cat(parts).sum(dtype=torch.float64)) if parts else 0.0
+    total, n_tokens = ranks.total(own, sum(part.numel() for part in parts))
+    return _finite(total / n_tokens)
 
 
 def kl_divergence(

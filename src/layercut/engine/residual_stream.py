@@ -19,13 +19,13 @@ from layercut.models.hooks import capture
 from layercut.models.output_projections import LinearMap, in_features
 from layercut.models.view import DecoderView, LayerInputs
 from layercut.spool import Spool
-from layercut.types import CalibrationBatches
+from layercut.types import CalibrationBatches, split_rows
 
 Visitor = Callable[[Tensor, Tensor], None]
 
 
 class ResidualStream:
-    """h_l of every calibration token, for a current l, kept as (n_tokens, d) float32 rows.
+    """h_l of every token of ``batches``, for a current l, kept as (n_tokens, d) float32 rows.
 
     Attributes:
         layer: the layer that the stream enters next.
@@ -135,7 +135,7 @@ class ResidualStream:
 
     def _last_states(self, input_ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for (start, stop, n_sequences), ids in zip(
-            self._spans, input_ids.split(self.micro_batch), strict=True
+            self._spans, split_rows(input_ids, self.micro_batch), strict=True
         ):
             rows = self.states.rows[start:stop].view(n_sequences, self.seq_len, -1)
             yield rows.to(self.view.device, self._arguments(n_sequences)[1]), ids
@@ -171,7 +171,7 @@ class ResidualStream:
                 self.states.write(start, output.float())
         self.layer = layer + 1
         if self.history is not None:
-            float(self.states.rows[-1, -1])  # a GPU works behind the clock's back: wait for it
+            float(self.states.rows[-1:].sum())  # a GPU works behind the clock's back: wait for it
             self.layer_seconds.append(time.perf_counter() - begun)
 
 

@@ -53,6 +53,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the model that ``view`` holds now.
 
+    Of several ranks, rank 0 alone measures accuracy and speed, while the others wait.
+
     Args:
         view: the model; unchanged afterwards.
         text: name → data source; perplexity is measured on each.
@@ -84,11 +86,12 @@ def evaluate(
             source, len(windows), windows.shape[1], restored, **frame.to_json()
         )
         progress.status(f"{name} perplexity {estimates[name].value:.2f}")
-    right = _accuracies(view, tasks or {})
+    alone = view.ranks.is_first
+    right = _accuracies(view, tasks or {}) if alone else {}
     zero_shot = {}
     if harness:
         zero_shot = run_harness(view, harness, limit=harness_limit, batch_size=harness_batch_size)
-    speed = speed and view.source is None  # of reading files it would be
+    speed = speed and alone and view.source is None  # of reading files it would be
     context = min(FLOPS_CONTEXT, view.context)
     evaluation = Evaluation(
         n_layers=view.n_layers,
@@ -103,9 +106,10 @@ def evaluate(
         flops_context=context,
         leading_token=frame.leading_token,
     )
-    if not speed:
-        return evaluation
-    return add_speeds(evaluation, measure_speeds({"": lambda: nullcontext(view)})[""])
+    if speed:
+        evaluation = add_speeds(evaluation, measure_speeds({"": lambda: nullcontext(view)})[""])
+    view.ranks.wait()
+    return evaluation
 
 
 def _accuracies(view: DecoderView, tasks: Mapping[str, str]) -> dict[str, Estimate]:

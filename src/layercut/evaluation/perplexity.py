@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.engine.loss import _finite, check_vocabulary, token_losses
+from layercut.errors import DataError
 from layercut.results import Estimate, estimate_mean
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 def perplexity(view: DecoderView, windows: Tensor) -> Estimate:
     """Exponential of the mean cross-entropy of every token of every window but its first.
+
+    Every rank computes its share of the windows, and all have the estimate.
 
     Args:
         view: the model.
@@ -29,13 +32,17 @@ def perplexity(view: DecoderView, windows: Tensor) -> Estimate:
         ``losses`` has every window's mean.
 
     Raises:
-        DataError: a token id is outside the model's vocabulary.
+        DataError: a token id is outside the model's vocabulary, or another rank has other windows.
         NumericsError: the loss is not finite.
     """
     check_vocabulary(view, windows)
-    parts = progress.track(token_losses(view, windows, 2), -(-len(windows) // 2))
-    losses = torch.cat(list(parts)).double().cpu()
-    per_window = losses.mean(dim=1)
-    ppl = math.exp(_finite(float(losses.mean())))
+    view.ranks.check_same("evaluation text", str(windows.tolist()), DataError)
+    ranks = view.ranks
+    own = ranks.share(windows)
+    parts = list(progress.track(token_losses(view, own, 2), -(-len(own) // 2)))
+    n_tokens = int(ranks.total(sum(part.numel() for part in parts))[0])
+    means = [part.mean(dim=1, dtype=torch.float64).cpu() for part in parts]
+    per_window = ranks.gather_rows(torch.cat([torch.empty(0, dtype=torch.float64), *means]))
+    ppl = math.exp(_finite(float(per_window.mean())))  # windows are of equal length
     error = ppl * estimate_mean(per_window).stderr
-    return Estimate(ppl, error, n=losses.numel(), losses=tuple(per_window.tolist()))
+    return Estimate(ppl, error, n=n_tokens, losses=tuple(per_window.tolist()))

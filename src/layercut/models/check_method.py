@@ -10,6 +10,7 @@ from torch import Tensor
 from layercut.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
+    from layercut.models.ranks import Ranks
     from layercut.models.view import DecoderView
     from layercut.registry import MethodCall
     from layercut.types import CalibrationBatches
@@ -20,8 +21,11 @@ def check_model(call: MethodCall, view: DecoderView) -> None:
 
     Raises:
         ModelError: the family's layers cannot be run or compared alone.
-        RecipeError: the method needs all weights at once, and the model is streamed.
+        RecipeError: the method needs all weights at once, and the model is streamed; or it needs
+            one process, and there are several.
     """
+    if not call.method.several_ranks:
+        require_one_rank(view.ranks, f"{call.stage} '{call.name}'")
     if not call.method.streams:
         require_resident(view, f"{call.stage} '{call.name}'")
     if call.method.reads_model and (why := view.layout.unscorable):
@@ -45,6 +49,23 @@ def require_resident(view: DecoderView, what: str) -> None:
         raise RecipeError(
             f"{what} needs all weights at once, and this model's layers are read from their files "
             "one at a time. Leave it out, or use residency: resident on a machine with more memory."
+        )
+
+
+def require_one_rank(ranks: Ranks, what: str) -> None:
+    """Refuse what runs in one process where several share the run.
+
+    Args:
+        ranks: the processes.
+        what: that which runs in one, for the message.
+
+    Raises:
+        RecipeError: there are several.
+    """
+    if ranks.world > 1:
+        raise RecipeError(
+            f"{what} runs in one process, and {ranks.world} were started. Leave it out, or start "
+            "layercut without a launcher."
         )
 
 

@@ -19,6 +19,7 @@ from layercut.checkpoints.preflight import check_folder, list_tokenizer_files, l
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import DTYPES, StoredTensor
 from layercut.errors import ModelError, RecipeError, suggestion
+from layercut.launcher import count_neighbours
 from layercut.machine import available_memory_bytes
 from layercut.models.attention import read_attention
 from layercut.models.dtypes import has_bfloat16, weights_dtype
@@ -117,7 +118,10 @@ def reload(view: DecoderView) -> DecoderView:
 def _fits(stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the weights leave a part of the free memory to rows and sums."""
     numbers = sum(math.prod(t.shape) for t in stored.values() if t.dtype in DTYPES)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory_bytes()
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = available_memory_bytes() // count_neighbours()
     return numbers * dtype.itemsize <= MEMORY_SHARE * free
 
 

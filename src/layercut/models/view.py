@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from layercut.checkpoints.layout import Layout, decoder_path
 from layercut.models.hooks import DecoderOutput, identity, prepare_for_inference
 from layercut.models.layer_source import LayerSource
+from layercut.models.ranks import ALONE, Ranks
 from layercut.models.special_tokens import leading_tokens, n_given
 
 LOSS_CHUNK = 256
@@ -57,6 +58,8 @@ class DecoderView:
         mixed_precision: run float32 weights through bfloat16 matrix products.
         skipped: layers that pass their input through at the moment.
         source: where layers are read from when they run; ``None``: all are in memory.
+        ranks: the processes that share the run; the only one, but for `layercut.run` under a
+            launcher.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class DecoderView:
         self.mixed_precision = mixed_precision
         self.skipped: frozenset[int] = frozenset()
         self.source: LayerSource | None = None
+        self.ranks: Ranks = ALONE
         self._n_outputs: int | None = None
         self._leading: tuple[Any, tuple[int, ...]] | None = None
 

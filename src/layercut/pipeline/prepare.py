@@ -16,15 +16,18 @@ from layercut.checkpoints.writer import check_named_layers
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
 from layercut.engine.loss import check_vocabulary
+from layercut.errors import DataError, ModelError, RecipeError
 from layercut.evaluation.evaluate import check_tasks
 from layercut.evaluation.harness import check_harness
 from layercut.models.check_method import (
     check_lengths,
     check_model,
     check_options,
+    require_one_rank,
     require_resident,
 )
 from layercut.models.load import find_device, load
+from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.pipeline.estimate import Residency, estimate_checkpoint
 from layercut.pipeline.finetune_stage import FinetuneJob, prepare_finetune
@@ -77,22 +80,27 @@ class Job:
         return self.recipe.evaluation.model_dump()
 
 
-def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> Job:
+def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool, ranks: Ranks = ALONE) -> Job:
     """Load the model and its data, and refuse what cannot work.
 
     Args:
         recipe: what is asked for.
         output_dir: the new checkpoint's folder.
         overwrite: replace an earlier output.
+        ranks: the processes that share the run.
 
     Raises:
         LayercutError: see errors.py.
     """
+    check_ranks(recipe, ranks)
     scoring, recovery = resolve_methods(recipe)
     modes = list_residencies(recipe, scoring, recovery)
-    estimate = estimate_recipe(recipe, output_dir, modes, overwrite=overwrite)
+    estimate = estimate_recipe(recipe, output_dir, modes, overwrite=overwrite, ranks=ranks)
     progress.stage("load")
-    view = open_model(recipe, output_dir, overwrite=overwrite, residency=estimate["residency"])
+    # Machines may have unequal memory: all ranks do as rank 0.
+    streamed = ranks.agree(estimate["residency"] == "streamed")
+    residency = "streamed" if streamed else "resident"
+    view = open_model(recipe, output_dir, overwrite=overwrite, residency=residency, ranks=ranks)
     section = recipe.selection
     search_size = section.max_perplexity_ratio is not None
     check_model(recovery, view)
@@ -116,6 +124,7 @@ def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool) -> Job:
     )
     batches = calibration_batches(recipe.calibration, view.tokenizer, seed=recipe.seed)
     check_vocabulary(view, batches.input_ids)
+    view.ranks.check_same("calibration text", batches.fingerprint, DataError)
     if search_size:
         split(batches)
     for call in (scoring, recovery):
@@ -146,7 +155,12 @@ def list_residencies(
 
 
 def estimate_recipe(
-    recipe: Recipe, output_dir: Path, modes: Sequence[Residency], *, overwrite: bool
+    recipe: Recipe,
+    output_dir: Path,
+    modes: Sequence[Residency],
+    *,
+    overwrite: bool,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """What a run will take, said in three lines and returned as in ``result.json``.
 
@@ -155,23 +169,26 @@ def estimate_recipe(
         output_dir: the new checkpoint's folder.
         modes: where the weights may be.
         overwrite: replace an earlier output.
+        ranks: who shares the run; rank 0 alone looks at the destination.
 
     Raises:
         OutputError: the destination cannot be written to.
         ResourceError: there is too little memory or disk for it.
         LayercutError: as for `load`.
     """
-    check_output_dir(output_dir, Path(recipe.model), overwrite=overwrite)
-    device = find_device(recipe.device)
+    if ranks.is_first:
+        check_output_dir(output_dir, Path(recipe.model), overwrite=overwrite)
+    device = find_device(ranks.choose_device(recipe.device))
     folder = find_folder(recipe.model, recipe.revision)
     layout, stored = check_folder(folder)
-    estimate = estimate_checkpoint(folder, layout, stored, recipe, device)
+    estimate = estimate_checkpoint(folder, layout, stored, recipe, device, ranks=ranks.world)
     available = measure_available(device)
     mode, reason = choose_residency(estimate, available, modes, residency=recipe.residency)
     for line in describe_run(estimate, mode, reason):
         progress.line(line)
     check_resources(estimate, available, mode, modes)
-    check_disk_space(folder, output_dir)
+    if ranks.is_first:
+        check_disk_space(folder, output_dir)
     return estimate.to_json(mode, reason)
 
 
@@ -194,33 +211,62 @@ def resolve_methods(recipe: Recipe) -> tuple[MethodCall, MethodCall]:
 
 
 def open_model(
-    recipe: Recipe, output_dir: Path, *, overwrite: bool, residency: str = "resident"
+    recipe: Recipe,
+    output_dir: Path,
+    *,
+    overwrite: bool,
+    residency: str = "resident",
+    ranks: Ranks = ALONE,
 ) -> DecoderView:
     """Load the recipe's model, once its destination is known to be usable.
+
+    Every rank loads it; only rank 0 writes, and looks at the destination.
 
     Args:
         recipe: what is asked for.
         output_dir: the new checkpoint's folder.
         overwrite: replace an earlier output.
         residency: where the weights will be.
+        ranks: who loads it.
 
     Raises:
         OutputError: the destination cannot be written to.
         ResourceError: the disk could not hold a copy of the weights.
         LayercutError: as for `load`.
     """
-    check_output_dir(output_dir, Path(recipe.model), overwrite=overwrite)
+    if ranks.is_first:
+        check_output_dir(output_dir, Path(recipe.model), overwrite=overwrite)
     view = load(
         recipe.model,
         revision=recipe.revision,
         dtype=recipe.dtype,
-        device=recipe.device,
+        device=ranks.choose_device(recipe.device),
         residency=residency,
     )
     check_residency(recipe, view)
-    check_output_dir(output_dir, view.path, overwrite=overwrite)
-    check_disk_space(view.path, output_dir)
+    if ranks.is_first:
+        check_output_dir(output_dir, view.path, overwrite=overwrite)
+        check_disk_space(view.path, output_dir)
+    ranks.check_same("model", view.fingerprint, ModelError)
+    view.ranks = ranks.on(view.device)
     return view
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    """Refuse what runs in one process where several share the run, and other recipes elsewhere.
+
+    Raises:
+        RecipeError: names the recipe's key.
+    """
+    single = {
+        "heal": recipe.heal,
+        "finetune": recipe.finetune,
+        "evaluation.harness": recipe.evaluation.harness,
+    }
+    for key, section in single.items():
+        if section:
+            require_one_rank(ranks, key)
+    ranks.check_same("recipe", recipe.to_yaml(), RecipeError)
 
 
 def check_residency(recipe: Recipe, view: DecoderView) -> None:

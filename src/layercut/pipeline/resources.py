@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from layercut.errors import ResourceError
+from layercut.launcher import count_neighbours
 from layercut.machine import available_memory_bytes
 from layercut.pipeline.estimate import WRITE, Residency, RunEstimate
 
@@ -32,7 +33,7 @@ class Available:
 
     Attributes:
         device_bytes: free memory of the GPU; ``None`` on a CPU.
-        host_bytes: memory that this process can still take.
+        host_bytes: memory that this process can still take beside the other ranks of its machine.
         temporary_bytes: free where temporary files are made.
     """
 
@@ -46,7 +47,7 @@ def measure_available(device: torch.device) -> Available:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     return Available(
         device_bytes=free,
-        host_bytes=available_memory_bytes(),
+        host_bytes=available_memory_bytes() // count_neighbours(),
         temporary_bytes=shutil.disk_usage(tempfile.gettempdir()).free,
     )
 

@@ -20,6 +20,7 @@ from layercut.models.surgery import apply
 from layercut.output.verify import verify_checkpoint
 from layercut.pipeline.finetune_stage import finetune_dense, finetune_pruned, move_kept
 from layercut.pipeline.heal_stage import heal_pruned
+from layercut.pipeline.join_ranks import joined_ranks
 from layercut.pipeline.prepare import Job, prepare
 from layercut.pipeline.prune import prune
 from layercut.pipeline.run_record import recorded
@@ -41,6 +42,8 @@ def run(
 ) -> RunResult:
     """Prune a model as ``recipe`` says and write it to ``output_dir``.
 
+    Started by ``torchrun`` or another launcher, all processes share the work, and rank 0 writes.
+
     Args:
         recipe: a recipe, the path of one, or its content.
         output_dir: the new checkpoint's folder; it appears complete and verified, or not at all.
@@ -60,9 +63,10 @@ def run(
         recipe = load_recipe(recipe, overrides)
     result = RunResult(recipe.model, recipe.model_dump(mode="json"), provenance(command))
     start = time.perf_counter()
-    with result.collecting_warnings():
+    with joined_ranks() as ranks, result.collecting_warnings():
+        result.n_ranks = ranks.world
         with result.timed("load", "estimate the run"):
-            job = prepare(recipe, Path(output_dir), overwrite=overwrite)
+            job = prepare(recipe, Path(output_dir), overwrite=overwrite, ranks=ranks)
         result.estimate = job.estimate
         with recorded(job) as journal:
             prune_and_train(job, journal, result, start)
@@ -93,14 +97,18 @@ def prune_and_train(job: Job, journal: Journal, result: RunResult, start: float)
     with result.timed("evaluate", "evaluate the pruned model"):
         pruned = recall_evaluation(view, job.evaluation, journal, "pruned")
         result.stages["pruned"] = add_changes(pruned, result.stages["dense"])
-        if view.source is None:  # else the time would be that of reading files
+        # Of layers that are read from files, the time would be that of reading.
+        if view.source is None and view.ranks.is_first:
             time_dense_and_pruned(dense, view, result)
+        view.ranks.wait()
     del dense
     patch = heal_pruned(view, job.heal, plan, patch, result)
     patch = finetune_pruned(view, job.finetune, plan, patch, teacher, result)
     carry_speeds(result)
     result.recovery = {**result.recovery, "tensors_changed": len(patch.tensors)}
-    write_output(job, plan, patch, evidence, result, start)
+    if view.ranks.is_first:
+        write_output(job, plan, patch, evidence, result, start)
+    view.ranks.wait()
     if job.heal or job.finetune:
         remove_claimed(training_folder(job.output_dir))
 

@@ -21,7 +21,7 @@ from layercut.checkpoints.output_dir import SPARE_SPACE
 from layercut.data.calibration import evaluation_windows
 from layercut.data.tasks import read_rows
 from layercut.engine.file_journal import FileJournal, open_journal
-from layercut.engine.journal import Item, Journal
+from layercut.engine.journal import NO_JOURNAL, Item, Journal
 from layercut.errors import DataError, ModelError, NumericsError, PlanError, RecipeError
 from layercut.models.view import DecoderView
 from layercut.pipeline.prepare import Job
@@ -48,9 +48,14 @@ def record_folder(output_dir: Path) -> Path:
 def recorded(job: Job) -> Iterator[Journal]:
     """The journal of a run; it stays behind if the run ends early, and is gone at its end.
 
+    Several ranks record nothing.
+
     Raises:
         OutputError: the record beside the output belongs to another run, or is in use.
     """
+    if job.view.ranks.world > 1:
+        yield NO_JOURNAL  # ranks that had recorded different parts could not go on together
+        return
     folder = record_folder(job.output_dir)
     weights = sum(path.stat().st_size for path in list_weight_files(job.view.path))
     with open_journal(

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from layercut import progress
 from layercut.checkpoints.patch import Names
+from layercut.engine.gradient_sums import walk_summed_gradients
 from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.engine.layer_gradients import LossGradient
-from layercut.engine.layerwise import walk_gradients
 from layercut.engine.loss import mean_loss
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import NumericsError
@@ -35,7 +35,7 @@ from layercut.models.weight_store import collect, make_store
 from layercut.recovery.step_records import recall_steps, record_step
 from layercut.tensor_maps import ComputedTensors
 from layercut.training.distillation_loss import Divergence
-from layercut.types import CalibrationBatches, PruningPlan
+from layercut.types import CalibrationBatches, PruningPlan, split_rows
 
 ETA = 0.001
 SHORTEST = ETA / 8
@@ -109,13 +109,20 @@ def find_directions(
         NumericsError: the loss or a gradient is not finite.
     """
     directions = make_store(view)
+    turn = 0
     for gradients in walk_divergence_gradients(view, plan, tensors, sequences, micro_batch):
         while gradients:
             name, gradient = gradients.popitem()
-            weight = view.model.get_parameter(name).data
-            length = weight.float().norm() / math.sqrt(min(weight.shape))
-            direction = orthogonalize(gradient)
-            directions[name] = (direction * length.to(direction.device)).bfloat16()
+            direction = torch.empty_like(
+                gradient, dtype=torch.bfloat16, memory_format=torch.contiguous_format
+            )
+            if turn % view.ranks.world == view.ranks.rank:
+                weight = view.model.get_parameter(name).data
+                length = weight.float().norm() / math.sqrt(min(weight.shape))
+                direction.copy_(orthogonalize(gradient) * length.to(gradient.device))
+            view.ranks.broadcast_(direction, turn)
+            directions[name] = direction
+            turn += 1
     return directions
 
 
@@ -132,7 +139,7 @@ def walk_divergence_gradients(
         view: the intact model; unchanged afterwards. Between two layers it is the pruned one.
         plan: which layers go.
         tensors: replaced weights.
-        sequences: token ids, (n, seq).
+        sequences: token ids, (n, seq), of which every rank works on its share.
         micro_batch: sequences in memory at once.
 
     Yields:
@@ -143,18 +150,14 @@ def walk_divergence_gradients(
     """
     trained = find_trained_weights(view, plan)
     with _naming_the_remedy(), eager(view, sequences.shape[1]):
-        loss = _divergence_from(view, sequences, micro_batch)
-        groups = _divide(view, sequences, micro_batch)
-        sums: dict[int, dict[str, Tensor]] = {}
+        own = view.ranks.share(sequences)
+        loss = _divergence_from(view, own, micro_batch, len(sequences))
+        groups = _divide(view, own, micro_batch)
         with view.skipping(plan.dropped), view.patched(tensors):
-            for found in walk_gradients(view, groups, micro_batch=micro_batch, loss=loss):
-                layer = sums.setdefault(found.layer, {})
-                for name in trained & found.weights.keys():
-                    gradient = found.weights[name]
-                    layer[name] = layer[name].add_(gradient) if name in layer else gradient
-                if found.group == len(groups) - 1:
-                    found.weights.clear()
-                    yield sums.pop(found.layer)
+            for _, gradients in walk_summed_gradients(
+                view, groups, micro_batch=micro_batch, loss=loss, wanted=trained.__contains__
+            ):
+                yield gradients
 
 
 @contextmanager
@@ -165,8 +168,10 @@ def _naming_the_remedy() -> Iterator[None]:
         raise NumericsError(f"{error} Or set the refit's gradient_steps: 0.") from error
 
 
-def _divergence_from(view: DecoderView, sequences: Tensor, micro_batch: int) -> LossGradient:
-    """The mean divergence from the model that ``view`` is now, of every micro-batch."""
+def _divergence_from(
+    view: DecoderView, sequences: Tensor, micro_batch: int, n_all: int
+) -> LossGradient:
+    """Every micro-batch's part of the mean divergence over ``n_all`` sequences from ``view``."""
     stream = ResidualStream(view, CalibrationBatches(sequences, micro_batch, micro_batch, "", ""))
     stream.advance_to(view.n_layers)
     divergence = Divergence(view, view)
@@ -176,7 +181,7 @@ def _divergence_from(view: DecoderView, sequences: Tensor, micro_batch: int) -> 
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
             normed = view.norm_states(leaf, ids)
-            value = divergence.of_states(normed, ids, dense[place]) * (len(ids) / len(sequences))
+            value = divergence.of_states(normed, ids, dense[place]) * (len(ids) / n_all)
         (gradient,) = torch.autograd.grad(value, leaf)
         return gradient, value.detach()
 
@@ -189,8 +194,8 @@ def _divide(view: DecoderView, sequences: Tensor, micro_batch: int) -> list[Tens
     One group's layers run forward twice, but one layer's gradients are in memory at a time.
     """
     if view.source is not None or view.device.type == "cuda":
-        return [sequences]
-    return list(sequences.split(micro_batch))
+        return [sequences] if len(sequences) else []
+    return list(split_rows(sequences, micro_batch))
 
 
 def step_weights(

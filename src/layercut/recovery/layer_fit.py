@@ -11,6 +11,7 @@ from torch import Tensor
 from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.engine.residual_stream import ResidualStream, advance_and_record
 from layercut.errors import DataError, ModelError
+from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import make_store
 from layercut.models.writers import Writer, find_writers
@@ -61,8 +62,8 @@ def refit_layers(
     Args:
         view: the intact model.
         plan: which layers go; not layer 0.
-        batches: calibration text.
-        held_out: mask of the tokens that choose λ.
+        batches: this rank's share of the calibration text.
+        held_out: mask of its tokens that choose λ.
         layers: the kept layers before a cut, or all from the first cut on.
         modules: down-projections, or attention outputs as well.
         dense: the intact model's stream where it is shared.
@@ -92,8 +93,8 @@ def refit_cuts(
     Args:
         view: the intact model; unchanged afterwards.
         plan: which layers go; not layer 0.
-        batches: calibration text.
-        held_out: mask of the tokens that choose λ.
+        batches: this rank's share of the calibration text.
+        held_out: mask of its tokens that choose λ.
         dense: the intact model's stream.
         writers: of every layer.
 
@@ -129,8 +130,8 @@ def _refit(
     return tensors, kept.pruned
 
 
-def mask_held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
-    """Mask over all calibration tokens: True in every ``every``-th sequence.
+def choose_held_out(batches: CalibrationBatches, every: int) -> Tensor:
+    """Mask over all sequences, (n_sequences,): True for every ``every``-th.
 
     Raises:
         DataError: fewer than two sequences.
@@ -141,8 +142,16 @@ def mask_held_out_rows(batches: CalibrationBatches, every: int) -> Tensor:
             "2, or another recovery."
         )
     every = min(every, batches.n_sequences)
-    chosen = torch.arange(batches.n_sequences) % every == every - 1
-    return chosen.repeat_interleave(batches.seq_len)
+    return torch.arange(batches.n_sequences) % every == every - 1
+
+
+def mask_held_out_rows(batches: CalibrationBatches, every: int, ranks: Ranks = ALONE) -> Tensor:
+    """Mask over the tokens of this rank's share of ``batches``: True in the sequences held out.
+
+    Raises:
+        DataError: fewer than two sequences.
+    """
+    return ranks.share(choose_held_out(batches, every)).repeat_interleave(batches.seq_len)
 
 
 def _refit_layer(
@@ -191,7 +200,7 @@ def _fit_writers(
         ahead = kept.pruned.fork()
         with view.patched(changed):
             inputs, outputs = advance_and_record(ahead, kept.layer, writer.module)
-        rows = WriterRows(inputs, outputs, ahead.states, kept.target, held_out)
+        rows = WriterRows(inputs, outputs, ahead.states, kept.target, held_out, view.ranks)
         new, change = fit_writer(view, writer, rows)
         changed |= new
         if writer is not writers[-1]:
@@ -213,8 +222,8 @@ def _add_products(rows: Spool, inputs: Spool, change: Tensor) -> None:
             part += (a.to(right.device) @ right).to(part.device)
 
 
-def sum_products(residual: Spool, output: Spool) -> tuple[Tensor, Tensor]:
-    """Σ_t r_t m_tᵀ and Σ_t m_t m_tᵀ, (d, d) float64 each.
+def sum_products(residual: Spool, output: Spool, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    """Σ_t r_t m_tᵀ and Σ_t m_t m_tᵀ over all ranks' rows, (d, d) float64 each.
 
     float64 because a few massive activations exceed the rest by orders of magnitude.
     """
@@ -225,16 +234,19 @@ def sum_products(residual: Spool, output: Spool) -> tuple[Tensor, Tensor]:
         m64 = m.double()
         cross += r.to(m64).T @ m64
         gram += m64.T @ m64
+    ranks.sum_(cross, gram)
     return cross, gram
 
 
-def mean_squared_errors(residual: Spool, output: Spool, projection: Tensor) -> tuple[float, float]:
-    """Mean squared distance to the target before and after the projection."""
+def mean_squared_errors(
+    residual: Spool, output: Spool, projection: Tensor, ranks: Ranks = ALONE
+) -> tuple[float, float]:
+    """Mean squared distance to the target before and after the projection, of all ranks' rows."""
     change = (projection - torch.eye(len(projection)).to(projection)).float().to(output.device)
     errors = torch.zeros(2, dtype=torch.float64, device=output.device)
     for r, m in zip(residual.slices(), output.slices(), strict=True):
         r = r.to(m.device)
         errors[0] += r.square().sum(dtype=torch.float64)
         errors[1] += (r - m @ change.T).square().sum(dtype=torch.float64)
-    before, after = (errors / len(residual)).tolist()
-    return before, after
+    before, after, n_rows = ranks.total(*errors.tolist(), len(residual))
+    return before / n_rows, after / n_rows

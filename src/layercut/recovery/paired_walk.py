@@ -61,7 +61,7 @@ def paired_walk(
     Args:
         view: the intact model; unchanged afterwards.
         plan: which layers go.
-        batches: calibration text.
+        batches: the text that this rank walks.
         dense: the intact model's stream over ``batches`` where several recoveries share it.
     """
     dense = start_dense_stream(view, batches, dense)

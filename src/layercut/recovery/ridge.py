@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from layercut.models.ranks import ALONE, Ranks
+
 PENALTY_GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SMALLER_PENALTIES = (3e-4, 3e-5, 3e-6, 3e-7)
 """Tried one by one where the least of the grid is the best: nearly all can be explained then."""
@@ -24,7 +26,10 @@ Rows = Iterable[tuple[Tensor, Tensor]]
 
 
 class Shape(NamedTuple):
-    """Sizes of a problem: rows to fit, rows to judge by, features of a, and those of e."""
+    """Sizes of a problem: rows to fit, rows to judge by, features of a, and those of e.
+
+    Rows are counted on one rank; which side is smaller is a matter of all ranks' rows.
+    """
 
     n_fitted: int
     n_held_out: int
@@ -69,35 +74,38 @@ def _factor(gram: Tensor, penalty: float, width: int) -> tuple[Tensor, Tensor]:
 
 
 def fit_best_penalty(
-    fitted: Rows, held_out: Rows, shape: Shape, device: torch.device
+    fitted: Rows, held_out: Rows, shape: Shape, device: torch.device, ranks: Ranks = ALONE
 ) -> Tensor | None:
     """D of the λ that lowers the held-out error most, (out, in); ``None`` if none lowers it.
 
-    The device is waited for once, unless the least λ is the best.
+    The device is waited for once, unless the least λ is the best. Every rank solves for all of
+    them, and rank 0 chooses.
 
     Args:
         fitted: rows to fit.
         held_out: rows to choose λ by.
         shape: how many they are, and how wide.
         device: where the rows are, and D will be.
+        ranks: who has the other rows.
     """
+    n_fitted, n_held_out = ranks.total(shape.n_fitted, shape.n_held_out)
     with fast_products(device):
-        by_tokens = shape.n_fitted < shape.width
-        side = (_TokenSide if by_tokens else _FeatureSide)(fitted, shape, device)
-        from_sums = not by_tokens and shape.n_held_out > shape.width
-        errors = (_ErrorSums if from_sums else _ErrorRows)(held_out, shape, device, side)
+        by_tokens = n_fitted < shape.width
+        side = (_TokenSide if by_tokens else _FeatureSide)(fitted, shape, device, ranks)
+        from_sums = not by_tokens and n_held_out > shape.width
+        errors = (_ErrorSums if from_sums else _ErrorRows)(held_out, shape, device, ranks, side)
         best: Tensor | None = None
         lowest = torch.zeros((), dtype=torch.float64, device=device)
         is_least = torch.zeros((), dtype=torch.bool, device=device)
         for penalty in PENALTY_GRID:
-            solution, change, better = _try(side, errors, penalty, shape.width, lowest)
+            solution, change, better = _try(side, errors, penalty, shape.width, lowest, ranks)
             best = solution if best is None else torch.where(better, solution, best)
             lowest = torch.where(better, change, lowest)
             is_least = better if penalty == PENALTY_GRID[0] else is_least & ~better
         assert best is not None
         improves, more = torch.stack([lowest < 0, is_least]).tolist()
         for penalty in SMALLER_PENALTIES if more else ():
-            solution, change, better = _try(side, errors, penalty, shape.width, lowest)
+            solution, change, better = _try(side, errors, penalty, shape.width, lowest, ranks)
             if not bool(better):
                 break
             best, lowest = solution, change
@@ -110,24 +118,28 @@ def _try(
     penalty: float,
     width: int,
     lowest: Tensor,
+    ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The solution for one λ, the change of the held-out error, and whether that is the lowest."""
     factor, info = _factor(side.gram, penalty, width)
     solution = torch.cholesky_solve(side.right, factor)
-    change = errors.change(solution)
-    return solution, change, (info == 0) & (change < lowest)
+    verdict = torch.stack([errors.change(solution), info.double()])
+    ranks.broadcast_(verdict)
+    change, failed = verdict
+    return solution, change, (failed == 0) & (change < lowest)
 
 
 class _FeatureSide:
     """G and Cᵀ, summed as the rows pass; a solution is Dᵀ, (in, out) float64."""
 
-    def __init__(self, rows: Rows, shape: Shape, device: torch.device) -> None:
+    def __init__(self, rows: Rows, shape: Shape, device: torch.device, ranks: Ranks) -> None:
         width, out = shape.width, shape.out
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.right = torch.zeros(width, out, dtype=torch.float64, device=device)
         for a, e in rows:  # products in float32, their sums in float64
             self.gram += a.T @ a
             self.right += a.T @ e
+        ranks.sum_(self.gram, self.right)
 
     def basis(self, a: Tensor) -> Tensor:
         """What times a solution predicts e of other rows."""
@@ -138,12 +150,13 @@ class _FeatureSide:
 
 
 class _TokenSide:
-    """K and E; a solution is (K + λ̂ I)⁻¹ E, (n, out) float64."""
+    """K and E of all ranks' rows; a solution is (K + λ̂ I)⁻¹ E, (n, out) float64."""
 
-    def __init__(self, rows: Rows, shape: Shape, device: torch.device) -> None:
-        self.a, e = _stack(rows, shape.n_fitted, shape, device)
-        self.gram = (self.a @ self.a.T).double()
-        self.right = e.double()
+    def __init__(self, rows: Rows, shape: Shape, device: torch.device, ranks: Ranks) -> None:
+        a, e = _stack(rows, shape.n_fitted, shape, device)
+        self.a = ranks.gather_rows(a)
+        self.gram = ranks.gather_rows(a @ self.a.T).double()
+        self.right = ranks.gather_rows(e).double()
 
     def basis(self, a: Tensor) -> Tensor:
         return a @ self.a.T
@@ -156,24 +169,37 @@ class _ErrorRows:
     """‖e − D·a‖² − ‖e‖² over the held-out rows."""
 
     def __init__(
-        self, rows: Rows, shape: Shape, device: torch.device, side: _FeatureSide | _TokenSide
+        self,
+        rows: Rows,
+        shape: Shape,
+        device: torch.device,
+        ranks: Ranks,
+        side: _FeatureSide | _TokenSide,
     ) -> None:
+        self.ranks = ranks
         a, self.e = _stack(rows, shape.n_held_out, shape, device)
         self.basis = side.basis(a)
         self.before = self.e.square().sum(dtype=torch.float64)
 
     def change(self, solution: Tensor) -> Tensor:
         residual = self.e - self.basis @ solution.float()
-        return residual.square().sum(dtype=torch.float64) - self.before
+        change = residual.square().sum(dtype=torch.float64) - self.before
+        self.ranks.sum_(change)
+        return change
 
 
 class _ErrorSums:
     """The same from the held-out rows' G and C, which are smaller than many rows."""
 
     def __init__(
-        self, rows: Rows, shape: Shape, device: torch.device, side: _FeatureSide | _TokenSide
+        self,
+        rows: Rows,
+        shape: Shape,
+        device: torch.device,
+        ranks: Ranks,
+        side: _FeatureSide | _TokenSide,
     ) -> None:
-        self.sums = _FeatureSide(rows, shape, device)
+        self.sums = _FeatureSide(rows, shape, device, ranks)
 
     def change(self, solution: Tensor) -> Tensor:
         return (solution * (self.sums.gram @ solution - 2 * self.sums.right)).sum()

@@ -37,7 +37,8 @@ def fit_maps(
         dense: the intact model's stream where it is shared.
     """
     maps = {}
-    for kept in paired_walk(view, plan, batches, dense=dense):
+    own = view.ranks.share_batches(batches)
+    for kept in paired_walk(view, plan, own, dense=dense):
         if kept.before_cut:
             kept.pruned.advance(kept.layer)
             maps[kept.layer] = fit_map(kept)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from layercut.models.output_projections import store_like
+from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.models.writers import Norm, Writer
 from layercut.recovery.ridge import Shape, fast_products, fit_best_penalty
@@ -44,6 +45,7 @@ class WriterRows:
         stream: the layer's output, (n_tokens, d).
         target: what it should be, (n_tokens, d).
         held_out: mask of the tokens that judge and are not fitted.
+        ranks: who has the other rows.
     """
 
     inputs: Spool
@@ -51,6 +53,7 @@ class WriterRows:
     stream: Spool
     target: Spool
     held_out: Tensor
+    ranks: Ranks = ALONE
 
 
 def fit_writer(
@@ -105,7 +108,8 @@ def _choose_device(view: DecoderView, rows: WriterRows) -> torch.device:
     """Where D is computed: the model's device if there is memory for it, else the CPU."""
     width, out = rows.inputs.rows.shape[1], rows.stream.rows.shape[1]
     n_held_out = int(rows.held_out.sum())
-    side = min(len(rows.held_out) - n_held_out, width)
+    n_fitted = rows.ranks.total(len(rows.held_out) - n_held_out)[0]
+    side = min(int(n_fitted), width)
     # The Gram matrix, ridged and factored; two solutions, the right side and D; the rows of the
     # tokens' side and the held-out ones; slices.
     n_bytes = 8 * side * (3 * side + 5 * out) + 4 * (side + n_held_out) * (width + out) + 2**28
@@ -117,7 +121,8 @@ def _fit_rows(rows: WriterRows, device: torch.device, pick: Rows) -> Tensor | No
     width, out = rows.inputs.rows.shape[1], rows.stream.rows.shape[1]
     n_held_out = int(rows.held_out.sum())
     shape = Shape(len(rows.held_out) - n_held_out, n_held_out, width, out)
-    return fit_best_penalty(pick(~rows.held_out), pick(rows.held_out), shape, device)
+    fitted, held_out = pick(~rows.held_out), pick(rows.held_out)
+    return fit_best_penalty(fitted, held_out, shape, device, rows.ranks)
 
 
 def _slices(mask: Tensor, device: torch.device, *spools: Spool) -> Iterator[tuple[Tensor, ...]]:
@@ -198,6 +203,7 @@ class _ThroughNorm:
                 for place, share in enumerate(shares):
                     left = (wanted - self.writer.write(z + share * moved)) * weight
                     errors[place] += left.square().sum(dtype=torch.float64)
+        self.rows.ranks.sum_(errors)
         return shares[int(errors.argmin())]
 
     def move(self, change: Tensor) -> None:
@@ -215,6 +221,7 @@ class _ThroughNorm:
             y = self.writer.write(z) * weight
             sums[0] += (wanted * weight * y).sum(dim=0, dtype=torch.float64)
             sums[1] += y.square().sum(dim=0, dtype=torch.float64)
+        self.rows.ranks.sum_(sums)
         factor = (sums[0] / sums[1].clamp_min(1e-300)).clamp(1 / MOST_GAIN, MOST_GAIN).float()
         factor = torch.where(sums[1] > 0, factor, 1.0)
         errors = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -223,4 +230,5 @@ class _ThroughNorm:
             for place, written in enumerate((y, y * factor)):
                 left = (wanted - written) * weight
                 errors[place] += left.square().sum(dtype=torch.float64)
+        self.rows.ranks.sum_(errors)
         return factor if bool(errors[1] < errors[0]) else None

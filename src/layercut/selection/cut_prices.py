@@ -24,6 +24,7 @@ from layercut.checkpoints.layer_types import LayerTypes
 from layercut.engine.journal import NO_JOURNAL, Entry, Journal
 from layercut.engine.layerwise import walk_gradients
 from layercut.engine.residual_stream import ResidualStream, advance_and_record
+from layercut.models.ranks import Ranks
 from layercut.models.view import DecoderView
 from layercut.models.writers import Writer
 from layercut.recovery.layer_fit import LayerWriters, mask_held_out_rows
@@ -44,14 +45,19 @@ def sensitivities(
 ) -> tuple[Tensor, list[float]]:
     """‖∇h_l‖ of every token at every boundary, and every layer's residual sensitivity.
 
+    Args:
+        view: the model.
+        batches: the sample.
+        dense: this rank's share of it.
+
     Returns:
-        Slopes on the model's device, (L + 1, n_tokens), where row l is for the stream entering
-        layer l (row 0 is zero),
-        and the sum over tokens of ‖∇h_{l+1}‖·‖h_{l+1} − h_l‖ per layer.
+        Slopes of this rank's tokens on the model's device, (L + 1, n_tokens), where row l is for
+        the stream entering layer l (row 0 is zero),
+        and the sum over all tokens of ‖∇h_{l+1}‖·‖h_{l+1} − h_l‖ per layer.
     """
-    n_tokens = batches.n_sequences * batches.seq_len
+    n_tokens = len(dense.states)
     slopes = torch.zeros(view.n_layers + 1, n_tokens, device=view.device)
-    parts = list(batches.micro_batches())
+    parts = list(view.ranks.share_batches(batches).micro_batches())
     n_rows = batches.micro_batch * batches.seq_len
     for g in walk_gradients(view, parts, micro_batch=batches.micro_batch, weights=False):
         norms = g.grad_out[0].float().norm(dim=-1).flatten()
@@ -63,7 +69,9 @@ def sensitivities(
     for slope, before, after in zip(slopes[1:], dense.history, dense.history[1:], strict=False):
         change = (after.rows - before.rows.to(after.device)).norm(dim=1)
         values.append((slope.to(change.device) * change).sum(dtype=torch.float64).to(view.device))
-    return slopes, torch.stack(values).tolist()
+    totals = torch.stack(values)
+    view.ranks.sum_(totals)
+    return slopes, totals.tolist()
 
 
 def price_cuts(
@@ -77,16 +85,18 @@ def price_cuts(
 ) -> Prices:
     """The price of every cut (first layer, number of layers) of at most ``longest`` layers.
 
+    All ranks have all prices.
+
     Args:
         view: the model; unchanged afterwards.
         batches: calibration text.
-        dense: the model's stream with a history.
-        slopes: ‖∇h_l‖, (L + 1, n_tokens).
+        dense: the model's stream of this rank's share of it, with a history.
+        slopes: ‖∇h_l‖ of that share, (L + 1, n_tokens).
         longest: the most layers of a cut.
         writers: of every layer; the last one in front of a cut is what its refit changes.
         journal: records the prices of every first layer.
     """
-    held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
+    held_out = mask_held_out_rows(batches, HELD_OUT_EVERY, view.ranks)
     rows = (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
     weights = slopes[:, rows[1].to(slopes.device)]
     prices: Prices = {}
@@ -118,12 +128,14 @@ def _price_from(
     if writer is not None:
         recorded = writer, *advance_and_record(dense.fork(), start - 1, writer.module)
     targets = [dense.history[end] for end in ends]
-    lengths = _residuals(recorded, dense.history[start], targets, rows, view.device)
+    lengths = _residuals(recorded, dense.history[start], targets, rows, view.device, view.ranks)
     costs = [
         (weights[end].to(length.device) * length).sum(dtype=torch.float64)
         for end, length in zip(ends, lengths, strict=True)
     ]
-    return Entry({"prices": torch.stack(costs).tolist()})
+    totals = torch.stack(costs)
+    view.ranks.sum_(totals)
+    return Entry({"prices": totals.tolist()})
 
 
 def _residuals(
@@ -132,6 +144,7 @@ def _residuals(
     targets: list[Spool],
     rows: tuple[Tensor, Tensor],
     device: torch.device,
+    ranks: Ranks,
 ) -> Iterator[Tensor]:
     """‖target − origin − what D adds‖ of every held-out token, per target; D = 0 where better.
 
@@ -141,11 +154,14 @@ def _residuals(
         targets: rows behind it, by its length.
         rows: indices of the tokens to fit, and of those that are held out.
         device: where it is computed, if there is memory for it; else the CPU.
+        ranks: who has the other rows.
     """
     width, out = recorded[1].rows.shape[1] if recorded else 0, origin.rows.shape[1]
-    side = min(width, len(rows[0]))
+    n_fitted = int(ranks.total(len(rows[0]))[0])
+    side = min(width, n_fitted)
     # Rows of the inputs and of one target's changes; the Gram matrix, its factor, the fit.
-    n_bytes = 4 * len(origin) * (width + 3 * out) + 8 * side * (4 * side + len(rows[1]) + 4 * out)
+    n_bytes = 4 * (n_fitted + len(rows[1])) * (width + 3 * out)
+    n_bytes += 8 * side * (4 * side + len(rows[1]) + 4 * out)
     device = choose_device(device, n_bytes)
 
     def pick(spool: Spool, part: int) -> Tensor:
@@ -162,7 +178,7 @@ def _residuals(
                 writer, pick(outputs, 0), pick(outputs, 1)
             )
             a, a_held = pick(inputs, 0) * (weight / scale), pick(inputs, 1) / scale_held
-            predict = _prepare_prediction(a, a_held)
+            predict = _prepare_prediction(a, a_held, n_fitted, ranks)
         for target in targets:
             missing = pick(target, 1) - start_held
             length = missing.norm(dim=1)
@@ -170,7 +186,9 @@ def _residuals(
             if recorded is not None and predict is not None:
                 wanted = (pick(target, 0) - start) * weight * before
                 left = (missing - after * predict(wanted)).norm(dim=1)
-                length = torch.where(left.sum() < length.sum(), left, length)
+                sums = torch.stack([left.sum(), length.sum()])
+                ranks.sum_(sums)
+                length = torch.where(sums[0] < sums[1], left, length)
             yield length
 
 
@@ -190,23 +208,37 @@ def _see_through(
     return small_gain(norm).to(gain), gain, norm.scale(outputs), norm.scale(held_out)
 
 
-def _prepare_prediction(a: Tensor, a_held: Tensor) -> Callable[[Tensor], Tensor] | None:
+def _prepare_prediction(
+    a: Tensor, a_held: Tensor, n_fitted: int, ranks: Ranks
+) -> Callable[[Tensor], Tensor] | None:
     """D·a of the held-out rows as a function of the change that D is fitted to.
 
     Args:
-        a: weighted rows to fit with, (n, in).
-        a_held: held-out rows, (m, in).
+        a: this rank's weighted rows to fit with, (n, in).
+        a_held: its held-out rows, (m, in).
+        n_fitted: rows to fit with of all ranks.
+        ranks: who shares the sums; each answers for its own held-out rows.
     """
-    if len(a) < a.shape[1]:
-        factor = factor_ridge((a @ a.T).double(), PENALTY, a.shape[1])
-        if factor is None:
+    width = a.shape[1]
+    if n_fitted < width:
+        rows = ranks.gather_rows(a)
+        factor = factor_ridge(ranks.gather_rows(a @ rows.T).double(), PENALTY, width)
+        if not ranks.agree(factor is not None) or factor is None:
             return None
-        solved = torch.cholesky_solve((a @ a_held.T).double(), factor).T.float()
-        return lambda change: solved @ change
-    factor = factor_ridge((a.T @ a).double(), PENALTY)
-    if factor is None:
+        solved = torch.cholesky_solve((rows @ a_held.T).double(), factor).T.float()
+        return lambda change: solved @ ranks.gather_rows(change)
+    gram = (a.T @ a).double()
+    ranks.sum_(gram)
+    factor = factor_ridge(gram, PENALTY)
+    if not ranks.agree(factor is not None) or factor is None:
         return None
-    return lambda change: a_held @ torch.cholesky_solve((a.T @ change).double(), factor).float()
+
+    def predict(change: Tensor) -> Tensor:
+        right = (a.T @ change).double()
+        ranks.sum_(right)
+        return a_held @ torch.cholesky_solve(right, factor).float()
+
+    return predict
 
 
 def find_cheapest_plans(

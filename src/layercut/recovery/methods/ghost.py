@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from layercut.engine.residual_stream import ResidualStream
+from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.recovery.methods.projection import solve_closed_form
 from layercut.recovery.runtime_maps import fit_maps
@@ -52,12 +53,12 @@ def fit(
         view,
         plan,
         batches,
-        lambda kept: fit_map(kept.missing(), kept.pruned.states, options.epsilon),
+        lambda kept: fit_map(kept.missing(), kept.pruned.states, options.epsilon, view.ranks),
         dense=dense,
     )
     return RuntimeMaps(maps, "ghost")
 
 
-def fit_map(missing: Spool, stream: Spool, epsilon: float) -> Tensor:
+def fit_map(missing: Spool, stream: Spool, epsilon: float, ranks: Ranks = ALONE) -> Tensor:
     """A, (d, d) float32: the projection's equations with the whole stream as the MLP's output."""
-    return solve_closed_form(missing, stream, epsilon).T.float()
+    return solve_closed_form(missing, stream, epsilon, ranks).T.float()

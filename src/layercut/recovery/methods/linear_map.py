@@ -19,6 +19,7 @@ from torch import Tensor
 from layercut.engine.residual_stream import ResidualStream, advance_and_record_outputs
 from layercut.errors import NumericsError
 from layercut.models.output_projections import check_exact, fold, mlp_output
+from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.recovery.layer_fit import mean_squared_errors, sum_products
 from layercut.recovery.paired_walk import paired_walk
@@ -61,14 +62,15 @@ def fit(
     """Walk the dense and the pruned model side by side and fit a map at every cut."""
     tensors: dict[str, Tensor] = {}
     cuts = []
-    for kept in paired_walk(view, plan, batches, dense=dense):
+    ranks = view.ranks
+    for kept in paired_walk(view, plan, ranks.share_batches(batches), dense=dense):
         if not kept.before_cut:
             continue
         mlp = mlp_output(view, kept.layer)
         output = advance_and_record_outputs(kept.pruned, kept.layer, mlp.module)
         missing = kept.missing()
-        projection = fit_linear_map(missing, output, options.alpha)
-        before, after = mean_squared_errors(missing, output, projection)
+        projection = fit_linear_map(missing, output, options.alpha, ranks)
+        before, after = mean_squared_errors(missing, output, projection, ranks)
         _map_outputs(kept.pruned.states, output, projection)
         with view.holding(kept.layer):
             tensors |= fold(view, mlp, projection)
@@ -76,18 +78,19 @@ def fit(
     return WeightPatch(tensors, "linear-map", {"cuts": cuts})
 
 
-def fit_linear_map(missing: Spool, mlp: Spool, alpha: float) -> Tensor:
+def fit_linear_map(missing: Spool, mlp: Spool, alpha: float, ranks: Ranks = ALONE) -> Tensor:
     """Tᵀ, (d, d) float64; the identity where the MLP adds nothing that could be mapped.
 
     Args:
         missing: target − y − m, (n_tokens, d).
         mlp: m, (n_tokens, d).
         alpha: penalty, as a share of the mean square of m.
+        ranks: who has the other rows.
 
     Raises:
         NumericsError: the normal equations cannot be solved.
     """
-    cross, gram = sum_products(missing, mlp)
+    cross, gram = sum_products(missing, mlp, ranks)
     if float(gram.diagonal().mean()) == 0:
         return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor = factor_ridge(gram, max(alpha, LEAST_ALPHA))

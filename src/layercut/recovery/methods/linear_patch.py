@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from layercut.engine.residual_stream import ResidualStream
+from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.recovery.methods.magnitude_rescale import channel_ratios
 from layercut.recovery.runtime_maps import fit_maps
@@ -46,16 +47,16 @@ def fit(
         view,
         plan,
         batches,
-        lambda kept: fit_map(kept.pruned.states, kept.target, batches.seq_len),
+        lambda kept: fit_map(kept.pruned.states, kept.target, batches.seq_len, view.ranks),
         dense=dense,
     )
     return RuntimeMaps(maps, "linear-patch")
 
 
-def fit_map(stream: Spool, target: Spool, seq_len: int) -> Tensor:
+def fit_map(stream: Spool, target: Spool, seq_len: int, ranks: Ranks = ALONE) -> Tensor:
     """A = H·diag(r)·Hᵀ, (d, d) float32."""
     rotation = hadamard(stream.rows.shape[1]).to(stream.device)
-    ratios = channel_ratios(stream, target, seq_len, rotation).float()
+    ratios = channel_ratios(stream, target, seq_len, rotation, ranks).float()
     return rotation * ratios @ rotation.T
 
 

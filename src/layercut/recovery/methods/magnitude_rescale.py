@@ -30,6 +30,7 @@ from layercut.models.output_projections import (
     attention_output,
     mlp_output,
 )
+from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import make_store
 from layercut.registry import Method, MethodOptions
@@ -81,13 +82,14 @@ def measure_magnitude_gaps(
     Raises:
         NumericsError: a channel is silent in front of a cut, or the stream is not finite.
     """
-    dense = start_dense_stream(view, batches, dense)
+    dense = start_dense_stream(view, view.ranks.share_batches(batches), dense)
     alphas = {}
     for first, length in progress.track(plan.cuts, total=len(plan.cuts)):
         dense.advance_to(first)
         before = dense.fork().states
         dense.advance_to(first + length)
-        alpha = float(channel_ratios(before, dense.states, batches.seq_len).mean())
+        ratios = channel_ratios(before, dense.states, batches.seq_len, ranks=view.ranks)
+        alpha = float(ratios.mean())
         if not 0 < alpha < math.inf:
             raise NumericsError(
                 f"the magnitudes around layer {first} have a ratio of {alpha}: a channel of the "
@@ -98,23 +100,32 @@ def measure_magnitude_gaps(
 
 
 def channel_ratios(
-    before: Spool, after: Spool, seq_len: int, rotation: Tensor | None = None
+    before: Spool,
+    after: Spool,
+    seq_len: int,
+    rotation: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
-    """Mean over sequences of ‖after_k‖₁ / ‖before_k‖₁ for every channel k, (d,) float64.
+    """Mean over all ranks' sequences of ‖after_k‖₁ / ‖before_k‖₁ for every channel k, (d,) float64.
 
     Args:
         before: rows of whole sequences, (n_tokens, d).
         after: the same tokens' rows.
         seq_len: tokens per sequence, over which a norm runs.
         rotation: (d, d) that is applied to both first.
+        ranks: who has the other sequences.
     """
     totals = torch.zeros(before.rows.shape[1], dtype=torch.float64, device=before.device)
+    n_sequences = len(before) // seq_len
     for x, y in zip(before.slices(seq_len), after.slices(seq_len), strict=True):
+        if not len(x):
+            break  # this rank has no sequence
         y = y.to(x.device)
         if rotation is not None:
             x, y = x @ rotation, y @ rotation
         totals += y.abs().sum(dim=0, dtype=torch.float64) / x.abs().sum(dim=0, dtype=torch.float64)
-    return totals / (len(before) // seq_len)
+    ranks.sum_(totals)
+    return totals / ranks.total(n_sequences)[0]
 
 
 def scale_writers(view: DecoderView, layer: int, factor: float) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from layercut.engine.residual_stream import ResidualStream, advance_and_record_outputs
 from layercut.errors import DataError, NumericsError
 from layercut.models.output_projections import check_exact, fold, mlp_output
+from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.recovery.layer_fit import mean_squared_errors, sum_products
 from layercut.recovery.paired_walk import paired_walk
@@ -81,10 +82,10 @@ def fit(
     shift = find_largest_mean_shift(view, plan, batches, dense)
     penalty = options.penalty
     if penalty == "held-out":
-        penalty = _held_out_penalty(shift, batches)
+        penalty = _held_out_penalty(shift, batches, view.ranks)
     solve = solve_closed_form if options.solver == "closed-form" else solve_gradient_descent
-    projection = solve(shift.residual, shift.output, penalty)
-    before, after = mean_squared_errors(shift.residual, shift.output, projection)
+    projection = solve(shift.residual, shift.output, penalty, view.ranks)
+    before, after = mean_squared_errors(shift.residual, shift.output, projection, view.ranks)
     with view.holding(shift.layer):
         tensors = fold(view, mlp_output(view, shift.layer), projection)
     return WeightPatch(
@@ -112,7 +113,8 @@ def find_largest_mean_shift(
         NumericsError: no kept layer's mean shift is a number.
     """
     best: Shift | None = None
-    for kept in paired_walk(view, plan, batches, dense=dense):
+    own, n_tokens = view.ranks.share_batches(batches), batches.n_sequences * batches.seq_len
+    for kept in paired_walk(view, plan, own, dense=dense):
         module = mlp_output(view, kept.layer).module
         output = advance_and_record_outputs(kept.pruned, kept.layer, module)
         total = torch.zeros(view.hidden_size, dtype=torch.float64)
@@ -120,7 +122,8 @@ def find_largest_mean_shift(
             total += (
                 (ours - target.to(ours.device)).sum(dim=0, dtype=torch.float64).to(total.device)
             )
-        norm = float((total / len(output)).norm())
+        view.ranks.sum_(total)
+        norm = float((total / n_tokens).norm())
         if norm > (-1.0 if best is None else best.norm):
             best = Shift(kept.layer, norm, kept.missing(), output)
     if best is None:
@@ -131,13 +134,15 @@ def find_largest_mean_shift(
     return best
 
 
-def solve_closed_form(residual: Spool, output: Spool, penalty: float) -> Tensor:
+def solve_closed_form(
+    residual: Spool, output: Spool, penalty: float, ranks: Ranks = ALONE
+) -> Tensor:
     """P = I + Σrmᵀ·(Σmmᵀ + λ̂I)⁻¹ by Cholesky, (d, d) float64.
 
     Raises:
         NumericsError: the ridged Gram matrix is not positive definite.
     """
-    cross, gram = sum_products(residual, output)
+    cross, gram = sum_products(residual, output, ranks)
     factor = factor_ridge(gram, penalty)
     if factor is None:
         raise NumericsError(
@@ -154,6 +159,7 @@ def solve_gradient_descent(
     residual: Spool,
     output: Spool,
     penalty: float,
+    ranks: Ranks = ALONE,
     *,
     tolerance: float = 1e-6,
     max_steps: int = 20_000,
@@ -165,7 +171,7 @@ def solve_gradient_descent(
     Raises:
         NumericsError: no convergence within ``max_steps``.
     """
-    cross, gram = sum_products(residual, output)
+    cross, gram = sum_products(residual, output, ranks)
     ridge = penalty * gram.diagonal().mean()
     highest = torch.linalg.eigvalsh(gram)[-1] + ridge
     root = (ridge / highest).sqrt()
@@ -174,10 +180,12 @@ def solve_gradient_descent(
     previous = change
     for _ in range(max_steps):
         ahead = change + momentum * (change - previous)
-        gradient = ridge * ahead
+        gradient = torch.zeros_like(gram)
         for r, m in zip(residual.slices(), output.slices(), strict=True):
             m64 = m.double()
             gradient += (m64 @ ahead.T - r.to(m64)).T @ m64
+        ranks.sum_(gradient)
+        gradient += ridge * ahead
         previous, change = change, ahead - gradient / highest
         if gradient.norm() <= tolerance * cross.norm():
             return change + torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -187,7 +195,7 @@ def solve_gradient_descent(
     )
 
 
-def _held_out_penalty(shift: Shift, batches: CalibrationBatches) -> float:
+def _held_out_penalty(shift: Shift, batches: CalibrationBatches, ranks: Ranks) -> float:
     """The grid's best λ on the last quarter of the sequences, fitted on the others."""
     n_held_out = batches.n_sequences // 4
     if n_held_out < 1:
@@ -195,11 +203,12 @@ def _held_out_penalty(shift: Shift, batches: CalibrationBatches) -> float:
             f"{batches.n_sequences} calibration sequences are too few to hold any out. Use at "
             "least 4, or a fixed penalty."
         )
-    split = (batches.n_sequences - n_held_out) * batches.seq_len
+    own = ranks.share(range(batches.n_sequences))
+    split = sum(i < batches.n_sequences - n_held_out for i in own) * batches.seq_len
     seen = shift.residual.part(0, split), shift.output.part(0, split)
     held_out = shift.residual.part(split, None), shift.output.part(split, None)
     remaining = {
-        penalty: mean_squared_errors(*held_out, solve_closed_form(*seen, penalty))[1]
+        penalty: mean_squared_errors(*held_out, solve_closed_form(*seen, penalty, ranks), ranks)[1]
         for penalty in PENALTY_GRID
     }
     return min(remaining, key=lambda penalty: remaining[penalty])

@@ -33,7 +33,12 @@ from layercut.models.view import DecoderView
 from layercut.models.weight_store import collect
 from layercut.models.writers import find_writers
 from layercut.recovery.gradient_steps import take_steps
-from layercut.recovery.layer_fit import check_refit, mask_held_out_rows, refit_layers
+from layercut.recovery.layer_fit import (
+    check_refit,
+    choose_held_out,
+    mask_held_out_rows,
+    refit_layers,
+)
 from layercut.registry import Method, MethodOptions
 from layercut.tensor_maps import ComputedTensors
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
@@ -88,20 +93,19 @@ def fit(
     journal: Journal = NO_JOURNAL,
 ) -> WeightPatch:
     """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
-    held_out = mask_held_out_rows(batches, options.held_out_every)
     writers = find_writers(view)
     tensors = refit_layers(
         view,
         plan,
-        batches,
-        held_out,
+        view.ranks.share_batches(batches),
+        mask_held_out_rows(batches, options.held_out_every, view.ranks),
         layers=options.layers,
         modules=options.modules,
         dense=dense,
         writers=writers,
         journal=journal,
     )
-    sequences = batches.input_ids[held_out[:: batches.seq_len]]
+    sequences = batches.input_ids[choose_held_out(batches, options.held_out_every)]
     choose = partial(_choose_shrinkage, view, plan, tensors, sequences, batches.micro_batch)
     notes = dict(journal.recall("shrinkage", "chosen", lambda: Entry(choose())).values)
     share = notes["shrinkage"]
@@ -166,6 +170,8 @@ def _take_gradient_steps(
             journal=journal,
         )
     except NumericsError as error:
+        if view.ranks.world > 1:  # the others may have met nothing of the kind, and go on
+            raise
         warnings.warn(f"the refit goes without gradient steps: {error}", stacklevel=2)
         return patch
     with view.skipping(plan.dropped), view.patched(tensors):

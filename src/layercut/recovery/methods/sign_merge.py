@@ -76,6 +76,7 @@ METHOD = Method(
     needs_gradient_log=True,
     needs_tasks=True,
     streams=False,
+    several_ranks=False,
     check=check,
 )
 

@@ -57,11 +57,10 @@ def angular_distances(view: DecoderView, batches: CalibrationBatches, options: O
     kept = slice(-1, None) if options.tokens == "last" else slice(None)
     size = view.n_layers + 1
     totals = torch.zeros(size, size, dtype=torch.float64, device=view.device)
-    n_tokens = 0
-    parts = split_for_walk(view, batches)
+    parts = split_for_walk(view, view.ranks.share_batches(batches))
     for part in progress.track(parts, total=len(parts)):
         stream = ResidualStream(view, part)
-        seq_shape = (part.n_sequences, part.seq_len, -1)
+        seq_shape = (part.n_sequences, part.seq_len, view.hidden_size)
         streams = [stream.states.rows.view(seq_shape)[:, kept].flatten(0, 1).clone()]
         for layer in range(view.n_layers):
             stream.advance(layer)
@@ -70,5 +69,6 @@ def angular_distances(view: DecoderView, batches: CalibrationBatches, options: O
             directions = functional.normalize(torch.stack(rows, dim=1).double(), dim=-1)
             cosines = (directions @ directions.mT).clamp(-1, 1)
             totals += cosines.arccos().sum(dim=0).to(totals.device)
-        n_tokens += len(streams[0])
+    view.ranks.sum_(totals)
+    n_tokens = batches.n_sequences * (1 if options.tokens == "last" else batches.seq_len)
     return totals.cpu() / (n_tokens * math.pi)

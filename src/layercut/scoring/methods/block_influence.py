@@ -32,7 +32,7 @@ METHOD = Method()
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward pass over ``batches``."""
     totals = torch.zeros(view.n_layers, dtype=torch.float64, device=view.device)
-    stream = ResidualStream(view, batches)
+    stream = ResidualStream(view, view.ranks.share_batches(batches))
     for layer in progress.track(range(view.n_layers), total=view.n_layers):
 
         def add(before: Tensor, after: Tensor, layer: int = layer) -> None:
@@ -40,5 +40,6 @@ def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> L
             totals[layer] += cosine.sum(dtype=torch.float64)
 
         stream.advance(layer, add)
+    view.ranks.sum_(totals)
     n_tokens = batches.n_sequences * batches.seq_len
     return LayerScores(tuple((1 - totals / n_tokens).tolist()))

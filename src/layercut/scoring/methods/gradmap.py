@@ -43,12 +43,13 @@ def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> L
     totals = torch.zeros(view.n_layers, dtype=torch.float64, device=view.device)
     for gradients in walk_gradients(
         view,
-        list(batches.groups()),
+        view.ranks.share(list(batches.groups())),
         micro_batch=batches.micro_batch,
         n_targets=batches.n_targets,
     ):
         for gradient in gradients.weights.values():
             totals[gradients.layer] += magnitude(gradient, options.norm)
+    view.ranks.sum_(totals)
     values = totals.tolist()
     if options.reduction == "mean":
         values = [total / _n_weights(view, layer) for layer, total in enumerate(values)]

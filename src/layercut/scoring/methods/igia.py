@@ -35,6 +35,7 @@ class Options(EarlyRunOptions):
 METHOD = Method(
     needs_tasks=True,
     streams=False,
+    several_ranks=False,
     check=lambda view, batches, options, n_drop: check_early_run(view, batches, options),
 )
 

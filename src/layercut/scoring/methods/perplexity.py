@@ -30,11 +30,11 @@ METHOD = Method()
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """The calibration loss without each layer in turn."""
     totals = [0.0] * view.n_layers
-    parts = split_for_walk(view, batches)
+    parts = split_for_walk(view, view.ranks.share_batches(batches))
     for part in progress.track(parts, total=len(parts)):
         for layer, loss in measure_losses_without(view, part).items():
             totals[layer] += loss / batches.n_targets
-    return LayerScores(tuple(totals), n_targets=batches.n_targets)
+    return LayerScores(tuple(view.ranks.total(*totals)), n_targets=batches.n_targets)
 
 
 def measure_losses_without(view: DecoderView, batches: CalibrationBatches) -> dict[int, float]:
@@ -58,9 +58,7 @@ def measure_losses_without(view: DecoderView, batches: CalibrationBatches) -> di
                 stream.advance(layer)
         without[layer] = started
     losses = {
-        layer: torch.stack(
-            [part.sum(dtype=torch.float64) for part in stream.losses(batches.input_ids)]
-        )
+        layer: [part.sum(dtype=torch.float64) for part in stream.losses(batches.input_ids)]
         for layer, stream in without.items()
     }
-    return {layer: float(parts.sum()) for layer, parts in losses.items()}
+    return {layer: float(sum(parts)) for layer, parts in losses.items()}

@@ -28,10 +28,11 @@ METHOD = Method()
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward-backward over ``batches``; tokens are independent, so groups do not matter."""
     totals = torch.zeros(view.n_layers, dtype=torch.float64, device=view.device)
-    parts = list(batches.micro_batches())
+    parts = list(view.ranks.share_batches(batches).micro_batches())
     for gradients in walk_gradients(view, parts, micro_batch=batches.micro_batch, weights=False):
         (before,), (after,) = gradients.hidden_in, gradients.hidden_out
         change = (after.float() - before.float()).norm(dim=-1)
         slope = gradients.grad_out[0].float().norm(dim=-1)
         totals[gradients.layer] += (slope * change).sum(dtype=torch.float64)
+    view.ranks.sum_(totals)
     return LayerScores(tuple(totals.tolist()), n_targets=batches.n_targets)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layercut.engine.layerwise import walk_gradients
+from layercut.engine.gradient_sums import walk_summed_gradients
 from layercut.models.view import DecoderView
 from layercut.registry import Method, MethodOptions
 from layercut.types import CalibrationBatches, LayerScores
@@ -32,18 +32,12 @@ METHOD = Method()
 def score(view: DecoderView, batches: CalibrationBatches, options: Options) -> LayerScores:
     """One forward-backward over ``batches``; sums do not depend on how it is divided."""
     totals = [0.0] * view.n_layers
-    sums: dict[int, dict[str, Tensor]] = {}
     # One micro-batch at a time: bfloat16 parameters would add several up in bfloat16.
-    parts = list(batches.micro_batches())
-    for gradients in walk_gradients(
+    parts = list(view.ranks.share_batches(batches).micro_batches())
+    for layer, gradients in walk_summed_gradients(
         view, parts, micro_batch=batches.micro_batch, n_targets=batches.n_targets
     ):
-        layer = sums.setdefault(gradients.layer, {})
-        for name, gradient in gradients.weights.items():
-            layer[name] = layer[name].add_(gradient) if name in layer else gradient
-        if gradients.group == len(parts) - 1:
-            totals[gradients.layer] = _first_order(view, gradients.layer, layer)
-            del sums[gradients.layer]
+        totals[layer] = _first_order(view, layer, gradients)
     return LayerScores(tuple(totals), n_targets=batches.n_targets)
 
 

@@ -25,6 +25,7 @@ from layercut.models.view import DecoderView
 from layercut.recovery.layer_fit import (
     LayerWriters,
     check_refit,
+    choose_held_out,
     mask_held_out_rows,
     refit_cuts,
 )
@@ -61,7 +62,7 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
     start = time.perf_counter()
     protect = request.protect | {0}
     sample = subsample(batches)
-    dense = ResidualStream(view, sample, remember=True)
+    dense = ResidualStream(view, view.ranks.share_batches(sample), remember=True)
     journal = request.journal
 
     def measure_slopes() -> Entry:
@@ -71,7 +72,7 @@ def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> Pl
     measured = journal.recall("sensitivities", "all layers", measure_slopes)
     slopes, values = measured.tensors["slopes"], measured.values["values"]
     prices = price_cuts(view, sample, dense, slopes, LONGEST_CUT, writers, journal)
-    n_priced = int(mask_held_out_rows(sample, HELD_OUT_EVERY).sum())
+    n_priced = int(choose_held_out(sample, HELD_OUT_EVERY).sum()) * sample.seq_len
     types, one_of = request.layer_types, request.keep_one_of
     cheapest = find_cheapest_plans(prices, view.n_layers, protect, types, one_of)
     curve = {n: cheapest[n][0] / n_priced for n in sorted(cheapest)}
@@ -183,13 +184,14 @@ def plan_loss(
 ) -> float:
     """Held-out cross-entropy of the plan after a refit at its cuts, in nats."""
     plan = PruningPlan(view.name, view.n_layers, dropped, "priced-cuts")
-    held_out = mask_held_out_rows(batches, HELD_OUT_EVERY)
+    own = view.ranks.share_batches(batches)
+    held_out = mask_held_out_rows(batches, HELD_OUT_EVERY, view.ranks)
     sequences = held_out[:: batches.seq_len].nonzero().squeeze(1)
     # Behind the last cut nothing is fitted any more: only what is held out goes on.
-    behind = refit_cuts(view, plan, batches, held_out, dense, writers)
+    behind = refit_cuts(view, plan, own, held_out, dense, writers)
     stream = behind.take_sequences(sequences)
     stream.advance_to(view.n_layers)
-    return mean(stream.losses(batches.input_ids[sequences]))
+    return mean(stream.losses(own.input_ids[sequences]), view.ranks)
 
 
 def list_neighbours(plan: LayerSet, n_layers: int, protect: frozenset[int]) -> list[LayerSet]:
