@@ -21,10 +21,10 @@ from layercut.recovery import gradient_steps
 from layercut.recovery.fit import fit
 from layercut.recovery.gradient_steps import (
     find_trained_weights,
-    orthogonalize,
     take_steps,
     walk_divergence_gradients,
 )
+from layercut.recovery.orthogonalize import orthogonalize
 from layercut.types import CalibrationBatches, WeightPatch
 
 

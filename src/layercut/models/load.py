@@ -23,8 +23,8 @@ from layercut.launcher import count_neighbours
 from layercut.machine import available_memory_bytes
 from layercut.models.attention import read_attention
 from layercut.models.dtypes import has_bfloat16, weights_dtype
-from layercut.models.layer_source import check_finite
 from layercut.models.load_streamed import open_streamed
+from layercut.models.stored_parts import check_finite
 from layercut.models.view import DecoderView
 
 DTYPE_NAMES = ("auto", "float32", "bfloat16")

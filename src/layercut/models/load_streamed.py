@@ -18,7 +18,8 @@ from layercut.checkpoints.safetensors_file import StoredTensor, read_stored_tens
 from layercut.checkpoints.weight_names import Conversion
 from layercut.errors import ModelError
 from layercut.models.dtypes import weights_dtype
-from layercut.models.layer_source import LayerSource, check_finite, load_part, read_decodable
+from layercut.models.layer_source import LayerSource
+from layercut.models.stored_parts import check_finite, load_part, read_decodable
 from layercut.models.view import DecoderView
 
 
