@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,22 @@ DEVICE_SHARE = 0.5
 """Part of a GPU's free memory that one set of rows may take: its sums need as much again."""
 
 
+CAREFUL_SHARE = 0.25
+"""Part of a GPU's free memory that is used at all, once it has run out."""
+
+_usable_share: ContextVar[float] = ContextVar("usable_share", default=1.0)
+
+
+@contextmanager
+def sparing_the_device() -> Iterator[None]:
+    """Put fewer rows and sums onto the GPU inside the block."""
+    token = _usable_share.set(CAREFUL_SHARE)
+    try:
+        yield
+    finally:
+        _usable_share.reset(token)
+
+
 def choose_device(device: torch.device, n_bytes: float) -> torch.device:
     """The GPU of the model if it has ``n_bytes`` free, else the CPU.
 
@@ -31,7 +48,7 @@ def choose_device(device: torch.device, n_bytes: float) -> torch.device:
         free = torch.cuda.mem_get_info(device)[0]
         # What torch holds and nothing uses is free as well: without it the second sum has no room.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if free > n_bytes:
+        if _usable_share.get() * free > n_bytes:
             return device
     return torch.device("cpu")
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from dataclasses import replace
+
+import torch
 
 from layercut.engine.journal import Journal
 from layercut.pipeline.prepare import Job
@@ -11,6 +15,30 @@ from layercut.recovery.recorded_fit import recall_repair
 from layercut.results import RunResult
 from layercut.scoring.recorded_scorer import RecordedScorer
 from layercut.selection.select import choose_layers
+from layercut.spool import sparing_the_device
+
+
+def prune_with_retry(job: Job, journal: Journal, result: RunResult) -> Pruned:
+    """As `prune`; once more with fewer rows on the GPU where its memory runs out.
+
+    Raises:
+        torch.OutOfMemoryError: it runs out again, or ranks share the run: the others are waiting.
+    """
+    try:
+        return prune(job, journal, result)
+    except torch.OutOfMemoryError:
+        if job.view.ranks.world > 1:
+            raise
+    # Behind the handler: until then, its frames keep what has filled the memory.
+    gc.collect()
+    torch.cuda.empty_cache()
+    warnings.warn(
+        "the GPU's memory ran out; the layers are chosen and repaired once more with fewer rows on "
+        "it. Lower calibration.micro_batch or calibration.n_sequences to save that time.",
+        stacklevel=2,
+    )
+    with sparing_the_device():
+        return prune(job, journal, result)
 
 
 def prune(job: Job, journal: Journal, result: RunResult) -> Pruned:

@@ -22,7 +22,7 @@ from layercut.pipeline.finetune_stage import finetune_dense, finetune_pruned, mo
 from layercut.pipeline.heal_stage import heal_pruned
 from layercut.pipeline.join_ranks import joined_ranks
 from layercut.pipeline.prepare import Job, prepare
-from layercut.pipeline.prune import prune
+from layercut.pipeline.prune import prune_with_retry
 from layercut.pipeline.run_record import recorded
 from layercut.pipeline.speed_stage import carry_speeds, time_dense_and_pruned
 from layercut.recipe.recipe import Recipe, load_recipe
@@ -89,7 +89,7 @@ def prune_and_train(job: Job, journal: Journal, result: RunResult, start: float)
     with result.timed("evaluate", "evaluate the dense model"):
         result.stages["dense"] = recall_evaluation(view, job.evaluation, journal, "dense")
     teacher = finetune_dense(view, job.finetune, result)
-    plan, evidence, patch = prune(job, journal, result)
+    plan, evidence, patch = prune_with_retry(job, journal, result)
     result.plan, result.lineage = plan, read_lineage(view.path)
     result.recovery = {"method": patch.method, **patch.notes}
     dense = copy.copy(view)  # kept beyond the cut until both are timed
