@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as processes
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -54,9 +55,8 @@ def main() -> None:
         seconds = {}
         for n_ranks in (1, arguments.ranks):
             port = find_port()
-            torch.multiprocessing.spawn(
-                measure_rank, (n_ranks, port, folder, arguments), nprocs=n_ranks
-            )
+            start: Any = processes  # torch does not type it
+            start.spawn(measure_rank, (n_ranks, port, folder, arguments), nprocs=n_ranks)
             seconds[n_ranks] = json.loads((folder / "seconds.json").read_text())
     origin = provenance("benchmarks/ranks.py")
     print(origin.hardware)

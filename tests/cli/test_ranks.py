@@ -57,7 +57,9 @@ def run_two(folders: list[Path], *arguments: str) -> list[tuple[int, str]]:
 
 
 def test_a_run_under_torchrun_writes_what_one_process_writes(tiny_llama: Path, tmp_path: Path):
-    (folder,) = machines(tmp_path, tiny_llama, random_text(4000))
+    # On this text, gradient steps pay.
+    text = "".join(chr(97 + i * i % 23) for i in range(4000))
+    (folder,) = machines(tmp_path, tiny_llama, text)
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launcher += ["--master-port", str(free_port()), "-m", "layercut"]
     done = subprocess.run(
@@ -81,13 +83,14 @@ def test_a_run_under_torchrun_writes_what_one_process_writes(tiny_llama: Path, t
     assert (one.get("ranks"), two["ranks"]) == (None, 2)
     assert two["plan"]["dropped"] == one["plan"]["dropped"]
     assert two["recovery"]["steps"] == one["recovery"]["steps"] != []
-    for stage in ("dense", "pruned"):
-        expected = one["stages"][stage]["perplexity"]["t"]
-        assert two["stages"][stage]["perplexity"]["t"] == pytest.approx(expected, rel=1e-6)
+    for stage, limit in {"dense": 1e-6, "pruned": 1e-5}.items():
+        expected, found = (r["stages"][stage]["perplexity"]["t"] for r in (one, two))
+        assert found["value"] == pytest.approx(expected["value"], rel=limit)
+        assert found["n_tokens"] == expected["n_tokens"]
     weights, others = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))
     assert others.keys() == weights.keys()
     for key, tensor in weights.items():
-        assert float((others[key] - tensor).abs().max()) <= 1e-6 * float(tensor.abs().max())
+        assert float((others[key] - tensor).norm()) <= 1e-5 * float(tensor.norm())
 
 
 def machines(folder: Path, model: Path, *texts: str | None) -> list[Path]:

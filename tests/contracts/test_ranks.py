@@ -10,7 +10,7 @@ import torch
 
 from conftest import save_tiny
 from layercut.models.load import load
-from layercut.registry import describe
+from layercut.registry import FUNCTIONS, describe
 from rank_runs import N_LAYERS, compute_or_refuse, free_port, list_computations, run_all_methods
 
 
@@ -38,12 +38,15 @@ def test_every_method_gives_on_two_ranks_what_it_gives_on_one_or_is_refused_by_n
     for name, compute in computations.items():
         results = [found[residency][name] for found in of_two_ranks]
         stage, method = name.split()[:2]
-        if stage != "evaluation" and not describe(stage, method).several_ranks:
+        if stage in FUNCTIONS and not describe(stage, method).several_ranks:
             refusal = f"'{method}' runs in one process, and 2 were started"
             assert all(refusal in result for result in results), results
             continue
         expected = compute_or_refuse(compute)
-        wrong += [(name, *found) for result in results for found in differences(result, expected)]
+        # A step's direction is kept in bfloat16: where two round apart, 2⁻⁸ · η of a weight remain.
+        limit = 1e-5 if stage == "gradient" else 1e-6
+        for result in results:
+            wrong += [(name, *found) for found in differences(result, expected, limit)]
     assert not wrong
 
 
@@ -52,8 +55,8 @@ def test_ranks_with_other_texts_are_all_refused(of_two_ranks: list[Any]):
         assert found["other text"].startswith("rank 1 has another calibration text than rank 0. ")
 
 
-def differences(found: Any, expected: Any) -> list[Any]:
-    """Whatever is not the same within a millionth of the largest number."""
+def differences(found: Any, expected: Any, limit: float) -> list[Any]:
+    """Whatever is not the same within a part of the largest number."""
     if isinstance(found, str) or isinstance(expected, str):
         return [] if found == expected else [(found, expected)]
     if found.keys() != expected.keys():
@@ -63,5 +66,5 @@ def differences(found: Any, expected: Any) -> list[Any]:
     return [
         (key, float(error / sizes[key].max()))
         for key, error in errors.items()
-        if not error <= 1e-6 * sizes[key].max()
+        if not error <= limit * sizes[key].max()
     ]

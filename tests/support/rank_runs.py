@@ -19,8 +19,15 @@ from layercut.evaluation.perplexity import perplexity
 from layercut.models.load import load
 from layercut.models.ranks import Ranks
 from layercut.models.view import DecoderView
+from layercut.models.weight_store import collect
 from layercut.pipeline.join_ranks import joined_ranks
 from layercut.recovery.fit import fit_repair
+from layercut.recovery.gradient_steps import (
+    ETA,
+    find_directions,
+    step_weights,
+    walk_divergence_gradients,
+)
 from layercut.registry import MethodCall, available, describe, resolve
 from layercut.scoring.score import score_layers
 from layercut.selection.select import choose_layers, resolve_request
@@ -35,7 +42,6 @@ FURTHER: list[tuple[str, dict[str, Any]]] = [
     ("projection", {"penalty": "held-out"}),
     ("projection", {"solver": "gradient-descent"}),
     ("linear-map", {"alpha": 0.1}),
-    ("refit", HELD_OUT),
 ]
 """Options of recoveries that take other ways than the defaults do."""
 
@@ -48,23 +54,37 @@ def text_of(shape: str) -> CalibrationBatches:
 
 
 def list_computations(view: DecoderView) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """Stage, method and text → what computes its numbers."""
+    """Stage, method and text → what computes its numbers.
+
+    Streamed layers change how gradients are walked, and few tokens on which side a ridge regression
+    is solved: of these, what depends on it.
+    """
+    streamed = view.source is not None
     found: dict[str, Callable[[], dict[str, Tensor]]] = {}
-    calls = [cheap_call("recovery", name) for name in available("recovery")]
-    calls += [resolve("recovery", name, options) for name, options in FURTHER]
-    for shape in SHAPES if view.source is None else ["few tokens"]:
+    for shape in ["one sequence"] if streamed else ["one sequence", "uneven"]:
         text = text_of(shape)
         found[f"evaluation perplexity {shape}"] = partial(estimate, view, text)
         for name in available("scoring"):
             call = cheap_call("scoring", name)
             found[f"scoring {name} {shape}"] = partial(scores, view, text, call)
-        if text.n_sequences == 1:
-            continue
-        for name in available("selection"):
-            found[f"selection {name} {shape}"] = partial(chosen, view, text, name)
-        for call in calls:
-            key = f"recovery {call.name} {shape} {call.options.model_dump()}"
-            found[key] = partial(repaired, view, text, call)
+    for shape in ["uneven"] if streamed else ["uneven", "few tokens"]:
+        text = text_of(shape)
+        found[f"summed gradients {shape}"] = partial(sum_gradients, view, text)
+        found[f"gradient step {shape}"] = partial(take_step, view, text)
+        found[f"selection priced-cuts {shape}"] = partial(chosen, view, text, "priced-cuts")
+        call = resolve("recovery", "refit", HELD_OUT)
+        found[f"recovery refit {shape}, more held out"] = partial(repaired, view, text, call)
+    if streamed:
+        return found
+    text = text_of("uneven")
+    for name in available("selection"):
+        found[f"selection {name}"] = partial(chosen, view, text, name)
+    for name in available("recovery"):
+        call = cheap_call("recovery", name)
+        found[f"recovery {name}"] = partial(repaired, view, text, call)
+    for name, options in FURTHER:
+        call = resolve("recovery", name, options)
+        found[f"recovery {name} {options}"] = partial(repaired, view, text, call)
     return found
 
 
@@ -109,6 +129,17 @@ def repaired(view: DecoderView, text: CalibrationBatches, call: MethodCall) -> d
     if isinstance(repair, WeightPatch):
         return {name: tensor.clone() for name, tensor in repair.tensors.items()}
     return {str(layer): matrix for layer, matrix in repair.maps.items()}
+
+
+def sum_gradients(view: DecoderView, text: CalibrationBatches) -> dict[str, Tensor]:
+    walk = walk_divergence_gradients(view, PLAN, {}, text.input_ids, text.micro_batch)
+    return {name: gradient for layer in walk for name, gradient in layer.items()}
+
+
+def take_step(view: DecoderView, text: CalibrationBatches) -> dict[str, Tensor]:
+    """The weights behind one step of usual length, whether it pays or not."""
+    directions = find_directions(view, PLAN, {}, text.input_ids, text.micro_batch)
+    return dict(collect(view, step_weights(view, {}, directions, ETA)))
 
 
 def take_place(rank: int, world: int, port: int) -> None:

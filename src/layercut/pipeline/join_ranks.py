@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -139,7 +140,9 @@ class _Board:
     def __init__(self, place: Place, store: Store) -> None:
         self.store = store
         self._place = place
-        self._notes = PrefixStore("layercut", store.clone())
+        # A clone: the watch must not wait for what a collective asks the store on the same line.
+        own: Any = store
+        self._notes = PrefixStore("layercut", own.clone())
 
     def exchange_gpus(self, has_gpu: bool) -> tuple[bool, ...]:
         """Of every rank, whether it has a GPU; waits for all to have said so."""

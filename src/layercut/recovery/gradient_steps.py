@@ -105,14 +105,11 @@ def find_directions(
     Raises:
         NumericsError: the loss or a gradient is not finite.
     """
-    directions = make_store(view)
-    turn = 0
+    directions, turn = make_store(view), 0
     for gradients in walk_divergence_gradients(view, plan, tensors, sequences, micro_batch):
         while gradients:
             name, gradient = gradients.popitem()
-            direction = torch.empty_like(
-                gradient, dtype=torch.bfloat16, memory_format=torch.contiguous_format
-            )
+            direction = gradient.new_empty(gradient.shape, dtype=torch.bfloat16)
             if turn % view.ranks.world == view.ranks.rank:
                 weight = view.model.get_parameter(name).data
                 length = weight.float().norm() / math.sqrt(min(weight.shape))
@@ -165,20 +162,18 @@ def _naming_the_remedy() -> Iterator[None]:
         raise NumericsError(f"{error} Or set the refit's gradient_steps: 0.") from error
 
 
-def _divergence_from(
-    view: DecoderView, sequences: Tensor, micro_batch: int, n_all: int
-) -> LossGradient:
-    """Every micro-batch's part of the mean divergence over ``n_all`` sequences from ``view``."""
-    stream = ResidualStream(view, CalibrationBatches(sequences, micro_batch, micro_batch, "", ""))
+def _divergence_from(view: DecoderView, own: Tensor, micro_batch: int, n: int) -> LossGradient:
+    """Every micro-batch's part of the mean divergence over ``n`` sequences from ``view``."""
+    stream = ResidualStream(view, CalibrationBatches(own, micro_batch, micro_batch, "", ""))
     stream.advance_to(view.n_layers)
     divergence = Divergence(view, view)
-    dense = [divergence.round_teacher_states(s) for s in stream.normed_states(sequences)]
+    dense = [divergence.round_teacher_states(s) for s in stream.normed_states(own)]
 
     def differentiate(hidden: Tensor, ids: Tensor, place: int) -> tuple[Tensor, Tensor]:
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
             normed = view.norm_states(leaf, ids)
-            value = divergence.of_states(normed, ids, dense[place]) * (len(ids) / n_all)
+            value = divergence.of_states(normed, ids, dense[place]) * (len(ids) / n)
         (gradient,) = torch.autograd.grad(value, leaf)
         return gradient, value.detach()
 

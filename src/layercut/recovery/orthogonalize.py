@@ -31,7 +31,8 @@ def orthogonalize(gradient: Tensor) -> Tensor:
 
 def _decompose(wide: Tensor) -> Tensor:
     """U Vᵀ by the eigenvalues of the Gram matrix; ``wide`` has norm 1, or is zero."""
-    values, vectors = torch.linalg.eigh((wide @ wide.T).double())
+    double = wide.double()  # in float32, singular values below 3e-4 would drown in rounding
+    values, vectors = torch.linalg.eigh(double @ double.T)
     least = max(float(values[-1]) * SMALLEST, 1e-30)  # of zeros nothing is raised
     raised = values.clamp_min(least).rsqrt()
     factor: Tensor = ((vectors * raised) @ vectors.T).float() @ wide

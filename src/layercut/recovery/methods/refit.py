@@ -77,7 +77,7 @@ METHOD = Method(
     needs_previous_layer=True,
     shares_dense_stream=True,
     records_steps=True,
-    revision=2,
+    revision=3,
     check=check,
 )
 
