@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,18 +17,20 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from conftest import plan_of
-from decoder_status import ALIKE, CACHE_INEXACT, NOT_BUILT, REFUSED
+from decoder_status import ALIKE, CACHE_INEXACT, NOT_BUILT, REFUSED, TIED
 from family_configs import FAMILIES, Family
+from layercut.checkpoints.layout import LAST_TO_COUNT, Layout
 from layercut.checkpoints.preflight import check_folder
 from layercut.checkpoints.writer import write_checkpoint
 from layercut.errors import ModelError
 from layercut.models.load import load
 from layercut.models.surgery import apply
-from layercut.output.decoding import measure_cache_gap
+from layercut.output.decoding import cached_logits, measure_cache_gap
 from layercut.recovery.fit import fit
 from layercut.scoring.score import score
 from layercut.types import CalibrationBatches
 from saved_families import NOTHING, pass_over, save_family, strictly
+from stable_topk import ties_broken_alike
 from toy_configs import toy_settings
 
 TYPES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_BUILT.keys())
@@ -72,7 +76,7 @@ def toy_of(model_type: str, folder: Path) -> Toy:
 
 
 def drop_sets(toy: Toy) -> Iterator[tuple[int, ...]]:
-    """First, last, two in the middle, each kind of layer, a half, every second, and scattered."""
+    """First, last, two in the middle, a half, every second, scattered, one and all of each kind."""
     _, layers = toy.layers
     n = len(layers)
     kinds = {
@@ -81,7 +85,9 @@ def drop_sets(toy: Toy) -> Iterator[tuple[int, ...]]:
     }
     found = [(0,), (n - 1,), (n // 2 - 1, n // 2), tuple(range(0, n, 2)), tuple(range(1, n, 2))]
     found += [(i,) for i in kinds.values()] + [tuple(range(n // 2)), (1, n - 2, n - 1), IRREGULAR]
-    yield from dict.fromkeys(found)
+    types = getattr(toy.model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    found += [tuple(i for i, t in enumerate(types) if t == kind) for kind in dict.fromkeys(types)]
+    yield from (d for d in dict.fromkeys(found) if len(d) < n and max(d) < n)
 
 
 def is_refused(toy: Toy) -> bool:
@@ -94,19 +100,26 @@ def is_refused(toy: Toy) -> bool:
     return False
 
 
+def write(toy: Toy, dropped: tuple[int, ...], out: Path) -> None:
+    layout, _ = check_folder(toy.folder)
+    name, layers = toy.layers
+    assert layout.layers == name
+    write_checkpoint(toy.folder, layout, plan_of(*dropped, n_layers=len(layers)), NOTHING, out)
+
+
 def check_drop(toy: Toy, dropped: tuple[int, ...], out: Path) -> Any:
-    """The written model once it is found exact; ``None`` where the drop is refused as known."""
+    """The written model once it is found exact; the message where the drop is rightly refused."""
     out.mkdir()
     try:
-        layout, _ = check_folder(toy.folder)
-        name, layers = toy.layers
-        assert layout.layers == name
-        plan = plan_of(*dropped, n_layers=len(layers))
-        write_checkpoint(toy.folder, layout, plan, NOTHING, out)
+        write(toy, dropped, out)
     except ModelError as error:
-        pytest_match(str(error), toy.model_type)
         assert not list(out.iterdir())
-        return None
+        if LAST_TO_COUNT in str(error):
+            check_none_counts(toy, dropped, out)
+        else:
+            pytest_match(str(error), toy.model_type)
+        return str(error)
+    _, layers = toy.layers
     model = strictly(out)
     logits = logits_of(model)
     for i in dropped:
@@ -117,10 +130,32 @@ def check_drop(toy: Toy, dropped: tuple[int, ...], out: Path) -> Any:
         for i in dropped:
             del layers[i].forward
     assert torch.equal(logits, expected), f"dropping {dropped}"
-    if toy.model_type not in CACHE_INEXACT:
-        gap = measure_cache_gap(model, text_tokens(), prefill=5)
-        assert gap <= TOLERANCE, f"cached, dropping {dropped}"
+    if CACHE_INEXACT.get(toy.model_type, TIED) == TIED:
+        with ties_broken_alike() if toy.model_type in CACHE_INEXACT else contextlib.nullcontext():
+            assert cache_gap(model) <= TOLERANCE, f"cached, dropping {dropped}"
     return model
+
+
+def cache_gap(model: Any) -> float:
+    """In float32, or, where that is more than the tolerance, in float64: rounding alone vanishes."""
+    gap = measure_cache_gap(model, text_tokens(), prefill=5)
+    if gap > TOLERANCE:
+        double = copy.deepcopy(model).double()
+        double.set_experts_implementation("eager")  # the grouped one takes no float64
+        gap = measure_cache_gap(double, text_tokens(), prefill=5)
+    return gap
+
+
+def check_none_counts(toy: Toy, dropped: tuple[int, ...], out: Path) -> None:
+    """Without the refusal, the written model could not decode, or would be refused for more."""
+    with patch.object(Layout, "check_dropped"):
+        try:
+            write(toy, dropped, out)
+        except ModelError as error:
+            pytest_match(str(error), toy.model_type)
+            return
+    with pytest.raises(ValueError, match="only contain LinearAttention layers"):
+        cached_logits(strictly(out), text_tokens(), prefill=5)
 
 
 def pytest_match(message: str, model_type: str) -> None:
@@ -142,8 +177,9 @@ def test_any_layers_go_exactly_or_are_refused(model_type: str, tmp_path: Path) -
     if is_refused(toy):
         return
     found = {d: check_drop(toy, d, tmp_path / str(n)) for n, d in enumerate(drop_sets(toy))}
-    assert (None in found.values()) == (model_type in REFUSED)
-    exact = [(dropped, model) for dropped, model in found.items() if model is not None]
+    messages = [message for message in found.values() if isinstance(message, str)]
+    assert any(LAST_TO_COUNT not in m for m in messages) == (model_type in REFUSED)
+    exact = [(dropped, model) for dropped, model in found.items() if not isinstance(model, str)]
     for dropped, model in exact[-1:]:
         model.generate(text_tokens()[:, :5], max_new_tokens=4, do_sample=False)
         logits = logits_of(model)
@@ -193,11 +229,15 @@ def test_types_whose_cache_is_listed_as_inexact_are_so_unpruned(
     model_type: str, tmp_path: Path
 ) -> None:
     toy = toy_of(model_type, tmp_path / "toy")
-    gaps = []
-    for seed in range(6):
+    for seed in range(30):
         ids = torch.randint(3, 200, (2, 14), generator=torch.Generator().manual_seed(seed))
-        gaps.append(measure_cache_gap(toy.model, ids, prefill=5))
-    assert max(gaps) > TOLERANCE
+        if measure_cache_gap(toy.model, ids, prefill=5) > TOLERANCE:
+            break
+    else:
+        pytest.fail("cached logits are exact")
+    if CACHE_INEXACT[model_type] == TIED:
+        with ties_broken_alike():
+            assert measure_cache_gap(toy.model, ids, prefill=5) <= TOLERANCE
 
 
 def test_the_tables_name_types_of_this_transformers_only() -> None:

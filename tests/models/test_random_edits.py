@@ -67,6 +67,8 @@ def places(part: Any) -> Iterator[tuple[Any, Any]]:
 def edit(content: dict, name: str, number: int, value: Any) -> None:
     if value == DEEP:
         value = json.loads("[" * 150 + "]" * 150)
+    if isinstance(value, dict | list):
+        value = copy.deepcopy(value)  # a later edit may write into it, or put it into itself
     added = [key for file, key in ADDED if file == name]
     # One edit in four adds a key; the vocabulary would otherwise take nearly all of the others.
     if number % 4 == 0 and added:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import plan_of, save_tiny
-from family_configs import Family
+from family_configs import FAMILIES, Family
 from layercut.checkpoints.output_dir import staged_folder
 from layercut.checkpoints.patch import round_patch
 from layercut.checkpoints.preflight import read_layout
@@ -23,6 +23,7 @@ from layercut.models.load import load
 from layercut.models.surgery import apply
 from layercut.output.save import save
 from layercut.output.verify import verify_checkpoint
+from layercut.pipeline.prune_files import prune
 from layercut.types import WeightPatch
 from saved_families import save_family
 from toy_configs import toy_settings
@@ -108,6 +109,16 @@ def test_a_cache_that_is_wrong_in_the_dense_model_too_fails_nothing(tmp_path: Pa
     source = save_family(tmp_path / "source", Family("moshi", toy_settings("moshi")))
     view = load(str(source), dtype="float32")
     verify_checkpoint(source, view, plan_of(n_layers=8), NOTHING)
+
+
+def test_a_model_without_keys_and_values_is_pruned_though_its_cache_fails(tmp_path: Path) -> None:
+    # transformers reads the cache's length from a layer with keys and values, and Granite has none.
+    settings = {**FAMILIES["granitemoehybrid"].settings, "layer_types": ["mamba"] * 8}
+    source = save_family(tmp_path / "source", Family("granitemoehybrid", settings))
+    checks = prune(str(source), tmp_path / "out", drop=[1, 5]).checks
+    assert checks[1] == "It does not decode with a cache as without, and neither does the source."
+    view = load(str(tmp_path / "out"), dtype="float32")
+    verify_checkpoint(tmp_path / "out", view, plan_of(n_layers=6), NOTHING)
 
 
 DISK_FULL = """

@@ -67,15 +67,20 @@ REFUSED: dict[str, str] = {
     "zamba": "one shared transformer block",
     "zamba2": "one shared transformer block",
 }
-"""Type → why all or some of its layers cannot be dropped, as layercut says it."""
+"""Type → why all or some of its layers cannot be dropped, as layercut says it.
 
-SELECTED = "which positions its indexer selects hangs on the last bits of scores"
+Hybrids that may not lose every layer with keys and values are not listed: that is a rule of all.
+"""
+
+TIED = "which of equally scored positions its indexer selects hangs on how many there are"
+"""Only beyond as many tokens as it selects; with a rule for ties these are exact, which is tested."""
 CACHE_INEXACT: dict[str, str] = {
-    "axk2": SELECTED,
-    "dots3_note": SELECTED,
-    "dots3_note_text": SELECTED,
-    "glm_moe_dsa": SELECTED,
-    "deepseek_v32": SELECTED,
+    "axk2": TIED,
+    "dots3_note": TIED,
+    "dots3_note_text": TIED,
+    "glm_moe_dsa": TIED,
+    "deepseek_v32": TIED,
+    "hy_v4": TIED,
     "moshi": "once its sliding window is exceeded",
 }
 """Type → where transformers' own cached logits differ from the uncached ones, unpruned."""

@@ -89,6 +89,7 @@ QSA = {
 PLE = {"ple_layer_ids": [3, 7], "ple_embed_dim": 32, "heads_per_ngram": 2, "split_ngram_parts": 1}
 AUDIO = {"nemo_conv_channels": 8, "ext_pw_out_channel": 8, "depthwise_separable_out_channel": 8}
 SLIDE, FULL, CONV = "sliding_attention", "full_attention", "conv"
+MAMBA, ATTENTION = "mamba", "attention"
 KV_SHARED = {
     "layer_types": [SLIDE, FULL, SLIDE, SLIDE, FULL, SLIDE, SLIDE, FULL],
     "num_kv_shared_layers": 3,
@@ -124,8 +125,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma4_text": KV_SHARED,
     "gemma4_unified_text": KV_SHARED,
     "git": {"vision_config": {"num_hidden_layers": 2}},
+    "granitemoehybrid": {"layer_types": [MAMBA, ATTENTION, MAMBA, MAMBA, ATTENTION] + [MAMBA] * 3},
     "lfm2_moe": {"layer_types": [CONV, CONV, FULL, CONV, FULL, CONV, CONV, FULL]},
     "mamba2": {"num_heads": 8},
+    "nemotron_h": {
+        "layer_types": [MAMBA, "moe", ATTENTION, "mlp", MAMBA, ATTENTION, "moe", "mlp"],
+    },
     "phi4_multimodal": {"audio_config": AUDIO},
     "qwen4_exp": {"text_config": QSA},
     "qwen4_exp_text": QSA | PLE,

@@ -42,6 +42,8 @@ TRANSPORTS = frozenset({"aiohttp", "requests", "urllib3"})
 WRAPPERS = frozenset({"DatasetGenerationError"})
 """Exceptions that only say that something failed; their cause says what."""
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
+DECORATOR = os.path.join("torch", "utils", "_contextlib.py")
+"""Where `torch.no_grad` calls what it decorates: no library that calls back."""
 _END = object()
 
 
@@ -129,7 +131,8 @@ def _is_shortage(failure: BaseException) -> bool:
 def _is_ours(raised: TracebackType | None) -> bool:
     """Whether the library had called back into layercut, whose own mistake it then is."""
     places = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(raised)]
-    below = dropwhile(lambda place: place.startswith(PACKAGE), places)
+    called = [place for place in places if not place.endswith(DECORATOR)]
+    below = dropwhile(lambda place: place.startswith(PACKAGE), called)
     return any(place.startswith(PACKAGE) for place in below)
 
 

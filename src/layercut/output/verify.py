@@ -84,7 +84,7 @@ def verify_checkpoint(
         _check_decoding_streamed(folder, view.path, ids)
 
 
-def _check_decoding_streamed(folder: Path, source: Path, ids: Tensor) -> None:
+def _check_decoding_streamed(folder: Path, source: Path, ids: Tensor) -> bool:
     """With one layer in memory at a time, on a few tokens."""
 
     def open_model(place: Path) -> Any:
@@ -92,7 +92,7 @@ def _check_decoding_streamed(folder: Path, source: Path, ids: Tensor) -> None:
 
     n_rows, length = STREAMED_SHAPE
     few = ids[:n_rows, :length]
-    check_decoding_beside(open_model(folder), lambda: open_model(source), few)
+    return check_decoding_beside(open_model(folder), lambda: open_model(source), few)
 
 
 def _fits(view: DecoderView) -> bool:
@@ -137,10 +137,13 @@ def verify_files(
     return len(expected)
 
 
-def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPlan) -> None:
+def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPlan) -> bool:
     """Compare the written model with the source whose dropped layers pass their input through.
 
     The written one then decodes step by step: from memory if it fits there, else layer by layer.
+
+    Returns:
+        Whether it decodes as it should; ``False`` where the source does not either.
 
     Raises:
         ModelError: the layers cannot be run one at a time.
@@ -163,9 +166,8 @@ def verify_streamed(source: Path, folder: Path, layout: Layout, plan: PruningPla
         def load_whole(place: Path) -> Any:
             return load_strictly(place, torch.float32, ids.device).eval()
 
-        check_decoding_beside(load_whole(folder), lambda: load_whole(source), ids)
-    else:
-        _check_decoding_streamed(folder, source, ids)
+        return check_decoding_beside(load_whole(folder), lambda: load_whole(source), ids)
+    return _check_decoding_streamed(folder, source, ids)
 
 
 def sha256(tensor: Content) -> str:

@@ -142,11 +142,13 @@ def _verify(
             "Whether it decodes with a cache and generates was not tried, for the same reason.",
         ]
     try:
-        verify_streamed(source, folder, layout, plan)
+        decodes = verify_streamed(source, folder, layout, plan)
     except ModelError as error:
         return [*checks, f"Logits were not compared, and no text was generated: {error}"]
     return [
         *checks,
-        "Cached logits equal uncached ones, and tokens are generated.",
+        "Cached logits equal uncached ones, and tokens are generated."
+        if decodes
+        else "It does not decode with a cache as without, and neither does the source.",
         "Logits are those of the source with the dropped layers left out.",
     ]
