@@ -137,7 +137,7 @@ def check_drop(toy: Toy, dropped: tuple[int, ...], out: Path) -> Any:
 
 
 def cache_gap(model: Any) -> float:
-    """In float32, or, where that is more than the tolerance, in float64: rounding alone vanishes."""
+    """In float32, or where that is more than the tolerance, in float64: rounding vanishes."""
     gap = measure_cache_gap(model, text_tokens(), prefill=5)
     if gap > TOLERANCE:
         double = copy.deepcopy(model).double()

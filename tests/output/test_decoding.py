@@ -1,4 +1,4 @@
-"""A checkpoint that cannot decode at all ends in one line, or is excused where the dense one fails."""
+"""A checkpoint that cannot decode ends in one line, or is excused with the dense one."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ Hybrids that may not lose every layer with keys and values are not listed: that 
 """
 
 TIED = "which of equally scored positions its indexer selects hangs on how many there are"
-"""Only beyond as many tokens as it selects; with a rule for ties these are exact, which is tested."""
+"""Only beyond as many tokens as it selects; with a rule for ties these are exact (tested)."""
 CACHE_INEXACT: dict[str, str] = {
     "axk2": TIED,
     "dots3_note": TIED,

@@ -42,7 +42,7 @@ TRANSPORTS = frozenset({"aiohttp", "requests", "urllib3"})
 WRAPPERS = frozenset({"DatasetGenerationError"})
 """Exceptions that only say that something failed; their cause says what."""
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
-DECORATOR = os.path.join("torch", "utils", "_contextlib.py")
+DECORATOR = str(Path("torch") / "utils" / "_contextlib.py")
 """Where `torch.no_grad` calls what it decorates: no library that calls back."""
 _END = object()
 
