@@ -28,6 +28,7 @@ def test_defaults_are_those_of_the_interface() -> None:
         "seed": 0,
         "dtype": "auto",
         "device": "auto",
+        "residency": "auto",
         "calibration": {
             "data": "embedded:docs",
             "text_column": "text",
