@@ -179,7 +179,7 @@ def test_nan_weights_exit_5(run, recipe: dict, model: Path, tmp_path: Path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and RLIMIT_FSIZE")
-def test_a_full_disk_exits_7_and_leaves_nothing(recipe: dict, tmp_path: Path):
+def test_a_full_disk_exits_7_and_leaves_only_what_it_goes_on_from(recipe: dict, tmp_path: Path):
     import subprocess
     import sys
 
@@ -195,4 +195,5 @@ def test_a_full_disk_exits_7_and_leaves_nothing(recipe: dict, tmp_path: Path):
     )
     assert result.returncode == 7, result.stderr
     assert "Traceback" not in result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "recipe.yaml", "text.txt"]
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["model", "out.progress", "recipe.yaml", "text.txt"]
