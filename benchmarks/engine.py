@@ -1,7 +1,7 @@
 """What every stage costs, in plain forward passes of the same tokens: on a CPU or a GPU.
 
 Run  python benchmarks/engine.py [--model embedded:smollm2-135m | --shape 8B --layers 32]
-         [--tokens 32768] [--drop 8] [--repeats 5] [--stages forward sensitivity gradmap select …]
+         [--residency streamed] [--tokens 32768] [--drop 8] [--repeats 5] [--stages forward sensitivity gradmap select …]
 A shape is a Llama of that size with random bfloat16 weights, written to a folder and loaded as any
 checkpoint is. Prints one table, medians with the lowest and the highest, and writes
 benchmarks/results/engine-NAME.json. The unit "×" is one forward pass with the head over all
@@ -50,6 +50,13 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "360M": {
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "vocab_size": 49152,
+    },
     "8B": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -58,7 +65,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 128256,
     },
 }
-"""Widths of Llama 3.2 1B and Llama 3.1 8B; the number of layers is an option."""
+"""Widths of SmolLM2 360M, Llama 3.2 1B and Llama 3.1 8B; the number of layers is an option."""
 STAGES = ("sensitivity", "gradmap", "select", "refit", "refit-steps")
 SEQ_LEN = 512
 
@@ -73,6 +80,7 @@ def main() -> None:
     parser.add_argument("--drop", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--residency", default="auto")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -84,6 +92,7 @@ def main() -> None:
             write_random_model(Path(folder), arguments.shape, arguments.layers)
         results = measure(model, arguments)
     name = f"{arguments.shape}-{arguments.layers}" if arguments.shape else "smollm2-135m"
+    name += "-streamed" if arguments.residency == "streamed" else ""
     arguments.output.mkdir(exist_ok=True)
     path = arguments.output / f"engine-{name}-{results['device']}.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
@@ -115,7 +124,7 @@ def measure(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     origin = provenance("benchmarks/engine.py")
     print(origin.hardware, origin.versions, flush=True)
     start = time.perf_counter()
-    view = load(model, device=arguments.device)
+    view = load(model, device=arguments.device, residency=arguments.residency)
     synchronize(view)
     load_seconds = time.perf_counter() - start
     batches = draw_batches(view, arguments.tokens, arguments.seq_len)
