@@ -1,7 +1,8 @@
 """What every stage costs, in plain forward passes of the same tokens: on a CPU or a GPU.
 
 Run  python benchmarks/engine.py [--model embedded:smollm2-135m | --shape 8B --layers 32]
-         [--residency streamed] [--tokens 32768] [--drop 8] [--repeats 5] [--stages forward sensitivity gradmap select …]
+         [--residency streamed] [--tokens 32768] [--drop 8] [--repeats 5]
+         [--stages forward sensitivity gradmap select …]
 A shape is a Llama of that size with random bfloat16 weights, written to a folder and loaded as any
 checkpoint is. Prints one table, medians with the lowest and the highest, and writes
 benchmarks/results/engine-NAME.json. The unit "×" is one forward pass with the head over all

@@ -18,6 +18,7 @@ from layercut.models.load import load, reload
 from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
 from layercut.recovery import gradient_steps
+from layercut.recovery import orthogonalize as orthogonalization
 from layercut.recovery.fit import fit
 from layercut.recovery.gradient_steps import (
     find_trained_weights,
@@ -219,8 +220,8 @@ def test_iterated_factor_is_close_to_the_decomposed_one():
         torch.randn(48, 96, generator=torch.manual_seed(0)), full_matrices=False
     )
     matrix = (u * torch.logspace(0, -2.3, 48)) @ vh
-    found = gradient_steps._iterate(matrix / matrix.norm())
+    found = orthogonalization._iterate(matrix / matrix.norm())
     values = torch.linalg.svdvals(found)
     assert float((values - 1).abs().max()) < 0.05
     assert float((found - u @ vh).norm() / (u @ vh).norm()) < 0.05
-    assert not gradient_steps._iterate(torch.zeros(3, 4)).any()
+    assert not orthogonalization._iterate(torch.zeros(3, 4)).any()

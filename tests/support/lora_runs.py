@@ -91,6 +91,6 @@ def planted_log(
         log.weights[name] = logged
         width = logged.span_b.stop
     rows = [torch.cat([a.flatten(1), b.flatten(1)], dim=1) for a, b in factors.values()]
-    log._rows = Spool(n_steps, width)
-    log._rows.write(0, torch.cat(rows, dim=1))
+    log.rows = Spool(n_steps, width)
+    log.rows.write(0, torch.cat(rows, dim=1))
     return log
