@@ -114,9 +114,9 @@ def test_dense_activations_are_booked_to_all_who_read_them(
 ):
     original = ResidualStream.advance
 
-    def slow_at_first(stream: ResidualStream, layer: int) -> None:
+    def slow_at_first(stream: ResidualStream, layer: int, *visit: Any) -> None:
         n_known = len(stream.layer_seconds)
-        original(stream, layer)
+        original(stream, layer, *visit)
         if len(stream.layer_seconds) > n_known:
             stream.layer_seconds[-1] = 100.0
 
