@@ -61,7 +61,7 @@ def recorded(job: Job) -> Iterator[Journal]:
     with open_journal(
         folder,
         describe_run(job),
-        describe_machine(),
+        describe_machine(job.view),
         overwrite=job.overwrite,
         reserve_bytes=SPARE_SPACE * weights,
     ) as journal:
@@ -96,13 +96,14 @@ def describe_run(job: Job) -> dict[str, Any]:
     }
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(view: DecoderView) -> dict[str, Any]:
     """What rounding depends on beside the run itself."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpus": ", ".join(gpus) or "none",
+        "residency": "resident" if view.source is None else "streamed",
     }
 
 
