@@ -59,7 +59,9 @@ def test_c4_has_one_document_per_row_and_other_splits(hub):
 
 @pytest.mark.parametrize(("name", "local"), [("wikitext2", "wiki.test.raw"), ("c4", "c4.jsonl")])
 def test_without_a_network_a_local_copy_is_proposed(name: str, local: str):
-    with pytest.raises(NetworkError, match=rf"{name}: hub:.* cannot be read: .* such as {local}, in the"):
+    with pytest.raises(
+        NetworkError, match=rf"{name}: hub:.* cannot be read: .* such as {local}, in the"
+    ):
         next(read_texts(name))
 
 
