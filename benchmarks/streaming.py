@@ -78,51 +78,27 @@ def write_planted_model(folder: Path, shape: str, n_layers: int) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    head = width // sizes["num_attention_heads"]
-    keys = head * sizes["num_key_value_heads"]
-
-    def draw(out: int, size: int, scale: float) -> torch.Tensor:
-        drawn: torch.Tensor = torch.randn(out, size, generator=generator) * scale * size**-0.5
-        return drawn.bfloat16()
-
-    embedding = draw(sizes["vocab_size"], width, width**0.5)
+    width = sizes["hidden_size"]
+    embedding = draw(generator, sizes["vocab_size"], width, width**0.5)
     successor = torch.roll(embedding, 1, 0)  # the row of token t + 1 looks for t's embedding
-    rest = {
-        "model.embed_tokens.weight": embedding,
-        "model.norm.weight": torch.ones(width).bfloat16(),
-        "lm_head.weight": (successor * (8 / width)).bfloat16(),
+    shards = {
+        "model-rest.safetensors": {
+            "model.embed_tokens.weight": embedding,
+            "model.norm.weight": torch.ones(width).bfloat16(),
+            "lm_head.weight": (successor * (8 / width)).bfloat16(),
+        }
     }
     index: dict[str, str] = {}
-    before: dict[str, torch.Tensor] = {}
-
-    def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / name, {"format": "pt"})
-        index.update(dict.fromkeys(tensors, name))
-
-    write("model-rest.safetensors", rest)
-    shard: dict[str, torch.Tensor] = {}
-    for layer in range(n_layers):
-        own = {
-            "self_attn.q_proj.weight": draw(width, width, 1),
-            "self_attn.k_proj.weight": draw(keys, width, 1),
-            "self_attn.v_proj.weight": draw(keys, width, 1),
-            "self_attn.o_proj.weight": draw(width, width, 0.3),
-            "mlp.gate_proj.weight": draw(inner, width, 1),
-            "mlp.up_proj.weight": draw(inner, width, 1),
-            "mlp.down_proj.weight": draw(width, inner, 1),
-            "input_layernorm.weight": torch.ones(width).bfloat16(),
-            "post_attention_layernorm.weight": torch.ones(width).bfloat16(),
-        }
-        if layer % 2:
-            for part in ("gate", "up"):
-                own[f"mlp.{part}_proj.weight"] = before[f"mlp.{part}_proj.weight"].clone()
-            own["mlp.down_proj.weight"] = -before["mlp.down_proj.weight"]
-        before = own
-        shard |= {f"model.layers.{layer}.{name}": tensor for name, tensor in own.items()}
-        if layer % SHARD_LAYERS == SHARD_LAYERS - 1 or layer == n_layers - 1:
-            write(f"model-layers-{layer:03d}.safetensors", shard)
-            shard = {}
+    layer: dict[str, torch.Tensor] = {}
+    for number in range(n_layers):
+        layer = draw_layer(generator, sizes, undo=layer if number % 2 else None)
+        shard = shards.setdefault(f"model-{number // SHARD_LAYERS:03d}.safetensors", {})
+        shard |= {f"model.layers.{number}.{name}": tensor for name, tensor in layer.items()}
+        if number % SHARD_LAYERS == SHARD_LAYERS - 1 or number == n_layers - 1:
+            while shards:
+                name, tensors = shards.popitem()
+                save_file(tensors, folder / name, {"format": "pt"})
+                index |= dict.fromkeys(tensors, name)
     content = {"metadata": {}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
     config.save_pretrained(folder)
@@ -130,6 +106,36 @@ def write_planted_model(folder: Path, shape: str, n_layers: int) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def draw(generator: torch.Generator, out: int, size: int, scale: float) -> torch.Tensor:
+    """A random map (out, size) whose outputs are ``scale`` times as large as its inputs."""
+    drawn: torch.Tensor = torch.randn(out, size, generator=generator) * scale * size**-0.5
+    return drawn.bfloat16()
+
+
+def draw_layer(
+    generator: torch.Generator, sizes: dict[str, int], undo: dict[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """A random layer, or one whose MLP takes back what that of the layer ``undo`` adds."""
+    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    keys = width // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+    layer = {
+        "self_attn.q_proj.weight": draw(generator, width, width, 1),
+        "self_attn.k_proj.weight": draw(generator, keys, width, 1),
+        "self_attn.v_proj.weight": draw(generator, keys, width, 1),
+        "self_attn.o_proj.weight": draw(generator, width, width, 0.3),
+        "mlp.gate_proj.weight": draw(generator, inner, width, 1),
+        "mlp.up_proj.weight": draw(generator, inner, width, 1),
+        "mlp.down_proj.weight": draw(generator, width, inner, 1),
+        "input_layernorm.weight": torch.ones(width).bfloat16(),
+        "post_attention_layernorm.weight": torch.ones(width).bfloat16(),
+    }
+    if undo is not None:
+        for part in ("gate", "up"):
+            layer[f"mlp.{part}_proj.weight"] = undo[f"mlp.{part}_proj.weight"].clone()
+        layer["mlp.down_proj.weight"] = -undo["mlp.down_proj.weight"]
+    return layer
 
 
 def write_text(path: Path, n_tokens: int) -> None:

@@ -240,8 +240,43 @@ def test_a_file_that_became_shorter_is_refused(folders: dict[str, Path], tmp_pat
     stored = read_stored_tensors(folder)
     end = min(t.begin for n, t in stored.items() if n.startswith("model.layers.4."))
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(ModelError, match=r"short"):
+    with pytest.raises(ModelError, match="written to while the model was in use"):
         view.token_losses(torch.arange(10)[None])
+    assert count_bytes_in_memory(view) == 0
+
+
+def test_a_file_that_was_written_to_is_refused(tmp_path: Path):
+    folder = save_tiny(tmp_path / "changed", "llama")
+    view = load(str(folder), dtype="float32", residency="streamed")
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="written to while the model was in use"):
+        view.token_losses(torch.arange(10)[None])
+    path.unlink()
+    with pytest.raises(ModelError, match="gone while the model is in use"):
+        view.token_losses(torch.arange(10)[None])
+
+
+def test_a_layer_that_could_not_be_read_is_let_go_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    view = load(str(save_tiny(tmp_path / "once", "llama")), dtype="float32", residency="streamed")
+    assert view.source is not None
+    ids = torch.arange(10)[None]
+    expected = view.token_losses(ids)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="a bad block"):
+        fill = type(view.source)._fill
+
+        def fail_at_three(source, index, layer):
+            if index == 3:
+                raise OSError("a bad block")
+            fill(source, index, layer)
+
+        patched.setattr(type(view.source), "_fill", fail_at_three)
+        view.token_losses(ids)
+    assert torch.equal(view.token_losses(ids), expected)
     assert count_bytes_in_memory(view) == 0
 
 

@@ -199,20 +199,25 @@ def start_dense_stream(
 
 
 def advance_and_record(
-    stream: ResidualStream, layer: int, module: LinearMap
-) -> tuple[Spool, Spool]:
-    """Move ``stream`` past ``layer``; what ``module`` read and wrote, (n_tokens, in) and (…, d)."""
-    inputs = Spool(len(stream.states), in_features(module), device=stream.view.device)
-    outputs = Spool(len(stream.states), stream.states.rows.shape[1], device=stream.view.device)
-    with inputs.filling() as write_input, outputs.filling() as write_output:
+    stream: ResidualStream, layer: int, module: LinearMap, *, outputs: bool = False
+) -> tuple[Spool, Spool | None]:
+    """Move ``stream`` past ``layer`` and keep what one of its linear maps read.
 
-        def keep(read: Tensor, written: Tensor) -> None:
-            write_input(read, read)
-            write_output(read, written)
+    Args:
+        stream: moved.
+        layer: the layer that it enters.
+        module: the linear map.
+        outputs: keep what it wrote as well.
 
-        with capture(module, keep):
-            stream.advance(layer)
-    return inputs, outputs
+    Returns:
+        Its inputs, (n_tokens, in), and its outputs, (n_tokens, d), where they are asked for.
+    """
+    read = Spool(len(stream.states), in_features(module), device=stream.view.device)
+    with read.filling() as write, capture(module, lambda a, _: write(a, a)):
+        if outputs:
+            return read, advance_and_record_outputs(stream, layer, module)
+        stream.advance(layer)
+    return read, None
 
 
 def advance_and_record_outputs(stream: ResidualStream, layer: int, module: nn.Module) -> Spool:

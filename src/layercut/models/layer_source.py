@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,12 +85,13 @@ class LayerSource:
             )
             for index, module in enumerate(layout.layer_list(model))
         ]
+        paths = {tensor.path for layer in stored for tensor in layer.values()}
+        self._files = {path: _identify(path) for path in paths}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layercut-read")
         self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._last, self._step = -1, 1
         for index, layer in enumerate(self._layers):
-            layer.module.register_forward_pre_hook(self._hooked(self.hold, index))
-            layer.module.register_forward_hook(self._hooked(self.release, index), always_call=True)
+            self._hold_while_running(index, layer.module)
 
     @property
     def bytes_of_layer(self) -> int:
@@ -188,6 +190,7 @@ class LayerSource:
         source = LayerSource(
             model, layout, stored, dtype=self._dtype, device=self._device, skipped=skipped
         )
+        source._files = self._files
         by_layer: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
             by_layer[source.number(name)][name] = tensor
@@ -197,12 +200,23 @@ class LayerSource:
             layer.is_checked = self._layers[kept[index]].is_checked
         return source
 
-    def _hooked(self, act: Callable[[int], None], index: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if index not in self._skipped():
-                act(index)
+    def _hold_while_running(self, index: int, module: nn.Module) -> None:
+        n_held = 0  # a pass that could not hold the layer must not let go of it
 
-        return hook
+        def before(*_: Any) -> None:
+            nonlocal n_held
+            if index not in self._skipped():
+                self.hold(index)
+                n_held += 1
+
+        def after(*_: Any) -> None:
+            nonlocal n_held
+            if n_held:
+                n_held -= 1
+                self.release(index)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
 
     def _fill(self, index: int, layer: _Layer) -> None:
         content = self._take(index, layer)
@@ -218,11 +232,13 @@ class LayerSource:
 
     def _take(self, index: int, layer: _Layer) -> dict[str, Tensor]:
         """The layer's stored tensors, read ahead or now; starts to read the next one's."""
+        self._check_files(layer)
         if self._ahead is not None and self._ahead[0] == index:
             content = self._ahead[1].result()
             self._ahead = None
         else:
             content = read_decodable(layer.stored)
+        self._check_files(layer)  # again: what was read meanwhile may be half of each
         if index != self._last:
             self._step = 1 if index > self._last else -1
         self._last = index
@@ -235,6 +251,14 @@ class LayerSource:
             self._ahead = following, self._thread.submit(read_decodable, stored)
         return content
 
+    def _check_files(self, layer: _Layer) -> None:
+        for path in {tensor.path for tensor in layer.stored.values()}:
+            if _identify(path) != self._files[path]:
+                raise ModelError(
+                    f"{path} was written to while the model was in use. Run again from a copy that "
+                    "nothing changes."
+                )
+
     def _replace(
         self, layer: _Layer, tensors: Mapping[str, Tensor]
     ) -> list[tuple[nn.Parameter, Tensor]]:
@@ -245,3 +269,19 @@ class LayerSource:
             before.append((parameter, parameter.data))
             parameter.data = tensors[name].to(parameter.data)
         return before
+
+
+def _identify(path: Path) -> tuple[int, ...]:
+    """What is another where a file's content is.
+
+    Raises:
+        ModelError: it is gone.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ModelError(
+            f"{path} is gone while the model is in use ({error.strerror}). Run again from a copy "
+            "that nothing changes."
+        ) from error
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

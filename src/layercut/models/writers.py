@@ -15,7 +15,7 @@ correction folds into its weight.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,10 +56,13 @@ class Norm:
     parameter: str | None
     offset: float
 
+    def centre(self, z: Tensor) -> Tensor:
+        """z, or z less its mean, (n, d)."""
+        return z - z.mean(dim=1, keepdim=True) if self.centred else z
+
     def scale(self, z: Tensor) -> Tensor:
         """√(mean z² + ε) or √(var z + ε) of every token, (n, 1)."""
-        centre = z - z.mean(dim=1, keepdim=True) if self.centred else z
-        return (centre.square().mean(dim=1, keepdim=True) + self.eps).sqrt()
+        return (self.centre(z).square().mean(dim=1, keepdim=True) + self.eps).sqrt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +92,7 @@ class Writer:
         """y, what the stream receives of the map's outputs z, (n, d) float32 each."""
         if self.norm is None:
             return self.factor * z
-        centre = z - z.mean(dim=1, keepdim=True) if self.norm.centred else z
-        return self.norm.gain.to(z.device) * (centre / self.norm.scale(z))
+        return self.norm.gain.to(z.device) * (self.norm.centre(z) / self.norm.scale(z))
 
 
 @torch.no_grad()
@@ -124,16 +126,20 @@ def _probe_layer(
     writers = [module for _, module, _ in candidates]
     blocks = [modules[path] for path in EXPERT_BLOCKS if path in modules]
     generator = torch.Generator().manual_seed(layer)
+    # With nothing in the stream the layer adds y alone, without rounding it away.
+    nothing = torch.zeros_like(hidden)
+    # Behind an attention, all of the MLP would answer to what it wrote.
+    probes = {
+        last: _Probe(view, layer, inputs, (nothing, hidden), writers if last else writers + blocks)
+        for last in {is_mlp for *_, is_mlp in candidates}
+    }
+    rounding = 8 * torch.finfo(hidden.dtype).eps * float(hidden.float().norm())
     for prefix, module, is_mlp in candidates:
         z = torch.randn(PROBE_TOKENS, view.hidden_size, generator=generator)
         z = z.to(hidden.device, hidden.dtype)
-        # With nothing in the stream the layer adds y alone, without rounding it away.
-        nothing = torch.zeros_like(hidden)
-        # Behind an attention, all of the MLP would answer to what it wrote.
-        probe = _Probe(view, layer, inputs, writers if is_mlp else [*writers, *blocks])
-        y = probe.run(nothing, {module: z}) - probe.run(nothing, {})
-        beside = probe.run(hidden, {module: z}) - probe.run(hidden, {})
-        rounding = 8 * torch.finfo(hidden.dtype).eps * float(hidden.float().norm())
+        readers: dict[str, nn.Module] = {}
+        with _noting_readers(view.layers[layer], z, readers):
+            y, beside = probes[is_mlp].write(module, z)
         size = float(y.norm())
         if not size or not float((beside - y).norm()) <= TOLERANCE * size + rounding:
             continue  # silent, or what it adds depends on what is there
@@ -145,7 +151,7 @@ def _probe_layer(
             factor = 1.0 if abs(factor - 1) < 1 / 256 else factor
             yield Writer(prefix, module, is_mlp, factor)
         else:
-            norm = _name_norm(view, layer, probe.readers(module, z), gain, centred=centred)
+            norm = _name_norm(view, layer, readers, gain, centred=centred)
             yield Writer(prefix, module, is_mlp, 1.0, norm)
 
 
@@ -167,30 +173,41 @@ class _Probe:
     """Runs one layer with the outputs of some modules replaced."""
 
     def __init__(
-        self, view: DecoderView, layer: int, inputs: LayerInputs, silent: Sequence[nn.Module]
+        self,
+        view: DecoderView,
+        layer: int,
+        inputs: LayerInputs,
+        streams: Sequence[Tensor],
+        silent: Sequence[nn.Module],
     ) -> None:
+        """Take what the layer makes of each stream, (1, tokens, d), while they write nothing."""
         self._view, self._layer, self._inputs, self._silent = view, layer, inputs, silent
+        self._streams = streams
+        self._without = [self._run(stream, {}) for stream in streams]
 
-    def run(self, hidden: Tensor, outputs: Mapping[Any, Tensor]) -> Tensor:
-        """The layer's output, (tokens, d) float32; silent modules give ``outputs`` or 0."""
+    def write(self, module: nn.Module, z: Tensor) -> list[Tensor]:
+        """What each stream receives, (tokens, d) float32, where one of them gives z."""
+        pairs = zip(self._streams, self._without, strict=True)
+        return [self._run(stream, {module: z}) - without for stream, without in pairs]
+
+    def _run(self, stream: Tensor, outputs: Mapping[nn.Module, Tensor]) -> Tensor:
         with ExitStack() as stack:
             for module in self._silent:
                 hook = _replace_output(outputs.get(module))
                 stack.callback(module.register_forward_hook(hook).remove)
-            output = self._view.run_layer(self._layer, hidden, self._inputs)
+            output = self._view.run_layer(self._layer, stream, self._inputs)
         return output.float().flatten(0, 1)
 
-    def readers(self, module: Any, z: Tensor) -> dict[str, nn.Module]:
-        """Modules with a gain that read just the module's output z, by path in the layer."""
-        found: dict[str, nn.Module] = {}
-        with ExitStack() as stack:
-            for path, reader in self._view.layers[self._layer].named_modules():
-                if _has_gain(reader, z.shape[1]):
-                    look = _look_for(z, found, path, reader)
-                    stack.callback(reader.register_forward_pre_hook(look).remove)
-            hidden = torch.zeros_like(self._inputs.hidden)
-            self.run(hidden, {module: z})
-        return found
+
+@contextmanager
+def _noting_readers(layer: nn.Module, z: Tensor, found: dict[str, nn.Module]) -> Iterator[None]:
+    """Note the modules with a gain that read just z inside the block, by path in the layer."""
+    with ExitStack() as stack:
+        for path, reader in layer.named_modules():
+            if _has_gain(reader, z.shape[1]):
+                look = _look_for(z, found, path, reader)
+                stack.callback(reader.register_forward_pre_hook(look).remove)
+        yield
 
 
 def _replace_output(output: Tensor | None) -> Any:

@@ -147,11 +147,20 @@ def list_residencies(
     recipe: Recipe, scoring: MethodCall, recovery: MethodCall
 ) -> tuple[Residency, ...]:
     """Where the weights may be for all that is asked for."""
-    in_memory = recipe.heal, recipe.finetune, recipe.evaluation.harness
     methods = [recovery] if recipe.selection.drop is not None else [scoring, recovery]
-    if any(in_memory) or not all(call.method.streams for call in methods):
+    if list_whole_sections(recipe) or not all(call.method.streams for call in methods):
         return ("resident",)
     return RESIDENCIES
+
+
+def list_whole_sections(recipe: Recipe) -> list[str]:
+    """The keys that are asked for of those that need all weights, in one process."""
+    sections = {
+        "heal": recipe.heal,
+        "finetune": recipe.finetune,
+        "evaluation.harness": recipe.evaluation.harness,
+    }
+    return [key for key, section in sections.items() if section]
 
 
 def estimate_recipe(
@@ -258,14 +267,8 @@ def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
     Raises:
         RecipeError: names the recipe's key.
     """
-    single = {
-        "heal": recipe.heal,
-        "finetune": recipe.finetune,
-        "evaluation.harness": recipe.evaluation.harness,
-    }
-    for key, section in single.items():
-        if section:
-            require_one_rank(ranks, key)
+    for key in list_whole_sections(recipe):
+        require_one_rank(ranks, key)
     ranks.check_same("recipe", recipe.to_yaml(), RecipeError)
 
 
@@ -277,14 +280,8 @@ def check_residency(recipe: Recipe, view: DecoderView) -> None:
     """
     if view.source is None:
         return
-    needed = {
-        "heal": recipe.heal,
-        "finetune": recipe.finetune,
-        "evaluation.harness": recipe.evaluation.harness,
-    }
-    for key, section in needed.items():
-        if section:
-            require_resident(view, key)
+    for key in list_whole_sections(recipe):
+        require_resident(view, key)
     warnings.warn(
         "layers are read from their files one at a time: speed is not measured", stacklevel=2
     )

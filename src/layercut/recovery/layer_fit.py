@@ -199,7 +199,9 @@ def _fit_writers(
     for writer in writers:
         ahead = kept.pruned.fork()
         with view.patched(changed):
-            inputs, outputs = advance_and_record(ahead, kept.layer, writer.module)
+            inputs, outputs = advance_and_record(
+                ahead, kept.layer, writer.module, outputs=writer.norm is not None
+            )
         rows = WriterRows(inputs, outputs, ahead.states, kept.target, held_out, view.ranks)
         new, change = fit_writer(view, writer, rows)
         changed |= new
@@ -211,7 +213,6 @@ def _fit_writers(
             _add_products(ahead.states, inputs, change)
             return changed, change, ahead
     return changed, None, None
-    return changed
 
 
 def _add_products(rows: Spool, inputs: Spool, change: Tensor) -> None:

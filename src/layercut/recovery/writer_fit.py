@@ -41,7 +41,7 @@ class WriterRows:
 
     Attributes:
         inputs: a, (n_tokens, in).
-        outputs: z, (n_tokens, d).
+        outputs: z, (n_tokens, d); needed behind a norm alone.
         stream: the layer's output, (n_tokens, d).
         target: what it should be, (n_tokens, d).
         held_out: mask of the tokens that judge and are not fitted.
@@ -49,7 +49,7 @@ class WriterRows:
     """
 
     inputs: Spool
-    outputs: Spool
+    outputs: Spool | None
     stream: Spool
     target: Spool
     held_out: Tensor
@@ -96,7 +96,28 @@ def fit_ridge_update(rows: WriterRows, factor: float, device: torch.device) -> T
     return _fit_rows(rows, device, _plain_rows(rows, factor, device))
 
 
-def small_gain(norm: Norm) -> Tensor:
+def see_through(
+    writer: Writer, outputs: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor | float, Tensor | float, Tensor | float, Tensor | float]:
+    """What stands between z and the stream, linearised: y's change = after ⊙ (D·a / scale).
+
+    Args:
+        writer: what writes.
+        outputs: behind a norm, z of the rows to fit and of those held out.
+
+    Returns:
+        What a wanted change is multiplied by, what a predicted one is, and what a is divided by,
+        of the rows to fit and of those held out.
+    """
+    norm = writer.norm
+    if norm is None or outputs is None:
+        return 1 / writer.factor, writer.factor, 1.0, 1.0
+    fitted, held_out = outputs
+    gain = norm.gain.to(fitted.device)
+    return _small_gain(norm).to(gain), gain, norm.scale(fitted), norm.scale(held_out)
+
+
+def _small_gain(norm: Norm) -> Tensor:
     """g/(g² + τ²), (d,): what a correction of y is multiplied by to become one of z/ρ."""
     gain = norm.gain
     tau = SMALL_GAIN * gain.abs().median()
@@ -153,9 +174,7 @@ def _fit_through_norm(
     writer: Writer, norm: Norm, rows: WriterRows, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """The summed change of W, (out, in), and the factor of every gain, (d,)."""
-    z = Spool(len(rows.outputs), rows.outputs.rows.shape[1], device=rows.outputs.device)
-    z.write(0, rows.outputs.rows)
-    through = _ThroughNorm(writer, norm, rows, z, device)
+    through = _ThroughNorm(writer, norm, rows, device)
     total: Tensor | None = None
     for _ in range(ROUNDS):
         change = _fit_rows(rows, device, through.linearised)
@@ -173,16 +192,18 @@ def _fit_through_norm(
 class _ThroughNorm:
     """The rows of a writer with a norm behind it, at the z that the fit has reached."""
 
-    def __init__(
-        self, writer: Writer, norm: Norm, rows: WriterRows, z: Spool, device: torch.device
-    ) -> None:
-        self.writer, self.norm, self.rows, self.z, self.device = writer, norm, rows, z, device
-        self.raise_by = small_gain(norm).to(device)
+    def __init__(self, writer: Writer, norm: Norm, rows: WriterRows, device: torch.device) -> None:
+        assert rows.outputs is not None
+        self.writer, self.norm, self.rows, self.device = writer, norm, rows, device
+        self.first = rows.outputs
+        self.z = Spool(len(self.first), self.first.rows.shape[1], device=self.first.device)
+        self.z.write(0, self.first.rows)
+        self.raise_by = _small_gain(norm).to(device)
 
     def _parts(self, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """a, z, what y should be, and √w."""
         rows = self.rows
-        spools = rows.inputs, self.z, rows.outputs, rows.stream, rows.target
+        spools = rows.inputs, self.z, self.first, rows.stream, rows.target
         for a, z, first, stream, target in _slices(mask, self.device, *spools):
             yield a, z, target - stream + self.writer.write(first), _weigh(target)
 

@@ -29,7 +29,7 @@ from layercut.models.view import DecoderView
 from layercut.models.writers import Writer
 from layercut.recovery.layer_fit import LayerWriters, mask_held_out_rows
 from layercut.recovery.ridge import factor_ridge, fast_products
-from layercut.recovery.writer_fit import small_gain
+from layercut.recovery.writer_fit import see_through
 from layercut.selection.pattern import keeps_one
 from layercut.spool import Spool, choose_device
 from layercut.types import CalibrationBatches, Cut, LayerSet
@@ -126,7 +126,11 @@ def _price_from(
     dense.rewind(start - 1)
     recorded = None
     if writer is not None:
-        recorded = writer, *advance_and_record(dense.fork(), start - 1, writer.module)
+        behind_norm, stream = writer.norm is not None, dense.fork()
+        recorded = (
+            writer,
+            *advance_and_record(stream, start - 1, writer.module, outputs=behind_norm),
+        )
     targets = [dense.history[end] for end in ends]
     lengths = _residuals(recorded, dense.history[start], targets, rows, view.device, view.ranks)
     costs = [
@@ -139,7 +143,7 @@ def _price_from(
 
 
 def _residuals(
-    recorded: tuple[Writer, Spool, Spool] | None,
+    recorded: tuple[Writer, Spool, Spool | None] | None,
     origin: Spool,
     targets: list[Spool],
     rows: tuple[Tensor, Tensor],
@@ -149,7 +153,8 @@ def _residuals(
     """‖target − origin − what D adds‖ of every held-out token, per target; D = 0 where better.
 
     Args:
-        recorded: the writer that D refits, its inputs and its outputs; ``None``: there is none.
+        recorded: the writer that D refits, its inputs and, behind a norm, its outputs; ``None``:
+            there is none.
         origin: rows in front of the cut.
         targets: rows behind it, by its length.
         rows: indices of the tokens to fit, and of those that are held out.
@@ -174,9 +179,8 @@ def _residuals(
         predict = None
         if recorded is not None:
             writer, inputs, outputs = recorded
-            before, after, scale, scale_held = _see_through(
-                writer, pick(outputs, 0), pick(outputs, 1)
-            )
+            z = None if outputs is None else (pick(outputs, 0), pick(outputs, 1))
+            before, after, scale, scale_held = see_through(writer, z)
             a, a_held = pick(inputs, 0) * (weight / scale), pick(inputs, 1) / scale_held
             predict = _prepare_prediction(a, a_held, n_fitted, ranks)
         for target in targets:
@@ -190,22 +194,6 @@ def _residuals(
                 ranks.sum_(sums)
                 length = torch.where(sums[0] < sums[1], left, length)
             yield length
-
-
-def _see_through(
-    writer: Writer, outputs: Tensor, held_out: Tensor
-) -> tuple[Tensor | float, Tensor | float, Tensor | float, Tensor | float]:
-    """What stands between z and the stream, linearised: y's change = after ⊙ (D·a / scale).
-
-    Returns:
-        What a wanted change is multiplied by, what a predicted one is, and what a is divided by,
-        of the rows to fit and of those held out.
-    """
-    norm = writer.norm
-    if norm is None:
-        return 1 / writer.factor, writer.factor, 1.0, 1.0
-    gain = norm.gain.to(outputs.device)
-    return small_gain(norm).to(gain), gain, norm.scale(outputs), norm.scale(held_out)
 
 
 def _prepare_prediction(
