@@ -128,11 +128,12 @@ loads a model onto one device.
 to the residual stream: one down-projection (`Linear` or `Conv1D`), or those of all routed and
 shared experts.
 `refit` corrects whatever writes to the residual stream by a linear map: attention, a recurrence or
-a convolution in its place, the down-projection, shared experts. Routed experts are left as they
-are. A factor behind the map (Granite) or a norm (Gemma 2 and 3, OLMo 2 and 3, EXAONE 4) is allowed
-for; [methods.md](methods.md#refit) says how. Its gradient steps move all linear weights of the kept
-layers that the checkpoint stores as such. `sign-merge` and `igia` need LoRA
-adapters on every weight, so they refuse experts that are stored as one tensor.
+a convolution in its place, the down-projection, shared and routed experts. A factor behind the map
+(Granite) or a norm (Gemma 2 and 3, OLMo 2 and 3, EXAONE 4) is allowed for;
+[methods.md](methods.md#refit) says how. Its gradient steps move all linear weights of the kept
+layers that the checkpoint stores as such. `sign-merge` and `igia` need LoRA adapters on every
+weight, so they refuse experts that are stored as one tensor, and Mamba's fused kernels, which read
+weights past their adapters; heals and fine-tuning leave those weights as they are.
 
 Before `projection` and `linear-map` compute anything, every layer is tried out: doubling
 half of the coordinates of its MLP's output must change the layer's output by just that. A norm

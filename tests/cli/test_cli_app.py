@@ -129,7 +129,7 @@ def test_recipe_errors_exit_2_and_list_everything_without_a_traceback(recipe_fil
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "Missing argument 'RECIPE'"),
+        (["run"], "Missing argument 'RECIPE|MODEL'"),
         (["run", "r.yaml"], "Invalid value for --output-dir: missing"),
         (["run", "r.yaml", "--ouput-dir", "x"], "No such option: --ouput-dir"),
         (["rnu"], "No such command 'rnu'"),

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,46 +11,16 @@ from family_configs import HYBRID, LINEAR, ROTARY, Family
 from gguf_files import write_llama
 from layercut.cli import main
 from layercut.errors import ResourceError
-from layercut.machine import Rates, measure_rates
+from layercut.machine import measure_rates
 from layercut.pipeline import prepare as preparation
 from layercut.pipeline.estimate import RunEstimate, StageEstimate, estimate_run
 from layercut.pipeline.inspect import inspect
-from layercut.pipeline.model_shape import LayerShape, ModelShape
+from layercut.pipeline.model_shape import ModelShape
 from layercut.pipeline.pass_costs import CALL_SECONDS, TOUCHES, VOCABULARY_TOUCHES, PassCosts
 from layercut.pipeline.resources import Available, check_resources, choose_residency, describe_run
 from layercut.pipeline.stage_times import STATES_BACKWARD, StageTimes
-from layercut.recipe.recipe import Recipe
 from saved_families import save_family
-
-GB = 10**9
-RATES = Rates(
-    product=1e9, sum_product=1e9, factor=1e9, elements=1e9, memory=1e9, read=1e9, hash=1e9
-)
-LAYER = LayerShape(
-    n_parameters=1000, active=900.0, attention=20, written=50.0, matrices=((10, 30),), down=30
-)
-SHAPE = ModelShape(
-    layers=(LAYER,) * 8,
-    width=10,
-    vocabulary=100,
-    heads=2,
-    n_outside=1000,
-    item_bytes=4,
-    stored_bytes=36_000,
-    largest_file=Path("model.safetensors"),
-    n_files=1,
-    product_dtype=torch.float32,
-    device=torch.device("cpu"),
-)
-
-
-def recipe_of(**sections: Any) -> Recipe:
-    return Recipe.model_validate({"model": "toy", **sections})
-
-
-def seconds_of(shape: ModelShape, recipe: Recipe, *, ranks: int = 1) -> dict[str, float]:
-    estimate = estimate_run(shape, recipe, RATES, GB, ranks=ranks)
-    return {stage.name: stage.seconds or 0.0 for stage in estimate.resident}
+from toy_estimates import GB, LAYER, RATES, SHAPE, recipe_of, seconds_of
 
 
 def test_a_pass_through_a_toy_layer_is_its_products_and_what_they_write() -> None:

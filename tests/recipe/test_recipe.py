@@ -29,6 +29,8 @@ def test_defaults_are_those_of_the_interface() -> None:
         "dtype": "auto",
         "device": "auto",
         "residency": "auto",
+        "effort": None,
+        "minutes": None,
         "calibration": {
             "data": "embedded:docs",
             "text_column": "text",
@@ -43,6 +45,8 @@ def test_defaults_are_those_of_the_interface() -> None:
             "drop_layers": 6,
             "drop_fraction": None,
             "drop": None,
+            "drop_parameters": None,
+            "fit_memory": None,
             "max_perplexity_ratio": None,
             "rounds": "one-shot",
             "protect": [],

@@ -96,7 +96,7 @@ def test_walk_moves_the_stream_as_the_patched_model_does(
     for layer in range(1, 4):
         dense.advance(layer)
     kept = KeptLayer(1, True, dense, pruned)
-    tensors = layer_fit._refit_layer(view, kept, held, find_writers(view)[1])
+    tensors = layer_fit._refit_layer(view, kept, held, find_writers(view)[1]).tensors
     assert tensors
     again = ResidualStream(view, batches)
     again.advance(0)

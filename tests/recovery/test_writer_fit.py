@@ -17,6 +17,7 @@ from layercut.engine.residual_stream import ResidualStream
 from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.models.writers import Writer, find_writers
+from layercut.recovery.expert_fit import record_writer
 from layercut.recovery.layer_fit import mask_held_out_rows, refit_layers
 from layercut.types import CalibrationBatches
 from saved_families import save_family
@@ -28,14 +29,25 @@ KINDS = {
     "parallel": "phi",
     "mixer": "granitemoehybrid",
     "shared expert": "deepseek_v3",
+    "experts": "mixtral",
+    "experts with biases": "gpt_oss",
+    "experts that read gated inputs": "llama4",
+    "the same beside a shared one, behind one norm": "afmoe",
 }
+LEFT = {
+    # Its experts are much alike on so few channels, and sweeps part them slowly.
+    "experts with biases": 0.03,
+    # Linearised three times; what is left along the norm's own direction stays.
+    "the same beside a shared one, behind one norm": 0.1,
+}
+"""What may be left of the squared error where that is more than a thousandth."""
 DROPPED = 4
 
 
 @pytest.fixture(scope="module")
 def text() -> CalibrationBatches:
-    """Enough tokens for maps of 16 to 32 inputs."""
-    ids = torch.randint(3, 250, (24, 16), generator=torch.Generator().manual_seed(3))
+    """Enough tokens for maps of 16 to 32 inputs, of each of four experts."""
+    ids = torch.randint(3, 250, (96, 16), generator=torch.Generator().manual_seed(3))
     return CalibrationBatches(ids, 4, 8, "random", "random")
 
 
@@ -56,6 +68,15 @@ def lacking(view: DecoderView, batches: CalibrationBatches, dense: ResidualStrea
     return float((stream.states.rows - dense.states.rows).double().square().sum())
 
 
+def find_busy_experts(view: DecoderView, batches: CalibrationBatches, writer: Writer):
+    """Mask of the experts that more tokens reach than their weights read, three times."""
+    stream = ResidualStream(view, batches)
+    stream.advance_to(DROPPED - 1)
+    routing = record_writer(stream, DROPPED - 1, writer, routing=True)[2]
+    counts = routing.experts.bincount(minlength=writer.experts.n_experts)
+    return counts > 3 * writer.experts.width
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_changed_in_a_projection_is_put_back(
     tmp_path: Path, text: CalibrationBatches, kind: str
@@ -64,20 +85,27 @@ def test_what_was_changed_in_a_projection_is_put_back(
     silence(view, DROPPED)
     dense = ResidualStream(view, text, remember=True)
     dense.advance_to(view.n_layers)
-    writer = find_writers(view)[DROPPED - 1][-1]
-    weight = view.model.get_parameter(f"{writer.prefix}.weight")
+    found = find_writers(view)[DROPPED - 1]
+    wanted = {"mixer": "out_proj", "shared expert": "shared_experts.down_proj"}.get(kind, "")
+    writer = next(w for w in reversed(found) if w.prefix.endswith(wanted))
+    name = f"{writer.prefix}.{'weight' if writer.experts is None else 'down_proj'}"
+    weight = view.model.get_parameter(name)
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4))
+    if writer.experts is not None:  # what no token reaches, nobody can put back
+        noise[~find_busy_experts(view, text, writer)] = 0
     weight.data += 0.3 * weight.std() * noise
     before = lacking(view, text, dense)
     held_out = mask_held_out_rows(text, 8)
     dense.rewind(0)
     plan = plan_of(DROPPED, n_layers=view.n_layers)
+    modules = "both" if kind == "mixer" else "down"
     # The attention in front of the projection would take a part of the damage on itself.
-    tensors = refit_layers(view, plan, text, held_out, layers="cuts", modules="down", dense=dense)
-    assert f"{writer.prefix}.weight" in tensors
+    refitted = refit_layers(view, plan, text, held_out, layers="cuts", modules=modules, dense=dense)
+    tensors = refitted.tensors
+    assert name in tensors
     with view.patched(tensors):
         after = lacking(view, text, dense)
-    assert after <= 1e-3 * before
+    assert after <= LEFT.get(kind, 1e-3) * before
 
 
 def test_what_a_writer_adds_is_what_the_layer_adds(tmp_path: Path):
@@ -109,8 +137,8 @@ def test_what_a_writer_adds_is_what_the_layer_adds(tmp_path: Path):
         ("gemma3", {"self_attn.o_proj": "norm", "mlp.down_proj": "norm"}),
         ("granite", {"self_attn.o_proj": "factor", "mlp.down_proj": "factor"}),
         ("llama", {"self_attn.o_proj": "plain", "mlp.down_proj": "plain"}),
-        ("mixtral", {"self_attn.o_proj": "plain"}),
-        ("minimax", {}),
+        ("mixtral", {"self_attn.o_proj": "plain", "mlp.experts": "plain"}),
+        ("minimax", {"mlp.experts": "plain"}),
     ],
 )
 def test_writers_are_found_by_trying(tmp_path: Path, family: str, expected: dict[str, str]):

@@ -176,7 +176,6 @@ PER_LAYER_EMBEDDINGS = {
     "embed_tokens_per_layer.weight": 1,
     "per_layer_model_projection.weight": 0,
 }
-NO_PAIR = "a layer has no attention and MLP pair that the scores are defined on"
 SHARED_KV = "later layers reuse earlier ones' keys and values, so that no layer runs alone"
 SHARED_RESULTS = "later layers reuse what earlier ones compute, so that no layer runs alone"
 SHARED_BLOCKS = "one shared transformer block serves several layers, and weights are tied by number"
@@ -210,9 +209,6 @@ FAMILIES: dict[str, FamilyRules] = {
         pinned=(Pin("first", "layer 0 alone has no norm before its attention"),)
     ),
     "recurrent_gemma": FamilyRules(patterns={"block_types": "cycle"}),
-    "mamba": FamilyRules(unscorable=NO_PAIR),
-    "mamba2": FamilyRules(unscorable=NO_PAIR),
-    "falcon_mamba": FamilyRules(unscorable=NO_PAIR),
     "cpmant": FamilyRules(refused=PROMPT),
     "openai-gpt": FamilyRules(refused=LISTS),
     "rwkv": FamilyRules(refused=RESCALED),

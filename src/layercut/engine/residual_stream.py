@@ -198,26 +198,12 @@ def start_dense_stream(
     return shared
 
 
-def advance_and_record(
-    stream: ResidualStream, layer: int, module: LinearMap, *, outputs: bool = False
-) -> tuple[Spool, Spool | None]:
-    """Move ``stream`` past ``layer`` and keep what one of its linear maps read.
-
-    Args:
-        stream: moved.
-        layer: the layer that it enters.
-        module: the linear map.
-        outputs: keep what it wrote as well.
-
-    Returns:
-        Its inputs, (n_tokens, in), and its outputs, (n_tokens, d), where they are asked for.
-    """
+def advance_and_record(stream: ResidualStream, layer: int, module: LinearMap) -> Spool:
+    """Move ``stream`` past ``layer`` and keep what one of its linear maps read, (n_tokens, in)."""
     read = Spool(len(stream.states), in_features(module), device=stream.view.device)
     with read.filling() as write, capture(module, lambda a, _: write(a, a)):
-        if outputs:
-            return read, advance_and_record_outputs(stream, layer, module)
         stream.advance(layer)
-    return read, None
+    return read
 
 
 def advance_and_record_outputs(stream: ResidualStream, layer: int, module: nn.Module) -> Spool:

@@ -1,7 +1,8 @@
 """Where a layer writes to the residual stream, and what stands between, tried out on the model.
 
 Every linear map whose output ends in the stream is a writer: attention, MLP, shared experts, the
-output of a recurrence. Its output z is put there by hand, with all other writers silent, and what
+output of a recurrence; so is a block of routed experts, whose output is linear in all of its
+down-projections at once. Its output z is put there by hand, with all other writers silent, and what
 the layer then adds is compared with what could stand between:
 
     y = c · z                            nothing, or a factor
@@ -30,6 +31,13 @@ from layercut.checkpoints.families import (
     SHARED_EXPERTS,
 )
 from layercut.models.check_method import draw_probe_ids
+from layercut.models.experts import (
+    Experts,
+    Routing,
+    add_experts,
+    capture_routing,
+    find_experts,
+)
 from layercut.models.view import DecoderView, LayerInputs
 
 PROBE_TOKENS = 16
@@ -48,6 +56,7 @@ class Norm:
         centred: whether the mean is subtracted.
         parameter: its gain's name in the state dict; ``None``: not known, so it stays.
         offset: what is added to the stored gain: 1 where it is stored as g − 1.
+        module: it, where it is known; it may well read the sum of several writers.
     """
 
     gain: Tensor
@@ -55,6 +64,7 @@ class Norm:
     centred: bool
     parameter: str | None
     offset: float
+    module: nn.Module | None = None
 
     def centre(self, z: Tensor) -> Tensor:
         """z, or z less its mean, (n, d)."""
@@ -67,14 +77,16 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """One linear map W (out, in) that writes to the stream.
+    """One linear map W (out, in) that writes to the stream, or a block of routed experts.
 
     Attributes:
         prefix: of its parameters in the state dict.
-        module: an ``nn.Linear`` or a ``Conv1D``.
+        module: an ``nn.Linear``, a ``Conv1D``, or the block of experts.
         is_mlp: whether it is the layer's MLP's, which comes last.
         factor: c, where no norm stands between.
         norm: what does.
+        experts: how the block's output is made; a map of its own output is then what is fitted
+            first, and ``a`` is z.
     """
 
     prefix: str
@@ -82,6 +94,7 @@ class Writer:
     is_mlp: bool
     factor: float = 1.0
     norm: Norm | None = None
+    experts: Experts | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -97,7 +110,7 @@ class Writer:
 
 @torch.no_grad()
 def find_writers(view: DecoderView) -> tuple[tuple[Writer, ...], ...]:
-    """The writers of every layer, attention before MLP.
+    """The writers of every layer, attention before MLP, and routed experts last.
 
     Args:
         view: the model; unchanged afterwards.
@@ -119,10 +132,12 @@ def _probe_layer(
     paths = [(p, False) for p in ATTENTION_OUTPUTS]
     paths += [(p, True) for p in (*DOWN_PROJECTIONS, *SHARED_EXPERTS)]
     candidates = [
-        (f"{view.layout.layers}.{layer}.{path}", modules[path], is_mlp)
+        (path, modules[path], is_mlp)
         for path, is_mlp in paths
         if isinstance(modules.get(path), nn.Linear | Conv1D)
     ]
+    experts = find_experts(view.layers[layer])
+    candidates += [(path, block.module, True) for path, block in experts.items()]
     writers = [module for _, module, _ in candidates]
     blocks = [modules[path] for path in EXPERT_BLOCKS if path in modules]
     generator = torch.Generator().manual_seed(layer)
@@ -134,7 +149,10 @@ def _probe_layer(
         for last in {is_mlp for *_, is_mlp in candidates}
     }
     rounding = 8 * torch.finfo(hidden.dtype).eps * float(hidden.float().norm())
-    for prefix, module, is_mlp in candidates:
+    for path, module, is_mlp in candidates:
+        prefix, block = f"{view.layout.layers}.{layer}.{path}", experts.get(path)
+        if block is not None and not _follows_rule(view, layer, hidden, inputs, block):
+            continue
         z = torch.randn(PROBE_TOKENS, view.hidden_size, generator=generator)
         z = z.to(hidden.device, hidden.dtype)
         readers: dict[str, nn.Module] = {}
@@ -149,10 +167,29 @@ def _probe_layer(
         factor, gain, centred = form
         if gain is None:
             factor = 1.0 if abs(factor - 1) < 1 / 256 else factor
-            yield Writer(prefix, module, is_mlp, factor)
+            yield Writer(prefix, module, is_mlp, factor, experts=block)
         else:
             norm = _name_norm(view, layer, readers, gain, centred=centred)
-            yield Writer(prefix, module, is_mlp, 1.0, norm)
+            if norm.module is None and not probes[is_mlp].is_alone(module, z, y):
+                continue  # the norm of a sum, which cannot be looked at
+            yield Writer(prefix, module, is_mlp, 1.0, norm, block)
+
+
+def _follows_rule(
+    view: DecoderView, layer: int, hidden: Tensor, inputs: LayerInputs, experts: Experts
+) -> bool:
+    """Whether the sum over the experts, by their rule, is what the block returns."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(routing: Routing, output: Any) -> None:
+        summed = experts.add_up(output, PROBE_TOKENS).float()
+        seen.append((summed, add_experts(experts, routing, PROBE_TOKENS)))
+
+    with capture_routing(experts, keep):
+        view.run_layer(layer, hidden, inputs)
+    return len(seen) == 1 and bool(
+        (seen[0][0] - seen[0][1]).norm() <= TOLERANCE * seen[0][0].norm()
+    )
 
 
 def _find_form(z: Tensor, y: Tensor) -> tuple[float, Tensor | None, bool] | None:
@@ -190,9 +227,20 @@ class _Probe:
         pairs = zip(self._streams, self._without, strict=True)
         return [self._run(stream, {module: z}) - without for stream, without in pairs]
 
-    def _run(self, stream: Tensor, outputs: Mapping[nn.Module, Tensor]) -> Tensor:
+    def is_alone(self, module: nn.Module, z: Tensor, y: Tensor) -> bool:
+        """Whether y, what z becomes, is the same while the other modules write what they do."""
+        stream = self._streams[1]
+        own = self._run(stream, {module: z}, [module]) - self._run(stream, {}, [module])
+        return bool((own - y).norm() <= TOLERANCE * y.norm())
+
+    def _run(
+        self,
+        stream: Tensor,
+        outputs: Mapping[nn.Module, Tensor],
+        silent: Sequence[nn.Module] | None = None,
+    ) -> Tensor:
         with ExitStack() as stack:
-            for module in self._silent:
+            for module in self._silent if silent is None else silent:
                 hook = _replace_output(outputs.get(module))
                 stack.callback(module.register_forward_hook(hook).remove)
             output = self._view.run_layer(self._layer, stream, self._inputs)
@@ -216,6 +264,10 @@ def _replace_output(output: Tensor | None) -> Any:
             return (torch.zeros_like(own[0]), *own[1:])
         if output is None:
             return torch.zeros_like(own)
+        if own.numel() > output.numel():  # every expert's own output: the first one's is z
+            own = torch.zeros_like(own)
+            own.view(-1, output.shape[-1])[: len(output)] = output.to(own.dtype)
+            return own
         return output.view_as(own).to(own.dtype)
 
     return hook
@@ -253,5 +305,6 @@ def _name_norm(
             distance = float((gain - factor * own).norm())
             if distance <= closest:
                 name = f"{view.layout.layers}.{layer}.{path}.weight"
-                best, closest = Norm(factor * own, eps, centred, name, offset), distance
+                best = Norm(factor * own, eps, centred, name, offset, module)
+                closest = distance
     return best

@@ -17,7 +17,7 @@ import torch
 from layercut.checkpoints.layout import Layout
 from layercut.checkpoints.output_dir import SPARE_SPACE
 from layercut.checkpoints.safetensors_file import StoredTensor
-from layercut.machine import Rates, available_memory_bytes, measure_rates
+from layercut.machine import Rates, measure_rates
 from layercut.pipeline.model_shape import ModelShape, read_shape
 from layercut.pipeline.stage_memory import FIXED_BYTES, Need, StageMemory
 from layercut.pipeline.stage_times import LENGTHS, RECOVERY, SCORING, SHRINKAGES, StageTimes
@@ -98,28 +98,25 @@ class RunEstimate:
         }
 
 
-def estimate_checkpoint(
+def measure_checkpoint(
     folder: Path,
     layout: Layout,
     stored: Mapping[str, StoredTensor],
     recipe: Recipe,
     device: torch.device,
-    *,
-    ranks: int = 1,
-) -> RunEstimate:
-    """What a recipe takes on a checkpoint, on this machine; measures for about a second.
+) -> tuple[ModelShape, Rates]:
+    """What an estimate follows from: sizes of a checkpoint, and a second's measurement.
 
     Args:
         folder: the checkpoint.
         layout: where its layers are.
         stored: its tensors, by name; of their content, the start of one file is read.
-        recipe: what is asked for; its model is not looked at.
+        recipe: for its ``dtype``.
         device: where the model will compute.
-        ranks: processes that share the tokens.
     """
     shape = read_shape(folder, layout, stored, dtype=recipe.dtype, device=device)
     rates = measure_rates(shape.largest_file, shape.width, shape.inner, shape.product_dtype, device)
-    return estimate_run(shape, recipe, rates, available_memory_bytes(), ranks=ranks)
+    return shape, rates
 
 
 def estimate_run(

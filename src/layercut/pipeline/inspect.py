@@ -20,9 +20,10 @@ from layercut.checkpoints.quantization import is_quantised
 from layercut.checkpoints.resolve import find_folder
 from layercut.checkpoints.safetensors_file import StoredTensor, read_shard
 from layercut.errors import ModelError
+from layercut.machine import available_memory_bytes
 from layercut.models.load import find_device, load_tokenizer
 from layercut.models.special_tokens import text_frame
-from layercut.pipeline.estimate import estimate_checkpoint
+from layercut.pipeline.estimate import estimate_run, measure_checkpoint
 from layercut.pipeline.resources import choose_residency, describe_run, measure_available
 from layercut.recipe.recipe import Recipe
 from layercut.registry import describe
@@ -151,7 +152,8 @@ def inspect(model: str, *, revision: str | None = None) -> Inspection:
 def _estimate(folder: Path, layout: Layout, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """What the default recipe takes, and of that the selection."""
     recipe, device = Recipe(model="default"), find_device("auto")
-    estimate = estimate_checkpoint(folder, layout, stored, recipe, device)
+    shape, rates = measure_checkpoint(folder, layout, stored, recipe, device)
+    estimate = estimate_run(shape, recipe, rates, available_memory_bytes())
     mode, reason = choose_residency(estimate, measure_available(device))
     select = next(stage for stage in estimate.stages(mode) if stage.name == "select")
     scoring = {

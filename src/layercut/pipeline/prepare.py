@@ -19,6 +19,7 @@ from layercut.engine.loss import check_vocabulary
 from layercut.errors import DataError, ModelError, RecipeError
 from layercut.evaluation.evaluate import check_tasks
 from layercut.evaluation.harness import check_harness
+from layercut.machine import available_memory_bytes
 from layercut.models.check_method import (
     check_lengths,
     check_model,
@@ -29,7 +30,8 @@ from layercut.models.check_method import (
 from layercut.models.load import find_device, load
 from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
-from layercut.pipeline.estimate import Residency, estimate_checkpoint
+from layercut.pipeline.effort import settle_effort
+from layercut.pipeline.estimate import Residency, estimate_run, measure_checkpoint
 from layercut.pipeline.finetune_stage import FinetuneJob, prepare_finetune
 from layercut.pipeline.heal_stage import HealJob, prepare_heal
 from layercut.pipeline.resources import (
@@ -93,9 +95,9 @@ def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool, ranks: Ranks =
         LayercutError: see errors.py.
     """
     check_ranks(recipe, ranks)
+    modes = list_residencies(recipe, *resolve_methods(recipe))
+    recipe, estimate = estimate_recipe(recipe, output_dir, modes, overwrite=overwrite, ranks=ranks)
     scoring, recovery = resolve_methods(recipe)
-    modes = list_residencies(recipe, scoring, recovery)
-    estimate = estimate_recipe(recipe, output_dir, modes, overwrite=overwrite, ranks=ranks)
     progress.stage("load")
     # Machines may have unequal memory: all ranks do as rank 0.
     streamed = ranks.agree(estimate["residency"] == "streamed")
@@ -170,8 +172,8 @@ def estimate_recipe(
     *,
     overwrite: bool,
     ranks: Ranks = ALONE,
-) -> dict[str, Any]:
-    """What a run will take, said in three lines and returned as in ``result.json``.
+) -> tuple[Recipe, dict[str, Any]]:
+    """What a run will take, said in three lines.
 
     Args:
         recipe: what is asked for.
@@ -180,8 +182,12 @@ def estimate_recipe(
         overwrite: replace an earlier output.
         ranks: who shares the run; rank 0 alone looks at the destination.
 
+    Returns:
+        The recipe with counts for its effort, and the estimate as in ``result.json``.
+
     Raises:
         OutputError: the destination cannot be written to.
+        RecipeError: the time that is allowed is too short.
         ResourceError: there is too little memory or disk for it.
         LayercutError: as for `load`.
     """
@@ -190,7 +196,9 @@ def estimate_recipe(
     device = find_device(ranks.choose_device(recipe.device))
     folder = find_folder(recipe.model, recipe.revision)
     layout, stored = check_folder(folder)
-    estimate = estimate_checkpoint(folder, layout, stored, recipe, device, ranks=ranks.world)
+    shape, rates = measure_checkpoint(folder, layout, stored, recipe, device)
+    recipe = settle_effort(recipe, shape, rates, output_dir, ranks)
+    estimate = estimate_run(shape, recipe, rates, available_memory_bytes(), ranks=ranks.world)
     available = measure_available(device)
     mode, reason = choose_residency(estimate, available, modes, residency=recipe.residency)
     for line in describe_run(estimate, mode, reason):
@@ -198,7 +206,7 @@ def estimate_recipe(
     check_resources(estimate, available, mode, modes)
     if ranks.is_first:
         check_disk_space(folder, output_dir)
-    return estimate.to_json(mode, reason)
+    return recipe, estimate.to_json(mode, reason)
 
 
 def resolve_methods(recipe: Recipe) -> tuple[MethodCall, MethodCall]:

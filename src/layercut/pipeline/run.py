@@ -68,6 +68,7 @@ def run(
         with result.timed("load", "estimate the run"):
             job = prepare(recipe, Path(output_dir), overwrite=overwrite, ranks=ranks)
         result.estimate = job.estimate
+        result.recipe = job.recipe.model_dump(mode="json")  # with counts for its effort
         with recorded(job) as journal:
             prune_and_train(job, journal, result, start)
     return result

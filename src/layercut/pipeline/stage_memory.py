@@ -100,7 +100,7 @@ class StageMemory:
     def recover(self) -> Need:
         """Both streams and their fork, one layer's inputs and sums, and the changed tensors."""
         method, times, width = self.recipe.recovery.method, self.times, self.shape.width
-        n = times.n_tokens
+        n = times.refit_sequences() * times.seq_len
         rows = self._rows(n, width)
         if method == "none":
             return Need(FIXED_BYTES)

@@ -179,19 +179,20 @@ class StageTimes:
     def recover(self) -> float:
         """The repair of the kept layers, gradient steps excepted."""
         name = self.recipe.recovery.method
-        layers = self.passes.run_layers(self.n_tokens, self.seq_len)
+        n_tokens = self.refit_sequences() * self.seq_len
+        layers = self.passes.run_layers(n_tokens, self.seq_len)
         if name != "refit":
             return RECOVERY[name] * layers
         options = registry.resolve("recovery", name, self.recipe.recovery.options).options
         held_out = self.count_held_out(options.held_out_every) * self.seq_len
-        fitted = self.n_tokens - held_out
+        fitted = n_tokens - held_out
         behind = self.shape.layers[self.first :]
         share = self.n_refitted(options) / len(behind)
         widths = [e.down for e in behind]
         if options.modules == "both":
             widths += [e.output for e in behind]
         fits = share * sum(self.passes.fit_ridge(fitted, held_out, w) for w in widths if w)
-        pruned = self.passes.run_layers(self.n_tokens, self.seq_len, first=self.first)
+        pruned = self.passes.run_layers(n_tokens, self.seq_len, first=self.first)
         walks = layers + self.kept * pruned * (2 if options.modules == "both" else 1)
         losses = SHRINKAGES * self.passes.run_model(held_out, self.seq_len, kept=self.kept)
         return fits + walks + losses
@@ -204,7 +205,19 @@ class StageTimes:
 
     def count_held_out(self, every: int) -> int:
         """Sequences that a refit does not fit to."""
-        return max(1, self.n_sequences // min(every, self.n_sequences))
+        n = self.refit_sequences()
+        return max(1, n // min(every, n))
+
+    def refit_sequences(self) -> int:
+        """Sequences that the closed form of a recovery uses: all but those of the steps alone."""
+        return max(1, self.n_sequences - self.step_sequences())
+
+    def step_sequences(self) -> int:
+        """Sequences that gradient steps alone learn from."""
+        if self.recipe.recovery.method != "refit":
+            return 0
+        options = registry.resolve("recovery", "refit", self.recipe.recovery.options).options
+        return int(self.n_sequences * options.step_share) if options.gradient_steps else 0
 
     def n_steps(self) -> int:
         """Gradient steps of the recovery."""
@@ -226,7 +239,8 @@ class StageTimes:
         passes, shape, seq_len = self.passes, self.shape, self.seq_len
         held_out = self.count_held_out_by_refit() * seq_len
         half = held_out / 2
-        layers, head = passes.run_layers(half, seq_len), passes.run_head(half)
+        learned = self.step_sequences() * seq_len / n_steps or half
+        layers, head = passes.run_layers(learned, seq_len), passes.run_head(learned)
         gradients = (1 + self.kept * (1 + WEIGHTS_BACKWARD)) * layers
         gradients += (2 + STATES_BACKWARD) * head
         directions = self.kept * sum(
@@ -260,11 +274,13 @@ def resolve_micro_batch(recipe: Recipe) -> int:
 
 
 def count_dropped(section: SelectionConfig, n_layers: int) -> int:
-    """Layers that go; of a perplexity limit, the default's."""
+    """Layers that go; of a limit on perplexity or memory, the default's."""
     if section.drop is not None:
         wanted = len(section.drop)
     elif section.drop_fraction is not None:
         wanted = round(section.drop_fraction * n_layers)
+    elif section.drop_parameters is not None:
+        wanted = math.ceil(section.drop_parameters * n_layers)
     else:
         wanted = section.drop_layers or DEFAULT_DROP_LAYERS
     return max(0, min(wanted, most_droppable(n_layers, 1)))

@@ -24,17 +24,27 @@ from pydantic import (
 from layercut.errors import suggestion
 from layercut.recipe import overrides as overrides_
 from layercut.recipe import strict_yaml
-from layercut.recipe.base import Config, Count, Name, Names, SequenceLength
+from layercut.recipe.base import Config, Count, Name, Names, Positive, SequenceLength
 from layercut.recipe.evaluation import EvaluationConfig
 from layercut.recipe.finetune import FinetuneConfig
 from layercut.recipe.heal import HealConfig
 from layercut.recipe.validation import validate
 from layercut.registry import Stage, available, check_files
 
-AMOUNTS = ("drop_layers", "drop_fraction", "drop", "max_perplexity_ratio")
+AMOUNTS = (
+    "drop_layers",
+    "drop_fraction",
+    "drop",
+    "drop_parameters",
+    "fit_memory",
+    "max_perplexity_ratio",
+)
 """The spellings of one setting: how much goes. At most one is given."""
 
 DEFAULT_DROP_LAYERS = 6
+
+EFFORT_MINUTES = {"quick": 2.0, "standard": 20.0, "thorough": 60.0}
+"""What a run with this effort may take in all."""
 
 
 def _known(stage: Stage) -> AfterValidator:
@@ -111,6 +121,19 @@ class ScoringConfig(Config):
     options: Options = Field(default={}, description="that method's own options")
 
 
+class MemoryConfig(Config):
+    """A memory that the pruned model is to be served in; its weights as they are loaded."""
+
+    gb: Positive = Field(description="billions of bytes for weights and key-value cache")
+    context: Count = Field(default=8192, description="tokens of every sequence")
+    batch: Count = Field(default=1, description="sequences at once")
+
+    @classmethod
+    def example(cls) -> MemoryConfig:
+        """A card of 16 GB, with some room for activations."""
+        return cls(gb=14.0)
+
+
 class SelectionConfig(Config):
     """Which layers go, given their scores."""
 
@@ -127,6 +150,13 @@ class SelectionConfig(Config):
     )
     drop: Annotated[Layers, Field(min_length=1)] | None = Field(
         default=None, description="exactly these layers go, counted from 0 at the embedding"
+    )
+    drop_parameters: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="the part of all parameters that goes, at least"
+    )
+    fit_memory: MemoryConfig | None = Field(
+        default=None,
+        description="as many go as let weights and key-value cache fit",
     )
     max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = Field(
         default=None,
@@ -182,6 +212,14 @@ class Recipe(Config):
         default="auto", description="auto, float32 or bfloat16: how weights are loaded and computed"
     )
     device: Device = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
+    effort: Literal["quick", "standard", "thorough"] | None = Field(
+        default=None,
+        description="2, 20 or 60 minutes in all: the amount of text and of gradient steps is what "
+        "this machine does in that time; null: as the other keys say",
+    )
+    minutes: Positive | None = Field(
+        default=None, description="the same for any time; or give effort"
+    )
     residency: Literal["auto", "resident", "streamed"] = Field(
         default="auto",
         description="resident: all weights in memory; streamed: one layer at a time, read from its "
@@ -209,6 +247,12 @@ class Recipe(Config):
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="what is measured before and after"
     )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Recipe:
+        if self.effort is not None and self.minutes is not None:
+            raise ValueError("effort and minutes are set together; keep one")
+        return self
 
     @field_validator("model")
     @classmethod

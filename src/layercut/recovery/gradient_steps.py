@@ -6,6 +6,7 @@ Formula  W ← W − η ‖W‖_F/√r · U Vᵀ,  with U S Vᵀ = ∂/∂W mean
          the step as a part of ‖W‖_F, the same for all weights
 Rule     the gradient is taken on one half of the sequences, η is halved or doubled from ETA on
          while that lowers the cross-entropy on the other half; then the halves change places.
+         With fresh sequences, every step's gradient is that of the next of them.
          A step that does not lower it is not made. Give it sequences that nothing was fitted to
 Cost     per step a dense forward and a pruned forward-backward pass over one half, about five
          forward passes over the other, and r³ per weight
@@ -50,6 +51,7 @@ def take_steps(
     *,
     n_steps: int,
     micro_batch: int,
+    fresh: Tensor | None = None,
     journal: Journal = NO_JOURNAL,
 ) -> tuple[Mapping[str, Tensor], tuple[float, ...]]:
     """Take up to ``n_steps`` steps from the pruned model with ``tensors`` in it.
@@ -61,6 +63,7 @@ def take_steps(
         sequences: token ids, (n, seq), at least two rows.
         n_steps: steps; each half of the sequences teaches every second one.
         micro_batch: sequences in memory at once.
+        fresh: more sequences, at least one for each step, of which each step learns from its share.
         journal: records every step; those that it knows are not taken again.
 
     Returns:
@@ -74,6 +77,8 @@ def take_steps(
     halves = sequences[::2], sequences[1::2]
     for step in range(len(lengths), n_steps):
         learned, held_out = halves[step % 2], halves[1 - step % 2]
+        if fresh is not None and len(fresh):
+            learned = fresh[step::n_steps]
         directions = find_directions(view, plan, reached, learned, micro_batch)
         eta = search_length(view, plan, reached, directions, held_out, micro_batch)
         if eta:

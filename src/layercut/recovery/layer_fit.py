@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -15,8 +15,14 @@ from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import make_store
 from layercut.models.writers import Writer, find_writers
+from layercut.recovery.expert_fit import fit_experts, record_writer
 from layercut.recovery.paired_walk import KeptLayer, paired_walk
-from layercut.recovery.refit_records import recall_layer, recall_layers
+from layercut.recovery.refit_records import (
+    RefittedLayer,
+    RefittedLayers,
+    recall_layer,
+    recall_layers,
+)
 from layercut.recovery.ridge import fast_products
 from layercut.recovery.writer_fit import WriterRows, fit_writer
 from layercut.spool import Spool
@@ -56,8 +62,8 @@ def refit_layers(
     dense: ResidualStream | None = None,
     writers: LayerWriters | None = None,
     journal: Journal = NO_JOURNAL,
-) -> Mapping[str, Tensor]:
-    """The refitted tensors by name, each fitted in the model that the earlier ones made.
+) -> RefittedLayers:
+    """The refitted layers, each fitted in the model that the earlier ones made.
 
     Args:
         view: the intact model.
@@ -75,7 +81,8 @@ def refit_layers(
     if known is not None:
         return known
     writers = find_writers(view) if writers is None else writers
-    writers = writers if both else [found[-1:] for found in writers]
+    if not both:
+        writers = [[w for w in found if w.is_mlp] or found[-1:] for found in writers]
     walk = paired_walk(view, plan, batches, dense=dense)
     return _refit(view, plan, walk, writers, held_out, journal, cuts_only=cuts_only)[0]
 
@@ -103,7 +110,8 @@ def refit_cuts(
     """
     walk = paired_walk(view, plan, batches, dense=dense)
     last = [found[-1:] for found in writers]
-    return _refit(view, plan, walk, last, held_out, NO_JOURNAL, cuts_only=True)[1]
+    # A block of experts has one map for all of them: whole refits are for the plan that is chosen.
+    return _refit(view, plan, walk, last, held_out, NO_JOURNAL, cuts_only=True, one_map=True)[1]
 
 
 def _refit(
@@ -115,19 +123,22 @@ def _refit(
     journal: Journal,
     *,
     cuts_only: bool,
-) -> tuple[MutableMapping[str, Tensor], ResidualStream]:
-    """The refitted tensors, and the pruned stream at the layer after the last refitted one."""
-    tensors = make_store(view)
+    one_map: bool = False,
+) -> tuple[RefittedLayers, ResidualStream]:
+    """The refitted layers, and the pruned stream at the layer after the last refitted one."""
+    tensors, experts = make_store(view), {}
     last = plan.cuts[-1][0] - 1 if cuts_only else plan.kept[-1]
     for kept in walk:
         if kept.before_cut or not cuts_only:
             with view.holding(kept.layer):
                 found = writers[kept.layer]
-                tensors.update(_refit_layer(view, kept, held_out, found, journal))
+                fitted = _refit_layer(view, kept, held_out, found, journal, one_map=one_map)
+                tensors.update(fitted.tensors)
+                experts[kept.layer] = fitted.experts
         if kept.layer == last:  # nothing behind it is refitted, and nothing need run
             break
     kept.pruned.layer = plan.target_of(last)
-    return tensors, kept.pruned
+    return RefittedLayers(tensors, experts), kept.pruned
 
 
 def choose_held_out(batches: CalibrationBatches, every: int) -> Tensor:
@@ -160,59 +171,73 @@ def _refit_layer(
     held_out: Tensor,
     writers: Sequence[Writer],
     journal: Journal = NO_JOURNAL,
-) -> dict[str, Tensor]:
+    *,
+    one_map: bool = False,
+) -> RefittedLayer:
     """Refit one layer's weights and move the pruned stream past it; a recorded refit is taken."""
     layer, pruned = kept.layer, kept.pruned
     states: list[Spool] = []
 
-    def fit() -> tuple[dict[str, Tensor], Tensor | None]:
-        changed, change, ahead = _fit_writers(view, kept, held_out, writers)
+    def fit() -> RefittedLayer:
+        fitted, ahead = _fit_writers(view, kept, held_out, writers, one_map=one_map)
         if ahead is not None:
             states.append(ahead.states)
-        return changed, change
+        return fitted
 
-    changed, change = recall_layer(journal, layer, fit)
+    fitted = recall_layer(journal, layer, fit)
     if states:
         pruned.states, pruned.layer = states[0], layer + 1
-    elif change is not None:
-        last = writers[-1]
-        before = {n: t for n, t in changed.items() if not n.startswith(f"{last.prefix}.")}
+    elif fitted.change is not None:
+        last = f"{writers[-1].prefix}."
+        before = {n: t for n, t in fitted.tensors.items() if not n.startswith(last)}
         with view.patched(before):
-            inputs, _ = advance_and_record(pruned, layer, last.module)
-        _add_products(pruned.states, inputs, change)
+            inputs = advance_and_record(pruned, layer, writers[-1].module)
+        _add_products(pruned.states, inputs, fitted.change)
     else:
-        with view.patched(changed):
+        with view.patched(fitted.tensors):
             pruned.advance(layer)
-    return changed
+    return fitted
 
 
 def _fit_writers(
-    view: DecoderView, kept: KeptLayer, held_out: Tensor, writers: Sequence[Writer]
-) -> tuple[dict[str, Tensor], Tensor | None, ResidualStream | None]:
-    """The layer's replaced tensors, attention before MLP.
+    view: DecoderView,
+    kept: KeptLayer,
+    held_out: Tensor,
+    writers: Sequence[Writer],
+    *,
+    one_map: bool,
+) -> tuple[RefittedLayer, ResidualStream | None]:
+    """The refitted layer, attention before MLP.
 
     Returns:
-        They; the last writer's change D where the layer's output is linear in it; and the pruned
-        stream behind the layer, where it is known without another forward pass.
+        It; and the pruned stream behind the layer, where it is known without another forward pass.
     """
-    changed: dict[str, Tensor] = {}
+    fitted = RefittedLayer()
+    beside: list[tuple[Writer, Spool, Tensor]] = []
     for writer in writers:
         ahead = kept.pruned.fork()
-        with view.patched(changed):
-            inputs, outputs = advance_and_record(
-                ahead, kept.layer, writer.module, outputs=writer.norm is not None
-            )
+        with view.patched(fitted.tensors):
+            inputs, outputs, routing = record_writer(ahead, kept.layer, writer, routing=not one_map)
         rows = WriterRows(inputs, outputs, ahead.states, kept.target, held_out, view.ranks)
-        new, change = fit_writer(view, writer, rows)
-        changed |= new
+        if writer.experts is not None:
+            new, counts = fit_experts(view, writer, rows, routing, beside)
+            fitted.experts += (counts,)
+            change = None
+        else:
+            new, change = fit_writer(view, writer, rows)
+        fitted.tensors |= new
+        if writer.is_mlp and writer.experts is None and writers[-1].experts is not None:
+            name = f"{writer.prefix}.weight"
+            beside.append((writer, inputs, fitted.tensors.get(name, writer.module.weight)))
         if writer is not writers[-1]:
             continue
         if not new:
-            return changed, None, ahead
+            return fitted, ahead
         if writer.is_mlp and change is not None:
             _add_products(ahead.states, inputs, change)
-            return changed, change, ahead
-    return changed, None, None
+            fitted.change = change
+            return fitted, ahead
+    return fitted, None
 
 
 def _add_products(rows: Spool, inputs: Spool, change: Tensor) -> None:

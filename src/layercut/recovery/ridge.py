@@ -112,6 +112,27 @@ def fit_best_penalty(
         return side.update(best) if improves else None
 
 
+def solve_ridge(
+    rows: Rows, shape: Shape, penalty: float, device: torch.device, ranks: Ranks = ALONE
+) -> Tensor | None:
+    """D of one λ, (out, in) float32; ``None`` if the sums are not positive definite.
+
+    Args:
+        rows: rows to fit.
+        shape: how many they are, and how wide.
+        penalty: λ, as a share of the mean square of a.
+        device: where the rows are, and D will be.
+        ranks: who has the other rows.
+    """
+    with fast_products(device):
+        by_tokens = ranks.total(shape.n_fitted)[0] < shape.width
+        side = (_TokenSide if by_tokens else _FeatureSide)(rows, shape, device, ranks)
+        factor, info = _factor(side.gram, penalty, shape.width)
+        if ranks.agree(bool(info)):
+            return None
+        return side.update(torch.cholesky_solve(side.right, factor)).float()
+
+
 def _try(
     side: _FeatureSide | _TokenSide,
     errors: _ErrorRows | _ErrorSums,

@@ -41,7 +41,7 @@ class WriterRows:
 
     Attributes:
         inputs: a, (n_tokens, in).
-        outputs: z, (n_tokens, d); needed behind a norm alone.
+        outputs: z, what the norm behind the writer reads, (n_tokens, d), if there is one.
         stream: the layer's output, (n_tokens, d).
         target: what it should be, (n_tokens, d).
         held_out: mask of the tokens that judge and are not fitted.
@@ -66,7 +66,7 @@ def fit_writer(
         writer: what is fitted.
         rows: of all calibration tokens.
     """
-    device = _choose_device(view, rows)
+    device = choose_fit_device(view, rows)
     weight = writer.module.weight
     if writer.norm is None:
         change = fit_ridge_update(rows, writer.factor, device)
@@ -74,15 +74,12 @@ def fit_writer(
             return {}, None
         stored = store_like(writer.module, change).to(weight)
         return {f"{writer.prefix}.weight": weight + stored}, change if writer.is_plain else None
-    total, gain = _fit_through_norm(writer, writer.norm, rows, device)
+    through = ThroughNorm(writer, writer.norm, rows, device)
+    total = through.fit_map()
     changed: dict[str, Tensor] = {}
     if total is not None:
         changed[f"{writer.prefix}.weight"] = weight + store_like(writer.module, total).to(weight)
-    if gain is not None and writer.norm.parameter is not None:
-        stored = view.model.get_parameter(writer.norm.parameter).data
-        new = (stored.float() + writer.norm.offset) * gain.to(stored.device) - writer.norm.offset
-        changed[writer.norm.parameter] = new.to(stored.dtype)
-    return changed, None
+    return changed | through.fit_gain(view), None
 
 
 def fit_ridge_update(rows: WriterRows, factor: float, device: torch.device) -> Tensor | None:
@@ -125,9 +122,17 @@ def _small_gain(norm: Norm) -> Tensor:
     return damped
 
 
-def _choose_device(view: DecoderView, rows: WriterRows) -> torch.device:
-    """Where D is computed: the model's device if there is memory for it, else the CPU."""
-    width, out = rows.inputs.rows.shape[1], rows.stream.rows.shape[1]
+def choose_fit_device(
+    view: DecoderView, rows: WriterRows, width: int | None = None
+) -> torch.device:
+    """Where D is computed: the model's device if there is memory for it, else the CPU.
+
+    Args:
+        view: the model.
+        rows: of all calibration tokens.
+        width: the features of the widest a; default: those of ``rows``.
+    """
+    width, out = width or rows.inputs.rows.shape[1], rows.stream.rows.shape[1]
     n_held_out = int(rows.held_out.sum())
     n_fitted = rows.ranks.total(len(rows.held_out) - n_held_out)[0]
     side = min(int(n_fitted), width)
@@ -146,7 +151,9 @@ def _fit_rows(rows: WriterRows, device: torch.device, pick: Rows) -> Tensor | No
     return fit_best_penalty(fitted, held_out, shape, device, rows.ranks)
 
 
-def _slices(mask: Tensor, device: torch.device, *spools: Spool) -> Iterator[tuple[Tensor, ...]]:
+def marked_slices(
+    mask: Tensor, device: torch.device, *spools: Spool
+) -> Iterator[tuple[Tensor, ...]]:
     """The marked rows of several spools, slice by slice, on the device."""
     parts = zip(*(spool.slices() for spool in spools), strict=True)
     for spooled, chosen in zip(parts, mask.split(SLICE), strict=True):
@@ -154,7 +161,7 @@ def _slices(mask: Tensor, device: torch.device, *spools: Spool) -> Iterator[tupl
         yield tuple(rows[index.to(rows.device)].to(device) for rows in spooled)
 
 
-def _weigh(target: Tensor) -> Tensor:
+def weigh(target: Tensor) -> Tensor:
     """√w_t = 1/‖target_t‖, (n, 1)."""
     length: Tensor = target.norm(dim=1, keepdim=True)
     return length.clamp_min(1e-6).reciprocal()
@@ -162,34 +169,15 @@ def _weigh(target: Tensor) -> Tensor:
 
 def _plain_rows(rows: WriterRows, factor: float, device: torch.device) -> Rows:
     def pick(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for a, output, target in _slices(mask, device, rows.inputs, rows.stream, rows.target):
-            weight = _weigh(target)
+        for a, output, target in marked_slices(mask, device, rows.inputs, rows.stream, rows.target):
+            weight = weigh(target)
             missing = (target - output) * weight
             yield a * weight, missing if factor == 1.0 else missing / factor
 
     return pick
 
 
-def _fit_through_norm(
-    writer: Writer, norm: Norm, rows: WriterRows, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """The summed change of W, (out, in), and the factor of every gain, (d,)."""
-    through = _ThroughNorm(writer, norm, rows, device)
-    total: Tensor | None = None
-    for _ in range(ROUNDS):
-        change = _fit_rows(rows, device, through.linearised)
-        if change is None:
-            break
-        change = change.float()
-        step = through.choose_step(change)
-        if step == 0:
-            break
-        total = step * change if total is None else total + step * change
-        through.move(step * change)
-    return total, through.fit_gain() if norm.parameter is not None else None
-
-
-class _ThroughNorm:
+class ThroughNorm:
     """The rows of a writer with a norm behind it, at the z that the fit has reached."""
 
     def __init__(self, writer: Writer, norm: Norm, rows: WriterRows, device: torch.device) -> None:
@@ -200,12 +188,39 @@ class _ThroughNorm:
         self.z.write(0, self.first.rows)
         self.raise_by = _small_gain(norm).to(device)
 
+    def fit_map(self) -> Tensor | None:
+        """The summed change of W, (out, in); ``None`` where none lowers the held-out error."""
+        total: Tensor | None = None
+        for _ in range(ROUNDS):
+            change = _fit_rows(self.rows, self.device, self.linearised)
+            if change is None:
+                break
+            change = change.float()
+            moved = _multiply(self.rows.inputs, change)
+            step = self.choose_step(moved)
+            if step == 0:
+                break
+            total = step * change if total is None else total + step * change
+            self.move(step, moved)
+        return total
+
+    def fit_gain(self, view: DecoderView) -> dict[str, Tensor]:
+        """The norm's gain, per channel by least squares, if that lowers the held-out error."""
+        if self.norm.parameter is None:
+            return {}
+        factor = self._fit_gain_factor()
+        if factor is None:
+            return {}
+        stored = view.model.get_parameter(self.norm.parameter).data
+        new = (stored.float() + self.norm.offset) * factor.to(stored.device) - self.norm.offset
+        return {self.norm.parameter: new.to(stored.dtype)}
+
     def _parts(self, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """a, z, what y should be, and √w."""
         rows = self.rows
         spools = rows.inputs, self.z, self.first, rows.stream, rows.target
-        for a, z, first, stream, target in _slices(mask, self.device, *spools):
-            yield a, z, target - stream + self.writer.write(first), _weigh(target)
+        for a, z, first, stream, target in marked_slices(mask, self.device, *spools):
+            yield a, z, target - stream + self.writer.write(first), weigh(target)
 
     def linearised(self, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Weighted rows a/ρ and g/(g² + τ²) ⊙ e."""
@@ -213,28 +228,36 @@ class _ThroughNorm:
             missing = (wanted - self.writer.write(z)) * self.raise_by
             yield a * (weight / self.norm.scale(z)), missing * weight
 
-    def choose_step(self, change: Tensor) -> float:
-        """The part of D with the lowest held-out error; 0 where none lowers it."""
+    def choose_step(self, moved: Spool) -> float:
+        """The part of a move of z with the lowest held-out error; 0 where none lowers it."""
         shares = (0.0, *STEPS)
         errors = torch.zeros(len(shares), dtype=torch.float64, device=self.device)
-        right = change.to(self.device).T
-        with fast_products(self.device):
-            for a, z, wanted, weight in self._parts(self.rows.held_out):
-                moved = a @ right
-                for place, share in enumerate(shares):
-                    left = (wanted - self.writer.write(z + share * moved)) * weight
-                    errors[place] += left.square().sum(dtype=torch.float64)
+        mask = self.rows.held_out
+        moves = marked_slices(mask, self.device, moved)
+        for (_, z, wanted, weight), (move,) in zip(self._parts(mask), moves, strict=True):
+            for place, share in enumerate(shares):
+                left = (wanted - self.writer.write(z + share * move)) * weight
+                errors[place] += left.square().sum(dtype=torch.float64)
         self.rows.ranks.sum_(errors)
         return shares[int(errors.argmin())]
 
-    def move(self, change: Tensor) -> None:
-        """Let z be that of the changed W."""
-        right = change.T
-        with fast_products(right.device):
-            for z, a in zip(self.z.slices(), self.rows.inputs.slices(), strict=True):
-                z += (a.to(right.device) @ right).to(z.device)
+    def move(self, step: float, moved: Spool) -> None:
+        """Let z be that of the changed weights."""
+        for z, move in zip(self.z.slices(), moved.slices(), strict=True):
+            z += step * move.to(z.device)
 
-    def fit_gain(self) -> Tensor | None:
+    def residuals(self) -> tuple[Spool, Tensor]:
+        """What z lacks, linearised, (n_tokens, d), and the tokens' weights, (n_tokens, 1)."""
+        missing, weights = Spool(len(self.z), self.z.rows.shape[1], device=self.z.device), []
+        everything = torch.ones_like(self.rows.held_out)
+        for place, (_, z, wanted, weight) in enumerate(self._parts(everything)):
+            scale = self.norm.scale(z)
+            left = (wanted - self.writer.write(z)) * self.raise_by
+            missing.write(place * SLICE, left * scale)
+            weights.append(weight / scale)
+        return missing, torch.cat(weights)
+
+    def _fit_gain_factor(self) -> Tensor | None:
         """The factor of every gain, (d,); ``None`` where it does not lower the held-out error."""
         width = self.z.rows.shape[1]
         sums = torch.zeros(2, width, dtype=torch.float64, device=self.device)
@@ -253,3 +276,13 @@ class _ThroughNorm:
                 errors[place] += left.square().sum(dtype=torch.float64)
         self.rows.ranks.sum_(errors)
         return factor if bool(errors[1] < errors[0]) else None
+
+
+def _multiply(inputs: Spool, change: Tensor) -> Spool:
+    """a·Dᵀ of every token, (n_tokens, out)."""
+    right = change.T
+    moved = Spool(len(inputs), right.shape[1], device=inputs.device)
+    with fast_products(right.device):
+        for place, a in enumerate(inputs.slices()):
+            moved.write(place * SLICE, a.to(right.device) @ right)
+    return moved

@@ -23,10 +23,11 @@ from layercut import progress
 from layercut.checkpoints.layer_types import LayerTypes
 from layercut.engine.journal import NO_JOURNAL, Entry, Journal
 from layercut.engine.layerwise import walk_gradients
-from layercut.engine.residual_stream import ResidualStream, advance_and_record
+from layercut.engine.residual_stream import ResidualStream
 from layercut.models.ranks import Ranks
 from layercut.models.view import DecoderView
 from layercut.models.writers import Writer
+from layercut.recovery.expert_fit import record_writer
 from layercut.recovery.layer_fit import LayerWriters, mask_held_out_rows
 from layercut.recovery.ridge import factor_ridge, fast_products
 from layercut.recovery.writer_fit import see_through
@@ -126,11 +127,8 @@ def _price_from(
     dense.rewind(start - 1)
     recorded = None
     if writer is not None:
-        behind_norm, stream = writer.norm is not None, dense.fork()
-        recorded = (
-            writer,
-            *advance_and_record(stream, start - 1, writer.module, outputs=behind_norm),
-        )
+        inputs, outputs, _ = record_writer(dense.fork(), start - 1, writer)
+        recorded = writer, inputs, outputs
     targets = [dense.history[end] for end in ends]
     lengths = _residuals(recorded, dense.history[start], targets, rows, view.device, view.ranks)
     costs = [

@@ -13,6 +13,7 @@ from layercut.errors import PlanError, RecipeError
 from layercut.models.droppable import check_dropped, layers_to_keep
 from layercut.registry import MethodCall, Rounds
 from layercut.scoring.score import score_layers
+from layercut.selection.amounts import Amount, count_memory, count_parameters
 from layercut.selection.pattern import pattern_to_keep
 from layercut.types import CalibrationBatches, Evidence, LayerScores, LayerSet, PruningPlan
 
@@ -38,6 +39,8 @@ class Request:
         layer_types: the pattern that kept layers must follow, if there is one to preserve.
         scorer: computes scores; `layercut.scoring.score.score_layers`, or one that remembers.
         journal: where a strategy records what takes long.
+        amount: what the dropped layers must be worth, where that is asked for instead of
+            ``n_drop``, which is then how many may go at most.
     """
 
     scoring: MethodCall
@@ -50,6 +53,7 @@ class Request:
     layer_types: LayerTypes | None = None
     scorer: Scorer = score_layers
     journal: Journal = NO_JOURNAL
+    amount: Amount | None = None
 
 
 PlanOfSize = Callable[[int], tuple[PruningPlan, Evidence]]
@@ -65,6 +69,8 @@ def resolve_request(
     drop_layers: int | None = None,
     drop_fraction: float | None = None,
     drop: Sequence[int] | None = None,
+    drop_parameters: float | None = None,
+    fit_memory: Mapping[str, Any] | None = None,
     protect: Sequence[int] = (),
     preserve_pattern: bool = False,
     search_size: bool = False,
@@ -81,6 +87,8 @@ def resolve_request(
         drop_layers: how many layers go (default 6 when nothing else is given).
         drop_fraction: or which share of them, rounded to the nearest number.
         drop: or exactly which ones.
+        drop_parameters: or which share of all parameters goes, at least.
+        fit_memory: or ``gb``, ``context`` and ``batch`` that weights and cache must fit into.
         protect: layers that must stay.
         preserve_pattern: whether kept layers must be of the type that their new place has.
         search_size: whether the number is to be found, instead of given.
@@ -105,9 +113,14 @@ def resolve_request(
     if drop is None:
         kept |= set(layers_to_keep(view))
     one_of = view.layout.keep_one_of if not view.layout.keep_one_of & kept else frozenset()
+    amount = None
+    if drop_parameters is not None:
+        amount = count_parameters(view, drop_parameters)
+    elif fit_memory is not None:
+        amount = count_memory(view, **fit_memory)
     n_drop = check_request(
         view.n_layers,
-        drop_layers=1 if search_size else drop_layers,
+        drop_layers=1 if search_size or amount else drop_layers,
         drop_fraction=drop_fraction,
         drop=drop,
         protect=sorted(kept),
@@ -115,6 +128,9 @@ def resolve_request(
     n_kept = len(kept) + bool(one_of)
     if search_size:
         n_drop = most_droppable(view.n_layers, n_kept)
+    if amount is not None:
+        free = [layer for layer in range(view.n_layers) if layer not in kept]
+        n_drop = amount.range_of_sizes(free, most_droppable(view.n_layers, n_kept))[-1]
     if drop is None:
         _check_count(n_drop, view.n_layers, n_kept)
     if drop is not None:
@@ -122,7 +138,11 @@ def resolve_request(
     layer_types = None
     if preserve_pattern:
         layer_types = pattern_to_keep(
-            view, None if search_size else n_drop, drop=drop, protect=sorted(kept), rounds=rounds
+            view,
+            None if search_size or amount else n_drop,
+            drop=drop,
+            protect=sorted(kept),
+            rounds=rounds,
         )
     return Request(
         scoring=scoring,
@@ -134,6 +154,7 @@ def resolve_request(
         keep_one_of=one_of,
         layer_types=layer_types,
         scorer=scorer,
+        amount=amount,
     )
 
 
@@ -161,9 +182,39 @@ def choose_layers(
             model=view.name, n_layers=view.n_layers, dropped=request.drop, method="given"
         )
         return plan, Evidence(scores=())
-    plan, evidence = plan_sizes(view, batches, request)(request.n_drop)
+    plan_size = plan_sizes(view, batches, request)
+    if request.amount is not None:
+        return _choose_amount(view, request, request.amount, plan_size)
+    plan, evidence = plan_size(request.n_drop)
     check_dropped(view, plan.dropped)
     return plan, evidence
+
+
+def _choose_amount(
+    view: DecoderView, request: Request, amount: Amount, plan_size: PlanOfSize
+) -> tuple[PruningPlan, Evidence]:
+    """The plan with the fewest layers that are worth what is needed.
+
+    Raises:
+        PlanError: none is.
+    """
+    free = [layer for layer in range(view.n_layers) if layer not in request.protect]
+    most = most_droppable(view.n_layers, len(request.protect) + bool(request.keep_one_of))
+    refusal: PlanError | None = None
+    for n_drop in amount.range_of_sizes(free, most):
+        try:
+            plan, evidence = plan_size(n_drop)
+        except PlanError as error:  # a pattern may leave out a size
+            refusal = error
+            continue
+        if amount.of(plan.dropped) >= amount.needed:
+            check_dropped(view, plan.dropped)
+            amount.tell(plan.dropped)
+            return plan, evidence
+    raise refusal or PlanError(
+        f"{amount.key}: no plan of up to {request.n_drop} layers that the strategy chooses is "
+        "worth as much. Ask for less, or for a number of layers."
+    )
 
 
 def select(
@@ -177,6 +228,8 @@ def select(
     drop_layers: int | None = None,
     drop_fraction: float | None = None,
     drop: Sequence[int] | None = None,
+    drop_parameters: float | None = None,
+    fit_memory: Mapping[str, Any] | None = None,
     protect: Sequence[int] = (),
     preserve_pattern: bool = False,
 ) -> tuple[PruningPlan, Evidence]:
@@ -193,6 +246,8 @@ def select(
         drop_layers: how many layers go (default 6 when nothing else is given).
         drop_fraction: or which share of them, rounded to the nearest number.
         drop: or exactly which ones; nothing is scored then.
+        drop_parameters: or which share of all parameters goes, at least.
+        fit_memory: or ``gb``, ``context`` and ``batch`` that weights and cache must fit into.
         protect: layers that must stay.
         preserve_pattern: drop only layers after which every kept one is of the type that engines
             expect in its new place.
@@ -210,6 +265,8 @@ def select(
         drop_layers=drop_layers,
         drop_fraction=drop_fraction,
         drop=drop,
+        drop_parameters=drop_parameters,
+        fit_memory=fit_memory,
         protect=protect,
         preserve_pattern=preserve_pattern,
     )

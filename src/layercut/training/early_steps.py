@@ -30,7 +30,7 @@ from layercut.registry import MethodOptions
 from layercut.training.finetune import build_trainer, n_steps
 from layercut.training.finetune_checks import check_rows
 from layercut.training.finetune_trainer import CompletionTrainer
-from layercut.training.lora_adapters import detach
+from layercut.training.lora_adapters import detach, list_not_adapted
 from layercut.types import CalibrationBatches
 
 EARLY_SHARE = 0.01
@@ -63,7 +63,7 @@ def check_early_run(
         ModelError: the model has experts, whose weights adapters do not reach.
         RecipeError: the run has fewer than ``options.steps`` steps, or does not suit the model.
     """
-    _check_experts(view)
+    _check_adapted(view)
     examples, config = _prepare_examples(view, batches, options)
     if options.steps > (n_run := n_steps(config, len(examples))):
         raise RecipeError(
@@ -85,7 +85,7 @@ def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOpti
         RecipeError: the run has fewer than ``options.steps`` steps.
         NumericsError: a gradient is missing or not finite.
     """
-    _check_experts(view)
+    _check_adapted(view)
     examples, config = _prepare_examples(view, batches, options)
     log = GradientLog(steps=options.steps, stop=True)
     callbacks = [log, _Progress(options.steps)]
@@ -134,13 +134,19 @@ def adapted_model(
             detach(view, trainer)
 
 
-def _check_experts(view: DecoderView) -> None:
+def _check_adapted(view: DecoderView) -> None:
     layers = (layer for layer in range(view.n_layers) if view.expert_weights(layer))
     if (layer := next(layers, None)) is not None:
         raise ModelError(
             f"layer {layer} of this {view.layout.model_type} model has experts, whose weights LoRA "
             "adapters do not reach: their gradients would be missing. Choose another scoring "
             "method, and recovery.method: projection or none."
+        )
+    if names := list_not_adapted(view):
+        raise ModelError(
+            f"{names[0]} of this {view.layout.model_type} model cannot have LoRA adapters, because "
+            "fused kernels pass them over: its gradients would be missing. Choose another scoring "
+            "method, and another recovery than sign-merge."
         )
 
 

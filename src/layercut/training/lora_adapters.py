@@ -10,10 +10,24 @@ from transformers.pytorch_utils import Conv1D
 from layercut.models.view import DecoderView
 from layercut.recipe.finetune import AdapterConfig
 
+NOT_ADAPTED = dict.fromkeys(
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj", "conv1d")
+)
+"""Model type → modules that PEFT refuses: fused kernels read their weights past the adapters."""
+
 
 def adapted_names(view: DecoderView) -> list[str]:
-    """Names of the weights that get adapters: those of all linear sub-layers of all layers."""
-    return [name for layer in range(view.n_layers) for name in view.linear_modules(layer)]
+    """Names of the weights that get adapters: those of all linear sub-layers that may have one."""
+    names = (name for layer in range(view.n_layers) for name in view.linear_modules(layer))
+    refused = list_not_adapted(view)
+    return [name for name in names if name.split(".")[-2] not in refused]
+
+
+def list_not_adapted(view: DecoderView) -> list[str]:
+    """Last parts of the names of linear sub-layers that adapters cannot stand on."""
+    refused = NOT_ADAPTED.get(view.model.config.model_type, ())
+    names = {name.split(".")[-2] for i in range(view.n_layers) for name in view.linear_modules(i)}
+    return sorted(names.intersection(refused))
 
 
 def adapters_on(view: DecoderView, lora: AdapterConfig) -> LoraConfig:

@@ -5,17 +5,18 @@ Formula  D = argmin Σ_t w_t ‖e_t − D·a_t‖² + λ·tr(Σ w a aᵀ)/in · 
          a_t (in): what W reads; e_t (d) = target_t − output_t of the layer, in the model that is
          pruned and refitted so far; target (d): dense input of the next kept layer
          w_t = 1/‖target_t‖²
-         behind a factor or a norm: see `layercut.recovery.writer_fit`
+         behind a factor or a norm: see `layercut.recovery.writer_fit`; routed experts:
+         `layercut.recovery.expert_fit`
 Rule     attention output first, then down-projection; λ and the part s of the change by held-out
          sequences, then gradient steps on these; what does not lower their loss is not done
 Cost     one dense and one to two pruned forward passes without the head, in² sums per weight
-Limits   needs a kept layer before every cut; routed experts are left as they are
+Limits   needs a kept layer before every cut
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from layercut import progress
 from layercut.engine.journal import NO_JOURNAL, Entry, Journal
 from layercut.engine.loss import mean_loss
 from layercut.engine.residual_stream import ResidualStream
-from layercut.errors import NumericsError
+from layercut.errors import NumericsError, RecipeError
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import collect
 from layercut.models.writers import find_writers
@@ -50,7 +51,8 @@ class Options(MethodOptions):
     """Which layers and weights are refitted, the share of sequences held out, and the steps.
 
     The gradient steps move every linear weight of every kept layer, whatever is refitted. There is
-    none where fewer than two sequences are held out.
+    none where fewer than two sequences are held out. They learn from these, a half each time; or
+    from sequences that nothing else of the refit sees, each one once, and are judged by the others.
     """
 
     layers: Literal["cuts", "following"] = Field(
@@ -66,10 +68,24 @@ class Options(MethodOptions):
     gradient_steps: int = Field(
         default=2, ge=0, description="steps towards the dense model's distribution at the end"
     )
+    step_share: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="part of the calibration sequences that only these steps learn from, each one "
+        "once; 0: they learn from those held out",
+    )
 
 
 def check(view: DecoderView, batches: CalibrationBatches, options: Options, n_drop: int) -> None:
-    """Refuse a model of which nothing could be corrected."""
+    """Refuse a model of which nothing could be corrected, and text that cannot be shared out."""
+    n_fresh = int(mark_fresh(batches.n_sequences, options.step_share).sum())
+    if options.step_share and not options.gradient_steps <= n_fresh <= batches.n_sequences - 2:
+        raise RecipeError(
+            f"recovery.options.step_share {options.step_share} leaves {n_fresh} of "
+            f"{batches.n_sequences} calibration sequences to {options.gradient_steps} gradient "
+            "steps, which need one each, and the fit needs two. Use more sequences or fewer steps."
+        )
     check_refit(view)
 
 
@@ -77,7 +93,7 @@ METHOD = Method(
     needs_previous_layer=True,
     shares_dense_stream=True,
     records_steps=True,
-    revision=3,
+    revision=4,
     check=check,
 )
 
@@ -94,7 +110,11 @@ def fit(
 ) -> WeightPatch:
     """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
     writers = find_writers(view)
-    tensors = refit_layers(
+    is_fresh = mark_fresh(batches.n_sequences, options.step_share)
+    fresh = batches.input_ids[is_fresh]
+    if len(fresh):  # the shared stream is that of all of the text
+        batches, dense = replace(batches, input_ids=batches.input_ids[~is_fresh]), None
+    refitted = refit_layers(
         view,
         plan,
         view.ranks.share_batches(batches),
@@ -106,19 +126,46 @@ def fit(
         journal=journal,
     )
     sequences = batches.input_ids[choose_held_out(batches, options.held_out_every)]
+    tensors = refitted.tensors
     choose = partial(_choose_shrinkage, view, plan, tensors, sequences, batches.micro_batch)
     notes = dict(journal.recall("shrinkage", "chosen", lambda: Entry(choose())).values)
     share = notes["shrinkage"]
-    behind = [layer for layer in plan.kept if layer >= plan.cuts[0][0] - 1]
-    if routed := [layer for layer in behind if view.expert_weights(layer)]:
-        notes["experts_not_refitted"] = routed
+    if experts := _tell_experts(view, plan, refitted.experts):
+        notes["experts"] = experts
     repaired = collect(view, interpolate(view, tensors, share)) if share else {}
     patch = WeightPatch(repaired, "refit", notes)
     if options.gradient_steps and len(sequences) > 1:
         patch = _take_gradient_steps(
-            view, plan, patch, sequences, batches.micro_batch, options.gradient_steps, journal
+            view,
+            plan,
+            patch,
+            sequences,
+            fresh,
+            batches.micro_batch,
+            options.gradient_steps,
+            journal,
         )
     return patch
+
+
+def mark_fresh(n_sequences: int, share: float) -> Tensor:
+    """Mask over the calibration sequences, (n_sequences,): True for those of the steps, spread."""
+    place = torch.arange(n_sequences + 1, dtype=torch.float64)
+    counts = (place * share + 1e-9).floor()
+    return counts[1:] > counts[:-1]
+
+
+def _tell_experts(
+    view: DecoderView, plan: PruningPlan, fitted: Mapping[int, Sequence[Mapping[str, int]]]
+) -> list[dict[str, int]]:
+    """Of every block of experts: its layer, how many experts, and what was done with them."""
+    told = []
+    for layer, counts in sorted(fitted.items()):
+        told += [{"layer": layer, **count} for count in counts]
+        if not counts and (weights := view.expert_weights(layer)):
+            n_experts = len(next(iter(weights.values())))
+            told.append({"layer": layer, "experts": n_experts, "mapped": 0, "fitted": 0})
+    return told
 
 
 def _choose_shrinkage(
@@ -154,17 +201,19 @@ def _take_gradient_steps(
     plan: PruningPlan,
     patch: WeightPatch,
     sequences: Tensor,
+    fresh: Tensor,
     micro_batch: int,
     n_steps: int,
     journal: Journal,
 ) -> WeightPatch:
-    """The patch after gradient steps, and the cross-entropy on the sequences that they saw."""
+    """The patch after gradient steps, and the cross-entropy on the sequences held out."""
     try:
         tensors, lengths = take_steps(
             view,
             plan,
             patch.tensors,
             sequences,
+            fresh=fresh,
             n_steps=n_steps,
             micro_batch=micro_batch,
             journal=journal,
