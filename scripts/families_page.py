@@ -31,6 +31,8 @@ PAGE = ROOT / "docs" / "families.md"
 sys.path.append(str(ROOT / "tests" / "support"))
 
 from decoder_status import CACHE_INEXACT, NOT_BUILT, REFUSED  # noqa: E402
+from family_configs import FAMILIES as CONFIGURATIONS  # noqa: E402
+from method_status import UNEQUAL, UNSCORED, WHY, find_refusal  # noqa: E402
 
 HEAD = """# Model families
 
@@ -160,7 +162,53 @@ def render() -> str:
     ]
     parts = (lines, special, places)
     body = ["\n".join(part) + "\n" for part in parts]
-    return HEAD + body[0] + MIDDLE + body[1] + TAIL + body[2] + _status() + END
+    return HEAD + body[0] + MIDDLE + body[1] + TAIL + body[2] + _methods() + _status() + END
+
+
+COLUMNS = {
+    "scores but igia": "residual-sensitivity",
+    "igia": "igia",
+    "priced-cuts, refit": "refit",
+    "projection, linear-map": "projection",
+    "magnitude-rescale": "magnitude-rescale",
+    "laco": "laco",
+    "sign-merge": "sign-merge",
+    "ghost, linear-patch": "ghost",
+}
+"""Columns of the table of methods, each with one of its methods; the others do as it does."""
+
+
+def _methods() -> str:
+    """Every method on every configuration that can be pruned."""
+    numbers = {why: n for n, why in enumerate(WHY, 1)}
+    rows = [f"| configuration | {' | '.join(COLUMNS)} |", f"|{'---|' * (len(COLUMNS) + 1)}"]
+    for name, family in sorted(CONFIGURATIONS.items()):
+        if family.unprunable:
+            continue
+        found = [find_refusal(method, name) for method in COLUMNS.values()]
+        marks = [
+            "●" if why is None else f"{'◐' if why == UNEQUAL else '○'} {numbers[why]}"
+            for why in found
+        ]
+        rows.append(f"| {name} | {' | '.join(marks)} |")
+    reasons = [f"{n}. {WHY[why]}" for why, n in numbers.items()]
+    unscored = _code(tuple(UNSCORED))
+    return METHODS.format(table="\n".join(rows), reasons="\n".join(reasons), unscored=unscored)
+
+
+METHODS = """
+## Every method on every configuration
+
+● works as [methods.md](methods.md) says; ◐ works for some plans; ○ is refused before any compute,
+for the reason with that number. Every cell is run by `pytest -m slow
+tests/models/test_every_method.py`. The layers of {unscored} can still be named with
+`selection.drop`. A model whose projections `refit` does not know, such as OPT-350m, is repaired by
+gradient steps alone, with a warning.
+
+{table}
+
+{reasons}
+"""
 
 
 def _status() -> str:

@@ -55,7 +55,7 @@ def test_repairs_are_pure_repeatable_and_of_kept_weights_or_refused_early(
         check_method(call, view, batches, 2)
     except ModelError as error:
         family = view.layout.model_type
-        assert re.search(rf"'{family}'|this {family} model|has experts", str(error))
+        assert re.search(rf"'{family}'|this {family} model", str(error))
         assert model_hash(view) == before
         return
     repair = fit_repair(view, PLAN, None, batches, call)

@@ -72,7 +72,6 @@ def test_whole_runs(
         ("modernbert-decoder", {"selection": {"drop": [0]}}, "layer 0 cannot be dropped"),
         ("jamba", {"selection": {"drop": [0]}}, "cannot be expressed"),
         ("mamba", {}, "cannot work on 'mamba'"),
-        ("minimax", {}, "no layer of this minimax model writes to the residual stream by a"),
         ("olmo2", {"recovery": {"method": "projection"}}, "does not add its MLP's output"),
     ],
 )

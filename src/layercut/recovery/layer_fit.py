@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.engine.residual_stream import ResidualStream, advance_and_record
-from layercut.errors import DataError, ModelError
+from layercut.errors import DataError
 from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import make_store
@@ -30,25 +30,6 @@ from layercut.types import CalibrationBatches, PruningPlan
 
 LayerWriters = Sequence[Sequence[Writer]]
 """Every layer's writers, attention before MLP."""
-
-
-def check_refit(view: DecoderView) -> LayerWriters:
-    """Refuse a model of which a refit could correct nothing, before any long work.
-
-    Returns:
-        What it can correct, layer by layer.
-
-    Raises:
-        ModelError: no layer writes to the residual stream by a way that is known.
-    """
-    writers = find_writers(view)
-    if not any(writers):
-        raise ModelError(
-            f"no layer of this {view.layout.model_type} model writes to the residual stream by a "
-            "projection that a refit could correct (a norm over the stream, a gate or experts "
-            "stand between). Set recovery.method: none, and selection.strategy: lowest."
-        )
-    return writers
 
 
 def refit_layers(

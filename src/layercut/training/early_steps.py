@@ -60,7 +60,7 @@ def check_early_run(
 
     Raises:
         DataError: the rows cannot be learnt from, or are too few.
-        ModelError: the model has experts, whose weights adapters do not reach.
+        ModelError: the model has weights that adapters do not reach.
         RecipeError: the run has fewer than ``options.steps`` steps, or does not suit the model.
     """
     _check_adapted(view)
@@ -135,12 +135,12 @@ def adapted_model(
 
 
 def _check_adapted(view: DecoderView) -> None:
-    layers = (layer for layer in range(view.n_layers) if view.expert_weights(layer))
-    if (layer := next(layers, None)) is not None:
+    weights = (name for layer in range(view.n_layers) for name in view.expert_weights(layer))
+    if (name := next(weights, None)) is not None:
         raise ModelError(
-            f"layer {layer} of this {view.layout.model_type} model has experts, whose weights LoRA "
-            "adapters do not reach: their gradients would be missing. Choose another scoring "
-            "method, and recovery.method: projection or none."
+            f"{name} of this {view.layout.model_type} model holds several linear maps (experts, or "
+            "gates by head), which LoRA adapters do not reach: their gradients would be missing. "
+            "Choose another scoring method, and another recovery than sign-merge."
         )
     if names := list_not_adapted(view):
         raise ModelError(

@@ -29,13 +29,12 @@ from layercut import progress
 from layercut.engine.journal import NO_JOURNAL, Entry, Journal
 from layercut.engine.loss import mean_loss
 from layercut.engine.residual_stream import ResidualStream
-from layercut.errors import NumericsError, RecipeError
+from layercut.errors import ModelError, NumericsError, RecipeError
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import collect
 from layercut.models.writers import find_writers
 from layercut.recovery.gradient_steps import take_steps
 from layercut.recovery.layer_fit import (
-    check_refit,
     choose_held_out,
     mask_held_out_rows,
     refit_layers,
@@ -78,7 +77,7 @@ class Options(MethodOptions):
 
 
 def check(view: DecoderView, batches: CalibrationBatches, options: Options, n_drop: int) -> None:
-    """Refuse a model of which nothing could be corrected, and text that cannot be shared out."""
+    """Refuse a model that nothing could be corrected of, and text that cannot be shared out."""
     n_fresh = int(mark_fresh(batches.n_sequences, options.step_share).sum())
     if options.step_share and not options.gradient_steps <= n_fresh <= batches.n_sequences - 2:
         raise RecipeError(
@@ -86,7 +85,16 @@ def check(view: DecoderView, batches: CalibrationBatches, options: Options, n_dr
             f"{batches.n_sequences} calibration sequences to {options.gradient_steps} gradient "
             "steps, which need one each, and the fit needs two. Use more sequences or fewer steps."
         )
-    check_refit(view)
+    if any(find_writers(view)):
+        return
+    why = (
+        f"no layer of this {view.layout.model_type} model writes to the residual stream by a "
+        "projection that a refit could correct (a gate for each token, or a norm over stream and "
+        "output, stands between)"
+    )
+    if not options.gradient_steps:
+        raise ModelError(f"{why}. Allow gradient steps, or set recovery.method: none.")
+    warnings.warn(f"{why}: it is repaired by gradient steps alone.", stacklevel=2)
 
 
 METHOD = Method(
@@ -162,9 +170,9 @@ def _tell_experts(
     told = []
     for layer, counts in sorted(fitted.items()):
         told += [{"layer": layer, **count} for count in counts]
-        if not counts and (weights := view.expert_weights(layer)):
-            n_experts = len(next(iter(weights.values())))
-            told.append({"layer": layer, "experts": n_experts, "mapped": 0, "fitted": 0})
+        stored = (w for name, w in view.expert_weights(layer).items() if ".experts." in name)
+        if not counts and (weight := next(stored, None)) is not None:
+            told.append({"layer": layer, "experts": len(weight), "mapped": 0, "fitted": 0})
     return told
 
 

@@ -22,9 +22,9 @@ from layercut.engine.loss import mean
 from layercut.engine.residual_stream import ResidualStream
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
+from layercut.models.writers import find_writers
 from layercut.recovery.layer_fit import (
     LayerWriters,
-    check_refit,
     choose_held_out,
     mask_held_out_rows,
     refit_cuts,
@@ -58,7 +58,7 @@ METHOD = Method(needs_scoring="residual-sensitivity")
 
 def plan(view: DecoderView, batches: CalibrationBatches, request: Request) -> PlanOfSize:
     """Price every cut; each size then costs a shortest path and a search on held-out loss."""
-    writers = check_refit(view)
+    writers = find_writers(view)
     start = time.perf_counter()
     protect = request.protect | {0}
     sample = subsample(batches)
