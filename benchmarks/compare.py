@@ -2,7 +2,7 @@
 
 Run  python benchmarks/compare.py --data ../shared/data [--output runs] [--sizes 6 9 12]
          [--methods published] [--tokens 131072] [--test-tokens 16896] [--task-rows 500]
-         [--heal-minutes 15] [--page-only]
+         [--heal-minutes 15] [--page-only] [--model FOLDER --label NAME]
 Calibrates on WikiText-2 valid, the C4 sample and the embedded docs, as benchmarks/quality.py does;
 measures on WikiText-2 test (detokenised, windows of 512), speeches and reviews. Ours is also healed
 at every size, and the dense model in the same way, on WikiText-2 valid and as much of C4. The
@@ -11,7 +11,8 @@ peers with the lowest perplexity at the middle size. Finished rows stay in --out
 per --tokens: the same call goes on, and one with other methods or sizes adds to them. After every
 method benchmarks/results/ gets the rows, and the page is written from all that is there.
 --task-rows 0 and --heal-minutes 0 leave theirs out; a method that takes long can have a call of its
-own with fewer --tokens or --sizes.
+own with fewer --tokens or --sizes. Another model's rows go to
+benchmarks/results/NAME-compare-N.json, and the page stays as it is.
 """
 
 from __future__ import annotations
@@ -68,13 +69,13 @@ def main() -> None:
         "reviews": "embedded:reviews@test",
     }
     settings: dict[str, Any] = {
-        "model": MODEL,
+        "model": arguments.model,
         "seed": arguments.seed,
         "drop_layers": arguments.sizes,
         "layer_losses": False,
         "evaluation": {"text": texts, "seq_len": SEQ_LEN, "max_tokens": arguments.test_tokens},
     }
-    view = layercut.load(MODEL)
+    view = layercut.load(arguments.model)
     batches = mixed_batches(arguments.data, view, arguments.tokens, arguments.seed)
     del view
     with_tasks = settings
@@ -111,9 +112,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--task-rows", type=int, default=500, help="of each task; 0: no tasks")
     parser.add_argument("--heal-minutes", type=float, default=15, help="of each; 0: no heals")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--label", help="a name for another model's results")
     parser.add_argument("--page-only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     parse_methods(arguments.methods)
+    if (arguments.model != MODEL) != bool(arguments.label):
+        parser.error("--model and --label belong together")
     return arguments
 
 
@@ -124,13 +129,16 @@ def part(
     batches: CalibrationBatches,
 ) -> Comparison | None:
     """What is missing of these methods, one after the other; the page after each."""
-    folder = arguments.output / f"benchmark-{arguments.tokens}"
+    folder = arguments.output / f"{arguments.label or 'benchmark'}-{arguments.tokens}"
     result = None
     for name in names:
         one = {**settings, "methods": [name]}
         result = layercut.compare(one, folder, batches=batches, command="benchmarks/compare.py")
-        shutil.copyfile(folder / "compare.json", RESULTS / f"compare-{arguments.tokens}.json")
-        write_page()
+        prefix = f"{arguments.label}-" if arguments.label else ""
+        kept = RESULTS / f"{prefix}compare-{arguments.tokens}.json"
+        shutil.copyfile(folder / "compare.json", kept)
+        if not arguments.label:
+            write_page()
         print(f"{name}: {summary(result, name)}", flush=True)
     if result is not None:
         show(result.provenance)

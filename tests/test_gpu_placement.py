@@ -5,18 +5,24 @@ tests/contracts has every score and recovery but those that train: their trainer
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from conftest import plan_of
+from family_configs import FAMILIES
+from layercut.models.load import load
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
 from layercut.recovery.layer_fit import mask_held_out_rows, refit_layers
+from layercut.recovery.refit_records import RefittedLayers
 from layercut.registry import available, describe
 from layercut.selection.select import select
 from layercut.spool import choose_device
 from layercut.types import CalibrationBatches
 from pretended_gpu import CPU, GPU, pretended_gpu
+from saved_families import save_family
 
 STORED = {name for name in available("recovery") if describe("recovery", name).stores}
 AT_RUN_TIME = {*available("recovery")} - STORED
@@ -57,6 +63,28 @@ def test_refit_on_a_gpu(view: DecoderView, batches: CalibrationBatches, free_byt
     assert expected.keys() == tensors.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("free_bytes", [2**40, 0])
+@pytest.mark.parametrize("family", ["mixtral", "afmoe", "llama4"])
+def test_experts_are_refitted_on_a_gpu(tmp_path: Path, family: str, free_bytes: int):
+    view = load(str(save_family(tmp_path, FAMILIES[family])), dtype="float32")
+    ids = torch.randint(3, 250, (24, 16), generator=torch.Generator().manual_seed(3))
+    text = CalibrationBatches(ids, 4, 8, "random", "random")
+
+    def walked() -> RefittedLayers:
+        plan = plan_of(6, n_layers=view.n_layers)
+        return refit_layers(view, plan, text, mask_held_out_rows(text, 8), layers="cuts")
+
+    expected = walked()
+    assert sum(block["fitted"] for block in expected.experts[5]) > 0
+    with pretended_gpu(free_bytes) as gpu:
+        gpu.put(view.model)
+        found = walked()
+        assert all(gpu.has(tensor) for tensor in found.tensors.values())
+    assert found.experts == expected.experts
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_steps_on_a_gpu(view: DecoderView, batches: CalibrationBatches):

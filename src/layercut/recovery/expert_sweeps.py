@@ -117,7 +117,8 @@ class Sweeps:
         residual.rows.copy_(before.rows)
         new = dict(changes)
         for member in self.members:
-            parts, old = member.parts(), changes.get(member.name)
+            parts = [(tokens.to(self.device), a) for tokens, a in member.parts()]
+            old = changes.get(member.name)
             n_fitted = sum(int((~self.held_out[tokens]).sum()) for tokens, _ in parts)
             shape = Shape(n_fitted, 0, member.width, residual.rows.shape[1])
             rows = self._rows_to_fit(parts, residual, old)

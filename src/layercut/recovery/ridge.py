@@ -78,8 +78,7 @@ def fit_best_penalty(
 ) -> Tensor | None:
     """D of the λ that lowers the held-out error most, (out, in); ``None`` if none lowers it.
 
-    The device is waited for once, unless the least λ is the best. Every rank solves for all of
-    them, and rank 0 chooses.
+    The device is waited for once, unless the least λ is the best. Several ranks share the grid.
 
     Args:
         fitted: rows to fit.
@@ -94,18 +93,20 @@ def fit_best_penalty(
         side = (_TokenSide if by_tokens else _FeatureSide)(fitted, shape, device, ranks)
         from_sums = not by_tokens and n_held_out > shape.width
         errors = (_ErrorSums if from_sums else _ErrorRows)(held_out, shape, device, ranks, side)
+        if ranks.world > 1:
+            return _share_penalties(side, errors, shape, device, ranks)
         best: Tensor | None = None
         lowest = torch.zeros((), dtype=torch.float64, device=device)
         is_least = torch.zeros((), dtype=torch.bool, device=device)
         for penalty in PENALTY_GRID:
-            solution, change, better = _try(side, errors, penalty, shape.width, lowest, ranks)
+            solution, change, better = _try(side, errors, penalty, shape.width, lowest)
             best = solution if best is None else torch.where(better, solution, best)
             lowest = torch.where(better, change, lowest)
             is_least = better if penalty == PENALTY_GRID[0] else is_least & ~better
         assert best is not None
         improves, more = torch.stack([lowest < 0, is_least]).tolist()
         for penalty in SMALLER_PENALTIES if more else ():
-            solution, change, better = _try(side, errors, penalty, shape.width, lowest, ranks)
+            solution, change, better = _try(side, errors, penalty, shape.width, lowest)
             if not bool(better):
                 break
             best, lowest = solution, change
@@ -133,25 +134,72 @@ def solve_ridge(
         return side.update(torch.cholesky_solve(side.right, factor)).float()
 
 
+def _share_penalties(
+    side: _FeatureSide | _TokenSide,
+    errors: _ErrorRows | _ErrorSums,
+    shape: Shape,
+    device: torch.device,
+    ranks: Ranks,
+) -> Tensor | None:
+    """D of the best λ, where each rank solves for its own part of the grid.
+
+    The smaller ones are tried as many at once as there are ranks, until one is no better.
+    """
+    rounds: list[tuple[float, ...]] = [PENALTY_GRID]
+    rounds += [
+        SMALLER_PENALTIES[i : i + ranks.world]
+        for i in range(0, len(SMALLER_PENALTIES), ranks.world)
+    ]
+    lowest, owner, is_least = 0.0, 0, False
+    best: Tensor | None = None
+    for penalties in rounds:
+        mine: dict[int, Tensor] = {}
+        changes = torch.zeros(len(penalties), dtype=torch.float64, device=device)
+        for place in range(ranks.rank, len(penalties), ranks.world):
+            factor, info = _factor(side.gram, penalties[place], shape.width)
+            mine[place] = torch.cholesky_solve(side.right, factor)
+            change = errors.change(mine[place])
+            changes[place] = torch.where(info.bool(), torch.inf, change)
+        ranks.sum_(changes)
+        goes_on = penalties != PENALTY_GRID
+        for place, change in enumerate(changes.tolist()):
+            if change < lowest:
+                lowest, owner, best = change, place % ranks.world, mine.get(place)
+                is_least = place == (len(penalties) - 1 if goes_on else 0)
+            elif goes_on:
+                is_least = False
+                break
+        if not lowest < 0:
+            return None
+        if not is_least:
+            break
+    if ranks.rank == owner:
+        assert best is not None
+        update = side.update(best).contiguous()
+    else:
+        update = torch.empty(shape.out, shape.width, dtype=side.dtype, device=device)
+    ranks.broadcast_(update, owner)
+    return update
+
+
 def _try(
     side: _FeatureSide | _TokenSide,
     errors: _ErrorRows | _ErrorSums,
     penalty: float,
     width: int,
     lowest: Tensor,
-    ranks: Ranks,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The solution for one λ, the change of the held-out error, and whether that is the lowest."""
     factor, info = _factor(side.gram, penalty, width)
     solution = torch.cholesky_solve(side.right, factor)
-    verdict = torch.stack([errors.change(solution), info.double()])
-    ranks.broadcast_(verdict)
-    change, failed = verdict
-    return solution, change, (failed == 0) & (change < lowest)
+    change = errors.change(solution)
+    return solution, change, (info == 0) & (change < lowest)
 
 
 class _FeatureSide:
     """G and Cᵀ, summed as the rows pass; a solution is Dᵀ, (in, out) float64."""
+
+    dtype = torch.float64
 
     def __init__(self, rows: Rows, shape: Shape, device: torch.device, ranks: Ranks) -> None:
         width, out = shape.width, shape.out
@@ -173,6 +221,8 @@ class _FeatureSide:
 class _TokenSide:
     """K and E of all ranks' rows; a solution is (K + λ̂ I)⁻¹ E, (n, out) float64."""
 
+    dtype = torch.float32
+
     def __init__(self, rows: Rows, shape: Shape, device: torch.device, ranks: Ranks) -> None:
         a, e = _stack(rows, shape.n_fitted, shape, device)
         self.a = ranks.gather_rows(a)
@@ -187,7 +237,7 @@ class _TokenSide:
 
 
 class _ErrorRows:
-    """‖e − D·a‖² − ‖e‖² over the held-out rows."""
+    """‖e − D·a‖² − ‖e‖² over the held-out rows, those of all ranks."""
 
     def __init__(
         self,
@@ -197,16 +247,13 @@ class _ErrorRows:
         ranks: Ranks,
         side: _FeatureSide | _TokenSide,
     ) -> None:
-        self.ranks = ranks
-        a, self.e = _stack(rows, shape.n_held_out, shape, device)
-        self.basis = side.basis(a)
+        a, e = _stack(rows, shape.n_held_out, shape, device)
+        self.basis, self.e = side.basis(ranks.gather_rows(a)), ranks.gather_rows(e)
         self.before = self.e.square().sum(dtype=torch.float64)
 
     def change(self, solution: Tensor) -> Tensor:
         residual = self.e - self.basis @ solution.float()
-        change = residual.square().sum(dtype=torch.float64) - self.before
-        self.ranks.sum_(change)
-        return change
+        return residual.square().sum(dtype=torch.float64) - self.before
 
 
 class _ErrorSums:
