@@ -66,10 +66,11 @@ def test_refit_on_a_gpu(view: DecoderView, batches: CalibrationBatches, free_byt
 
 
 @pytest.mark.parametrize("free_bytes", [2**40, 0])
-@pytest.mark.parametrize("family", ["mixtral", "afmoe", "llama4"])
+@pytest.mark.parametrize("family", ["mixtral", "afmoe"])
 def test_experts_are_refitted_on_a_gpu(tmp_path: Path, family: str, free_bytes: int):
     view = load(str(save_family(tmp_path, FAMILIES[family])), dtype="float32")
-    ids = torch.randint(3, 250, (24, 16), generator=torch.Generator().manual_seed(3))
+    view.model.config._experts_implementation = "eager"  # the others count by a GPU's own kernels
+    ids = torch.randint(3, 250, (64, 16), generator=torch.Generator().manual_seed(3))
     text = CalibrationBatches(ids, 4, 8, "random", "random")
 
     def walked() -> RefittedLayers:
