@@ -68,8 +68,8 @@ def main() -> None:
     for name in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
             rows[name] = measure(name, Path(folder), arguments)
-    content = {"versions": origin.versions, "hardware": origin.hardware, "models": rows}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+        content = {"versions": origin.versions, "hardware": origin.hardware, "models": rows}
+        path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
