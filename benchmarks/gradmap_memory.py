@@ -137,8 +137,8 @@ PROBES = {
 def projection(data: Path) -> dict[str, Any]:
     """Closed form against converged gradient descent on the same rows, real activations."""
     import layercut
+    from layercut.recovery.mean_shift import find_largest_mean_shift
     from layercut.recovery.methods.projection import (
-        find_largest_mean_shift,
         solve_closed_form,
         solve_gradient_descent,
     )

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from conftest import plan_of
-from layercut.errors import DataError, NumericsError, RecipeError
+from layercut.engine.loss import mean_loss
+from layercut.errors import DataError, NumericsError, PlanError, RecipeError
 from layercut.models.output_projections import down_projection
 from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
 from layercut.recovery.layer_fit import mean_squared_errors
+from layercut.recovery.mean_shift import find_largest_mean_shift, walk_shifts
 from layercut.recovery.methods.projection import (
-    find_largest_mean_shift,
     solve_closed_form,
     solve_gradient_descent,
 )
@@ -182,3 +183,58 @@ def test_penalties_that_are_none_are_refused(
 ):
     with pytest.raises(RecipeError, match=r"recovery\.options\.penalty"):
         fit(view, plan_of(2), None, batches, method="projection", penalty=penalty)
+
+
+def test_relative_shifts_are_per_length_of_the_target(
+    view: DecoderView, batches: CalibrationBatches
+):
+    plan = plan_of(2, 3)
+    for shift in walk_shifts(view, plan, batches):
+        mean_length = float(shift.lengths.mean())
+        assert shift.relative == pytest.approx(shift.norm / mean_length, rel=1e-4)
+        assert shift.before_cut == (shift.layer == 1)
+    largest = find_largest_mean_shift(view, plan, batches, relative=True)
+    others = [shift.relative for shift in walk_shifts(view, plan, batches)]
+    assert largest.relative == pytest.approx(max(others), rel=1e-5)
+
+
+def test_weights_divide_rows_by_the_length_of_their_target(
+    view: DecoderView, batches: CalibrationBatches
+):
+    plain, weighed = (next(walk_shifts(view, plan_of(2, 3), batches)) for _ in range(2))
+    weighed.weigh()
+    scale = plain.lengths.mean() / plain.lengths
+    torch.testing.assert_close(weighed.output.rows, plain.output.rows * scale)
+    torch.testing.assert_close(weighed.residual.rows, plain.residual.rows * scale)
+
+
+def test_a_named_place_is_taken_or_refused(view: DecoderView, batches: CalibrationBatches):
+    patch = fit(view, plan_of(2, 3), None, batches, method="projection", place=4)
+    assert patch.notes["layer"] == 4
+    for place in (2, 0):  # dropped; in front of what the cuts change
+        with pytest.raises(PlanError, match=f"place names layer {place}"):
+            fit(view, plan_of(2, 3), None, batches, method="projection", place=place)
+
+
+@pytest.mark.parametrize("place", ["largest-shift", "largest-relative-shift", "cuts", 4])
+def test_a_guarded_projection_lowers_the_held_out_loss_or_is_not_done(
+    view: DecoderView, batches: CalibrationBatches, place: str | int
+):
+    plan = plan_of(1, 3)
+    options = {"place": place, "guard": True, "weights": "inverse-norm", "penalty": 0.1}
+    patch = fit(view, plan, None, batches, method="projection", **options)
+    notes = patch.notes
+    judges = batches.input_ids[3:]
+    with view.skipping(plan.dropped):
+        assert mean_loss(view, judges, 2) == pytest.approx(notes["held_out_loss_without"])
+        with view.patched(patch.tensors):
+            assert mean_loss(view, judges, 2) == pytest.approx(notes["held_out_loss_with"])
+    assert notes["accepted"] == bool(patch.tensors)
+    assert notes["accepted"] == (notes["held_out_loss_with"] < notes["held_out_loss_without"])
+    if notes["accepted"] and place == "cuts":
+        assert notes["layer"] in (0, 2)
+
+
+def test_cuts_without_a_guard_are_refused(view: DecoderView, batches: CalibrationBatches):
+    with pytest.raises(RecipeError, match="needs guard: true"):
+        fit(view, plan_of(2), None, batches, method="projection", place="cuts")

@@ -13,30 +13,36 @@ Limits   exact only where the MLP's output is added to the stream without a norm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from layercut.engine.residual_stream import ResidualStream, advance_and_record_outputs
-from layercut.errors import DataError, NumericsError
+from layercut.engine.loss import mean_loss
+from layercut.engine.residual_stream import ResidualStream
+from layercut.errors import DataError, NumericsError, PlanError
 from layercut.models.output_projections import check_exact, fold, mlp_output
 from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
-from layercut.recovery.layer_fit import mean_squared_errors, sum_products
-from layercut.recovery.paired_walk import paired_walk
+from layercut.recovery.layer_fit import choose_held_out, mean_squared_errors, sum_products
+from layercut.recovery.mean_shift import Shift, find_largest_mean_shift, walk_shifts
 from layercut.recovery.ridge import factor_ridge
 from layercut.registry import Method, MethodOptions
 from layercut.spool import Spool
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 PENALTY_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
+GUARD_EVERY = 4
+"""One of so many sequences judges, where there is a guard, and is not fitted to."""
+SHARES = (1.0, 0.5, 0.25)
+"""Parts of P − I that a guard tries."""
 
 
 class Options(MethodOptions):
-    """λ, or ``held-out`` to choose it from a grid on sequences the fit has not seen; the solver."""
+    """Where, how strongly and by which solver; the defaults are the paper's, read literally."""
 
     penalty: Annotated[float, Field(gt=0)] | Literal["held-out"] = Field(
         default=0.1, description="λ, as a share of the MLP output's mean square, or held-out"
@@ -44,29 +50,34 @@ class Options(MethodOptions):
     solver: Literal["closed-form", "gradient-descent"] = Field(
         default="closed-form", description="closed-form, or gradient-descent as the paper trains it"
     )
+    place: (
+        Literal["largest-shift", "largest-relative-shift", "cuts"] | Annotated[int, Field(ge=0)]
+    ) = Field(
+        default="largest-shift",
+        description="the kept layer with the largest mean shift, or with the largest for its "
+        "length, each kept layer before a cut (the guard takes one), or a kept layer by its number",
+    )
+    weights: Literal["none", "inverse-norm"] = Field(
+        default="none",
+        description="inverse-norm: tokens count by the inverse length of their target",
+    )
+    guard: bool = Field(
+        default=False,
+        description="hold out every fourth sequence: what does not lower its loss is not done",
+    )
+
+    @model_validator(mode="after")
+    def _cuts_need_a_judge(self) -> Options:
+        if self.place == "cuts" and not self.guard:
+            raise ValueError("place: cuts needs guard: true, which chooses one of them")
+        return self
 
 
 METHOD = Method(
     shares_dense_stream=True,
+    revision=1,
     check=lambda view, batches, options, n_drop: check_exact(view, range(view.n_layers)),
 )
-
-
-@dataclass(slots=True)
-class Shift:
-    """The kept layer whose mean output moved furthest, with the rows a fit needs.
-
-    Attributes:
-        layer: its index in the input model.
-        norm: ‖mean shift‖₂.
-        residual: r, (n_tokens, d).
-        output: m, (n_tokens, d).
-    """
-
-    layer: int
-    norm: float
-    residual: Spool
-    output: Spool
 
 
 def fit(
@@ -78,60 +89,83 @@ def fit(
     *,
     dense: ResidualStream | None = None,
 ) -> WeightPatch:
-    """Find the largest mean shift, fit P there and fold it."""
-    shift = find_largest_mean_shift(view, plan, batches, dense)
+    """Find the place, fit P there and fold it; with a guard, if that lowers the held-out loss."""
+    if not options.guard:
+        shift = _find_place(view, plan, batches, options, dense)
+        projection, notes = _solve(view, shift, batches, options)
+        return WeightPatch(_fold(view, shift.layer, projection), "projection", notes)
+    held_out = choose_held_out(batches, GUARD_EVERY)
+    judges = batches.input_ids[held_out]
+    fitted = replace(batches, input_ids=batches.input_ids[~held_out])
+    shifts: Iterator[Shift]
+    if options.place == "cuts":
+        shifts = (s for s in walk_shifts(view, plan, fitted) if s.before_cut)
+    else:
+        shifts = iter([_find_place(view, plan, fitted, options, None)])
+    solved = [(shift.layer, *_solve(view, shift, fitted, options)) for shift in shifts]
+
+    def loss_with(tensors: dict[str, Tensor]) -> float:
+        with view.skipping(plan.dropped), view.patched(tensors):
+            return mean_loss(view, judges, batches.micro_batch)
+
+    without = lowest = loss_with({})
+    best: dict[str, Tensor] = {}
+    chosen: dict[str, Any] = {"share": 0.0}
+    for layer, projection, notes in solved:
+        unit = torch.eye(len(projection)).to(projection)
+        for share in SHARES:
+            tensors = _fold(view, layer, torch.lerp(unit, projection, share))
+            loss = loss_with(tensors)
+            if loss < lowest:
+                lowest, best, chosen = loss, tensors, {**notes, "share": share}
+    told = {"held_out_loss_without": without, "held_out_loss_with": lowest, "accepted": bool(best)}
+    return WeightPatch(best, "projection", {**chosen, **told})
+
+
+def _find_place(
+    view: DecoderView,
+    plan: PruningPlan,
+    batches: CalibrationBatches,
+    options: Options,
+    dense: ResidualStream | None,
+) -> Shift:
+    """The layer that the options name, with its rows."""
+    if not isinstance(options.place, int):
+        relative = options.place == "largest-relative-shift"
+        return find_largest_mean_shift(view, plan, batches, dense, relative=relative)
+    for shift in walk_shifts(view, plan, batches, dense):
+        if shift.layer == options.place:
+            return shift
+    raise PlanError(
+        f"recovery.options.place names layer {options.place}, which is dropped or lies before what "
+        "the cuts change. Name a kept layer behind them, or the one before the first."
+    )
+
+
+def _solve(
+    view: DecoderView, shift: Shift, batches: CalibrationBatches, options: Options
+) -> tuple[Tensor, dict[str, Any]]:
+    """P of one place, (d, d), and what is noted of it."""
+    if options.weights == "inverse-norm":
+        shift.weigh()
     penalty = options.penalty
     if penalty == "held-out":
         penalty = _held_out_penalty(shift, batches, view.ranks)
     solve = solve_closed_form if options.solver == "closed-form" else solve_gradient_descent
     projection = solve(shift.residual, shift.output, penalty, view.ranks)
     before, after = mean_squared_errors(shift.residual, shift.output, projection, view.ranks)
-    with view.holding(shift.layer):
-        tensors = fold(view, mlp_output(view, shift.layer), projection)
-    return WeightPatch(
-        tensors=tensors,
-        method="projection",
-        notes={
-            "layer": shift.layer,
-            "mean_shift": shift.norm,
-            "penalty": penalty,
-            "squared_error_before": before,
-            "squared_error_after": after,
-        },
-    )
+    return projection, {
+        "layer": shift.layer,
+        "mean_shift": shift.norm,
+        "penalty": penalty,
+        "squared_error_before": before,
+        "squared_error_after": after,
+    }
 
 
-def find_largest_mean_shift(
-    view: DecoderView,
-    plan: PruningPlan,
-    batches: CalibrationBatches,
-    dense: ResidualStream | None = None,
-) -> Shift:
-    """Walk the dense and the pruned model side by side and compare every kept layer's output.
-
-    Raises:
-        NumericsError: no kept layer's mean shift is a number.
-    """
-    best: Shift | None = None
-    own, n_tokens = view.ranks.share_batches(batches), batches.n_sequences * batches.seq_len
-    for kept in paired_walk(view, plan, own, dense=dense):
-        module = mlp_output(view, kept.layer).module
-        output = advance_and_record_outputs(kept.pruned, kept.layer, module)
-        total = torch.zeros(view.hidden_size, dtype=torch.float64)
-        for ours, target in zip(kept.pruned.states.slices(), kept.target.slices(), strict=True):
-            total += (
-                (ours - target.to(ours.device)).sum(dim=0, dtype=torch.float64).to(total.device)
-            )
-        view.ranks.sum_(total)
-        norm = float((total / n_tokens).norm())
-        if norm > (-1.0 if best is None else best.norm):
-            best = Shift(kept.layer, norm, kept.missing(), output)
-    if best is None:
-        raise NumericsError(
-            "the mean shift is NaN at every kept layer: the pruned model's activations are not "
-            "finite. Drop fewer layers, or use dtype: float32."
-        )
-    return best
+def _fold(view: DecoderView, layer: int, projection: Tensor) -> dict[str, Tensor]:
+    with view.holding(layer):
+        return fold(view, mlp_output(view, layer), projection)
 
 
 def solve_closed_form(
