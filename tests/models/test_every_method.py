@@ -20,7 +20,7 @@ from method_status import find_refusal
 from saved_families import save_family
 
 PRUNABLE = sorted(name for name, family in FAMILIES.items() if not family.unprunable)
-CHEAP = {"igia": {"steps": 3}, "sign-merge": {"steps": 3}}
+CHEAP = {"igia": {"steps": 3}, "sign-merge": {"steps": 3, "strength": 1.0}}
 METHODS = [("scoring", name) for name in available("scoring")]
 METHODS += [("recovery", name) for name in available("recovery")]
 QUICK = ("llama", "gemma3", "mixtral", "mamba")

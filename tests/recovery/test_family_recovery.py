@@ -86,7 +86,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "magnitude-rescale": {},
     "projection": {"penalty": 0.01},
     "refit": {"held_out_every": 2},
-    "sign-merge": {"steps": 3, "rank": 2},
+    "sign-merge": {"steps": 3, "rank": 2, "strength": 1.0},
 }
 
 

@@ -21,6 +21,8 @@ from layercut.recovery.methods.sign_merge import sort_by_score, top_entries
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, Round
 from lora_runs import planted_log
 
+LITERAL = {"strength": 1.0}
+
 
 def random_log(view: DecoderView) -> GradientLog:
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +101,9 @@ def test_merge_equals_an_entry_by_entry_reference(
 ):
     log = random_log(view)
     evidence = Evidence(scores=(), gradient_log=log)
-    patch = fit(view, plan_of(2, 3, 5), evidence, batches, method="sign-merge", keep=keep)
+    patch = fit(
+        view, plan_of(2, 3, 5), evidence, batches, method="sign-merge", **LITERAL, keep=keep
+    )
     # 2 and 3 go into 1, whose signs stay the original ones; 5 goes into 4.
     expected: dict[str, torch.Tensor] = {}
     for dropped, kept in ((2, 1), (3, 1), (5, 4)):
@@ -117,7 +121,7 @@ def test_only_linear_weights_of_receiving_layers_change(
 ):
     evidence = Evidence(scores=(), gradient_log=random_log(view))
     before = {n: t.clone() for n, t in view.model.state_dict().items()}
-    patch = fit(view, plan_of(2, 3), evidence, batches, method="sign-merge")
+    patch = fit(view, plan_of(2, 3), evidence, batches, method="sign-merge", **LITERAL)
     assert set(patch.tensors) == set(view.linear_weights(1))
     assert all(torch.equal(t, before[n]) for n, t in view.model.state_dict().items())
 
@@ -132,7 +136,7 @@ def test_beyond_safe_discards_the_lowest_scored_layers(
 ):
     plan = scored_plan(Round((9.0, 8.0, 3.0, 1.0, 2.0, 7.0), (2, 3, 4), 0.1))
     evidence = Evidence(scores=(), gradient_log=random_log(view))
-    options = {"merge": "beyond-safe", "n_safe": 2}
+    options = {"merge": "beyond-safe", "n_safe": 2, **LITERAL}
     patch = fit(view, plan, evidence, batches, method="sign-merge", **options)
     assert patch.notes["discarded"] == [3, 4]
     assert patch.notes["merged_into"] == {"2": 1}
@@ -156,7 +160,7 @@ def test_without_a_record_the_merge_makes_its_own(
     view: DecoderView, batches: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
 ):
     before = {n: t.clone() for n, t in view.model.state_dict().items()}
-    options = {"method": "sign-merge", "steps": 4}
+    options = {"method": "sign-merge", "steps": 4, **LITERAL}
     patch = fit(view, plan_of(2), None, batches, **options)
     assert patch.notes["recorded_steps"] == 4
     assert set(patch.tensors) == set(view.linear_weights(1))
@@ -215,3 +219,60 @@ def test_weights_of_unlike_shape_are_refused(batches: CalibrationBatches, tmp_pa
     view.layers[1].mlp.up_proj.weight.data = torch.zeros(8, 16)
     with pytest.raises(ModelError, match=r"layers\.2\.mlp\.up_proj\.weight cannot be merged"):
         fit(view, plan_of(2), None, batches, method="sign-merge")
+
+
+@pytest.mark.parametrize(
+    ("losses", "chosen"),
+    [
+        # The mean gain over 0 is 1, its standard error 0: all examples gain alike.
+        ({0.0: [3.0, 2.0, 4.0], 0.5: [2.0, 1.0, 3.0], 1.0: [5.0, 5.0, 5.0]}, 0.5),
+        # Mean gain 0.1; the gains 1.1, −0.9, 0.1 differ by 1, so that its error is 0.58.
+        ({0.0: [3.0, 2.0, 4.0], 1.0: [1.9, 2.9, 3.9]}, 0.0),
+        ({0.0: [1.0, 1.0], 0.5: [2.0, 2.0]}, 0.0),
+        ({0.0: [2.0], 0.5: [1.0]}, 0.0),  # one example says nothing of its error
+    ],
+)
+def test_a_strength_must_be_better_by_more_than_its_error(
+    losses: dict[float, list[float]], chosen: float
+):
+    given = {strength: torch.tensor(values) for strength, values in losses.items()}
+    assert sign_merge.choose_strength(given) == chosen
+
+
+def test_a_part_of_the_merge_is_between_both(view: DecoderView, batches: CalibrationBatches):
+    evidence = Evidence(scores=(), gradient_log=random_log(view))
+    whole, half, none = (
+        fit(view, plan_of(2), evidence, batches, method="sign-merge", strength=strength)
+        for strength in (1.0, 0.5, 0.0)
+    )
+    assert not none.tensors and none.notes["strength"] == 0
+    assert whole.notes["signs_agree"] == pytest.approx(
+        whole.notes["entries_added"] / whole.notes["entries_kept"]
+    )
+    for name, tensor in whole.tensors.items():
+        weight = view.model.get_parameter(name)
+        torch.testing.assert_close(half.tensors[name], (weight + tensor) / 2)
+
+
+def test_probes_tune_every_strength_alike_and_leave_the_model_alone(
+    view: DecoderView, batches: CalibrationBatches
+):
+    before = {n: t.clone() for n, t in view.model.state_dict().items()}
+    evidence = Evidence(scores=(), gradient_log=random_log(view))
+    options = {"method": "sign-merge", "steps": 4, "probe_steps": 2, "learning_rate": 0.01}
+    patch = fit(view, plan_of(2), evidence, batches, **options)
+    assert list(patch.notes["probed_losses"]) == ["0", "0.25", "0.5", "1"]
+    assert len(set(patch.notes["probed_losses"].values())) == 4
+    assert bool(patch.tensors) == (patch.notes["strength"] > 0)
+    assert all(torch.equal(t, before[n]) for n, t in view.model.state_dict().items())
+    again = fit(view, plan_of(2), evidence, batches, **options)
+    assert again.notes == patch.notes
+
+
+def test_a_merge_that_ruins_the_model_is_not_made(view: DecoderView, batches: CalibrationBatches):
+    evidence = Evidence(scores=(), gradient_log=random_log(view))
+    for name in view.linear_weights(2):
+        view.model.get_parameter(name).data *= 300  # as if the dropped layer's weights were huge
+    options = {"method": "sign-merge", "steps": 4, "probe_steps": 2, "keep": 0.5}
+    patch = fit(view, plan_of(2), evidence, batches, **options)
+    assert patch.notes["strength"] == 0 and not patch.tensors

@@ -20,7 +20,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Plain; transposed weights; experts; a norm behind the MLP; layers that cannot run alone."""
 
 CHEAP_RUN = {"steps": 3, "rank": 2}
-CHEAP: dict[str, dict[str, Any]] = {"igia": CHEAP_RUN, "sign-merge": CHEAP_RUN}
+CHEAP: dict[str, dict[str, Any]] = {"igia": CHEAP_RUN, "sign-merge": {**CHEAP_RUN, "strength": 0.5}}
 """Options of methods that train; every other one runs with its defaults."""
 
 

@@ -43,6 +43,10 @@ def start_row(entry: Entry, size: int, key: str) -> Row:
     )
 
 
+AS_PUBLISHED = {"sign-merge": {"strength": 1.0}}
+"""Options of recoveries whose defaults look at a tuning, which no comparison makes."""
+
+
 class ComparisonRunner:
     """One dense model and its text, in which every entry runs."""
 
@@ -92,7 +96,12 @@ class ComparisonRunner:
             return
         self.evaluator.record_dense()
         progress.stage(f"{entry.name}: choose layers")
-        recovery = registry.resolve("recovery", entry.recovery, seed=self.settings.seed)
+        recovery = registry.resolve(
+            "recovery",
+            entry.recovery,
+            AS_PUBLISHED.get(entry.recovery),
+            seed=self.settings.seed,
+        )
         try:
             check_method(recovery, self.view, self.batches, max(self.settings.drop_layers))
         except NOT_APPLICABLE as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from transformers import TrainerCallback
 
 from layercut import progress
@@ -35,6 +36,10 @@ from layercut.types import CalibrationBatches
 
 EARLY_SHARE = 0.01
 """The paper's share of a run that is recorded; it sets the run's length where no data does."""
+
+PROBED_EVERY = 8
+MOST_PROBED = 64
+"""Examples that judge a probe: one of so many, and so many at most."""
 
 Example = dict[str, Any]
 
@@ -96,6 +101,52 @@ def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOpti
     ):
         trainer.train()
     return log
+
+
+def probe(
+    view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions, n_steps: int
+) -> Tensor:
+    """Loss of every held-out example after the run's first steps on the others, (n,), nats a label.
+
+    Args:
+        view: the model as it is to be tuned; unchanged afterwards.
+        batches: calibration text, learnt where ``options.data`` is ``None``.
+        options: the run.
+        n_steps: steps that are made.
+
+    Raises:
+        DataError: the rows cannot be learnt from, or are too few.
+    """
+    examples, config = _prepare_examples(view, batches, options)
+    every = min(PROBED_EVERY, len(examples))
+    judged = examples[every - 1 :: every][:MOST_PROBED]
+    learned = [e for i, e in enumerate(examples) if i % every != every - 1] or examples
+    longest = max(example["length"] for example in examples)
+    callbacks = [_StopAfter(n_steps), _Progress(n_steps)]
+    with adapted_model(view, learned, config, callbacks=callbacks) as trainer, eager(view, longest):
+        trainer.train()
+        trainer.model.eval()
+        return torch.stack([_judge(view, trainer, example) for example in judged])
+
+
+@torch.no_grad()
+def _judge(view: DecoderView, trainer: CompletionTrainer, example: Example) -> Tensor:
+    """Mean loss of one example's labels, ()."""
+    keys = "input_ids", "labels"
+    inputs = {key: torch.tensor([example[key]], device=view.device) for key in keys}
+    with view.precision():
+        loss: Tensor = trainer.compute_loss(trainer.model, inputs)
+    return loss.detach().float().cpu()
+
+
+class _StopAfter(TrainerCallback):  # type: ignore[misc]
+    """Ends a run early; its schedule stays that of the whole run."""
+
+    def __init__(self, n_steps: int) -> None:
+        self.n_steps = n_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.n_steps
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]

@@ -2,11 +2,14 @@
 
 Source   arXiv:2601.19503 §3.2; which layers are merged is a reading (docs/methods.md#sign-merge)
 Formula  Ŵ_j = W_j where F_j is among its ⌈keep·numel⌉ largest entries, else 0
-         W_k ← W_k + Σ_j Ŵ_j ⊙ [sign(Ŵ_j) = sign(W_k)], the sign of the original W_k
+         W_k ← W_k + s · Σ_j Ŵ_j ⊙ [sign(Ŵ_j) = sign(W_k)], the sign of the original W_k
          j: merged dropped layers; k: the closest kept layer before j; F_j (out, in): mean squared
          simulated gradient of W_j (scoring/methods/igia.py)
 Rule     merge all: every dropped layer; beyond-safe: all but the n_safe lowest-scored ones
-Cost     none with scoring igia, whose record is used; else the t steps of an early run
+         s = 1 is the paper's; probed: the s whose loss on held-out examples is the lowest after a
+         short tuning, and 0 unless that is lower by more than its standard error (ours)
+Cost     none with scoring igia, whose record is used; else the t steps of an early run. Probed:
+         probe_steps more for each s
 Limits   needs a kept layer before every cut, and weights of equal shape in both layers
 """
 
@@ -16,7 +19,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,10 +29,13 @@ from layercut import progress
 from layercut.errors import PlanError
 from layercut.models.output_projections import store_like
 from layercut.models.view import DecoderView
+from layercut.recipe.base import Count
 from layercut.recovery.layer_merging import check_shapes, match_names, merge_targets
 from layercut.registry import Method
-from layercut.training.early_steps import EarlyRunOptions, check_early_run, record
+from layercut.training.early_steps import EarlyRunOptions, check_early_run, probe, record
 from layercut.types import CalibrationBatches, Evidence, GradientRecord, PruningPlan, WeightPatch
+
+STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 
 
 class Options(EarlyRunOptions):
@@ -44,6 +50,11 @@ class Options(EarlyRunOptions):
     n_safe: int = Field(
         default=0, ge=0, description="lowest-scored layers that are discarded by beyond-safe"
     )
+
+    strength: Annotated[float, Field(ge=0, le=1)] | Literal["probed"] = Field(
+        default="probed", description="part of the merge that is made, or probed; 1: the paper's"
+    )
+    probe_steps: Count = Field(default=20, description="optimiser steps behind each probe")
 
     @model_validator(mode="after")
     def _safe_number_goes_with_beyond_safe(self) -> Options:
@@ -97,12 +108,59 @@ def fit(
     for layer in discarded:
         del into[layer]
     patch = merge(view, into, log, options.keep)
+    if options.strength == "probed":
+        strength, probes = _probe_strengths(view, plan, batches, options, patch.tensors)
+    else:
+        strength, probes = options.strength, {}
+    tensors = scale_merge(view, patch.tensors, strength)
+    patch = replace(patch, tensors=tensors, notes={**patch.notes, "strength": strength, **probes})
     notes = {
         "merged_into": {str(layer): kept for layer, kept in into.items()},
         "discarded": sorted(discarded),
         "recorded_steps": log.n_steps,
     }
     return replace(patch, notes={**notes, **patch.notes})
+
+
+def _probe_strengths(
+    view: DecoderView,
+    plan: PruningPlan,
+    batches: CalibrationBatches,
+    options: Options,
+    merged: Mapping[str, Tensor],
+) -> tuple[float, dict[str, Any]]:
+    """The part of the merge that a short tuning is best with, and the loss behind each."""
+    losses: dict[float, Tensor] = {}
+    for strength in STRENGTHS:
+        with view.skipping(plan.dropped), view.patched(scale_merge(view, merged, strength)):
+            losses[strength] = probe(view, batches, options, options.probe_steps)
+        progress.status(f"merged by {strength:.0%}: loss {float(losses[strength].mean()):.3f}")
+    chosen = choose_strength(losses)
+    return chosen, {"probed_losses": {f"{s:g}": float(e.mean()) for s, e in losses.items()}}
+
+
+def choose_strength(losses: Mapping[float, Tensor]) -> float:
+    """The strength with the lowest mean loss; 0 unless it is lower by more than a standard error.
+
+    Args:
+        losses: strength → the loss of every held-out example, (n,), the same ones each time.
+    """
+    best = min(losses, key=lambda strength: float(losses[strength].mean()))
+    gain = losses[0.0] - losses[best]
+    error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+    return best if float(gain.mean()) > error else 0.0
+
+
+def scale_merge(
+    view: DecoderView, merged: Mapping[str, Tensor], strength: float
+) -> dict[str, Tensor]:
+    """W + s · (merged − W) for every tensor, float32; nothing at s = 0."""
+    if strength == 0:
+        return {}
+    return {
+        name: torch.lerp(view.model.get_parameter(name).data.to(tensor), tensor, strength)
+        for name, tensor in merged.items()
+    }
 
 
 def merge(
@@ -130,7 +188,9 @@ def merge(
             tensors[target] = total + torch.where(added, weight.float(), 0.0)
             n_kept += int(kept.sum())
             n_added += int(added.sum())
-    return WeightPatch(tensors, "sign-merge", {"entries_kept": n_kept, "entries_added": n_added})
+    # By chance, half of the signs agree.
+    notes = {"entries_kept": n_kept, "entries_added": n_added, "signs_agree": n_added / n_kept}
+    return WeightPatch(tensors, "sign-merge", notes)
 
 
 def top_entries(importance: Tensor, share: float) -> Tensor:
