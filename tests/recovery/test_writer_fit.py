@@ -34,12 +34,8 @@ KINDS = {
     "experts that read gated inputs": "llama4",
     "the same beside a shared one, behind one norm": "afmoe",
 }
-LEFT = {
-    # Its experts are much alike on so few channels, and sweeps part them slowly.
-    "experts with biases": 0.03,
-    # Linearised three times; what is left along the norm's own direction stays.
-    "the same beside a shared one, behind one norm": 0.1,
-}
+# Its experts are much alike on so few channels, and sweeps part them slowly.
+LEFT = {"experts with biases": 0.03}
 """What may be left of the squared error where that is more than a thousandth."""
 DROPPED = 4
 

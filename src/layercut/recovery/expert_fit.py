@@ -136,7 +136,7 @@ def fit_experts(
     counts = {"experts": experts.n_experts, "mapped": int(change is not None)}
     counts |= {"fitted": 0, "not_reached": 0}
     # A shared expert that adds to the same sum has taken a part of their changes on itself.
-    beside = [b for b in beside if b[0].factor == writer.factor and _is_same_norm(b[0], writer)]
+    beside = [b for b in beside if b[0].factor == writer.factor and is_same_norm(b[0], writer)]
     if routing is not None:
         reached, members = _list_experts(experts, routing, rows)
         counts["not_reached"] = int((reached == 0).sum())
@@ -171,7 +171,7 @@ def _sweep_through_norm(through: ThroughNorm, sweep: Callable[..., Sweeps]) -> d
     return total
 
 
-def _is_same_norm(one: Writer, other: Writer) -> bool:
+def is_same_norm(one: Writer, other: Writer) -> bool:
     """Whether two writers add to one sum: without a norm, or in front of the same one."""
     a, b = one.norm and one.norm.module, other.norm and other.norm.module
     return a is b and (one.norm is None) == (other.norm is None) and (a is not None or not one.norm)

@@ -15,7 +15,7 @@ from layercut.models.ranks import ALONE, Ranks
 from layercut.models.view import DecoderView
 from layercut.models.weight_store import make_store
 from layercut.models.writers import Writer, find_writers
-from layercut.recovery.expert_fit import fit_experts, record_writer
+from layercut.recovery.expert_fit import fit_experts, is_same_norm, record_writer
 from layercut.recovery.paired_walk import KeptLayer, paired_walk
 from layercut.recovery.refit_records import (
     RefittedLayer,
@@ -195,7 +195,7 @@ def _fit_writers(
     """
     fitted = RefittedLayer()
     beside: list[tuple[Writer, Spool, Tensor]] = []
-    for writer in writers:
+    for place, writer in enumerate(writers):
         ahead = kept.pruned.fork()
         with view.patched(fitted.tensors):
             inputs, outputs, routing = record_writer(ahead, kept.layer, writer, routing=not one_map)
@@ -205,7 +205,10 @@ def _fit_writers(
             fitted.experts += (counts,)
             change = None
         else:
-            new, change = fit_writer(view, writer, rows)
+            # A gain is fitted once, behind the last of the writers that its norm reads.
+            later = writers[place + 1 :]
+            shared = writer.norm and any(is_same_norm(other, writer) for other in later)
+            new, change = fit_writer(view, writer, rows, gain=not shared)
         fitted.tensors |= new
         if writer.is_mlp and writer.experts is None and writers[-1].experts is not None:
             name = f"{writer.prefix}.weight"

@@ -57,7 +57,7 @@ class WriterRows:
 
 
 def fit_writer(
-    view: DecoderView, writer: Writer, rows: WriterRows
+    view: DecoderView, writer: Writer, rows: WriterRows, *, gain: bool = True
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The replaced tensors that lower the held-out error; the change D, (out, in), of a plain one.
 
@@ -65,6 +65,7 @@ def fit_writer(
         view: the model; the writer's layer is in memory.
         writer: what is fitted.
         rows: of all calibration tokens.
+        gain: fit that of the norm behind it as well.
     """
     device = choose_fit_device(view, rows)
     weight = writer.module.weight
@@ -79,7 +80,7 @@ def fit_writer(
     changed: dict[str, Tensor] = {}
     if total is not None:
         changed[f"{writer.prefix}.weight"] = weight + store_like(writer.module, total).to(weight)
-    return changed | through.fit_gain(view), None
+    return changed | (through.fit_gain(view) if gain else {}), None
 
 
 def fit_ridge_update(rows: WriterRows, factor: float, device: torch.device) -> Tensor | None:
