@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import save_tiny
 from layercut.engine.file_journal import encode_mark
 from layercut.errors import RecipeError
 from layercut.models.ranks import ALONE
-from layercut.pipeline.effort import RUNGS, apply_rung, settle_effort
+from layercut.pipeline.effort import RUNGS, apply_rung, describe_efforts, settle_effort
 from layercut.recipe.recipe import EFFORT_MINUTES, Recipe
 from toy_estimates import RATES, SHAPE, recipe_of, seconds_of
 
@@ -103,3 +104,12 @@ def test_a_run_records_what_its_minutes_became(tmp_path: Path) -> None:
     assert result.recipe["minutes"] is None
     assert result.recipe["calibration"]["n_sequences"] > 1000
     assert result.recipe["recovery"]["options"]["step_share"] > 0
+
+
+def test_efforts_are_described_by_what_they_take() -> None:
+    told = describe_efforts(SHAPE, RATES)
+    assert list(told) == ["quick", "standard", "thorough"]
+    thorough = apply_rung(recipe_of(effort="thorough"), RUNGS[-1])
+    assert told["thorough"] == f"{RUNGS[-1]}: about {minutes_of(thorough):.1f} minutes of 60"
+    slow = replace(RATES, product=RATES.product / 1e9)
+    assert describe_efforts(SHAPE, slow)["quick"].startswith(f"{RUNGS[0]}: about ")

@@ -67,6 +67,7 @@ def fields(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "A default run", inspection.summary[0]
         yield from (("", line) for line in inspection.summary[1:])
         yield from ((f"  {e['name']}", _stage(e)) for e in inspection.estimate["stages"])
+        yield from ((f"--effort {name}", told) for name, told in inspection.efforts.items())
 
 
 def _runs(layers: tuple[Any, ...]) -> Iterator[tuple[int, int, Any]]:

@@ -17,7 +17,7 @@ from layercut import progress
 from layercut.checkpoints.claimed_folder import RUN_FILE, folder_beside
 from layercut.errors import RecipeError
 from layercut.machine import Rates, available_memory_bytes
-from layercut.models.ranks import Ranks
+from layercut.models.ranks import ALONE, Ranks
 from layercut.pipeline.estimate import RunEstimate, estimate_run
 from layercut.pipeline.model_shape import ModelShape
 from layercut.recipe.recipe import EFFORT_MINUTES, Recipe
@@ -97,6 +97,24 @@ def settle_effort(
     else:
         progress.line(f"effort: {rung}, for at most {minutes:g} minutes")
     return chosen
+
+
+def describe_efforts(shape: ModelShape, rates: Rates) -> dict[str, str]:
+    """What each effort stands for on this machine, with the default recipe: name → a sentence.
+
+    Args:
+        shape: the model's sizes.
+        rates: the machine's.
+    """
+    recipe = Recipe(model="default")
+    candidates = [(rung, apply_rung(recipe, rung)) for rung in RUNGS]
+    told = {}
+    for name, minutes in EFFORT_MINUTES.items():
+        place = max(0, _find_largest(candidates, shape, rates, minutes, ALONE))
+        rung, chosen = candidates[place]
+        needed = _minutes(_estimate(chosen, shape, rates, ALONE))
+        told[name] = f"{rung}: about {needed:.1f} minutes of {minutes:g}"
+    return told
 
 
 def apply_rung(recipe: Recipe, rung: Rung) -> Recipe:

@@ -23,6 +23,7 @@ from layercut.errors import ModelError
 from layercut.machine import available_memory_bytes
 from layercut.models.load import find_device, load_tokenizer
 from layercut.models.special_tokens import text_frame
+from layercut.pipeline.effort import describe_efforts
 from layercut.pipeline.estimate import estimate_run, measure_checkpoint
 from layercut.pipeline.resources import choose_residency, describe_run, measure_available
 from layercut.recipe.recipe import Recipe
@@ -68,6 +69,7 @@ class Inspection:
         scoring: memory_bytes, seconds and n_tokens of the default selection on this machine.
         estimate: every stage of the default recipe on this machine, as in ``result.json``.
         summary: the same in three lines.
+        efforts: what ``--effort`` stands for on this machine, by its name.
         keep_one_of: layers of which at least one must stay; empty where there is no such need.
         leading_token: what starts every window of text; ``None``: nothing, or no tokenizer is read.
         document_separator: what stands between documents; ``None`` likewise.
@@ -91,6 +93,7 @@ class Inspection:
     document_separator: str | None = None
     estimate: Mapping[str, Any] = field(default_factory=dict)
     summary: tuple[str, ...] = ()
+    efforts: Mapping[str, str] = field(default_factory=dict)
     keep_one_of: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -164,6 +167,7 @@ def _estimate(folder: Path, layout: Layout, stored: Mapping[str, StoredTensor]) 
     return {
         "estimate": estimate.to_json(mode, reason),
         "summary": tuple(describe_run(estimate, mode, reason)),
+        "efforts": describe_efforts(shape, rates),
         "scoring": scoring if select.seconds is not None else {},
     }
 
