@@ -52,7 +52,8 @@ def test_what_comes_out_holds_counts_and_replays_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "n_sequences", "options"),
     [
-        ({"calibration": {"n_sequences": 7}}, 7, {"gradient_steps": 16, "step_share": 0.5}),
+        ({"calibration": {"n_sequences": 7}}, 7, {"gradient_steps": 2}),
+        ({"calibration": {"n_sequences": 80}}, 80, {"gradient_steps": 10, "step_share": 0.5}),
         ({"recovery": {"options": {"gradient_steps": 0}}}, 1024, {"gradient_steps": 0}),
         (
             {"recovery": {"options": {"step_share": 0.25}}},

@@ -67,9 +67,25 @@ def test_every_step_learns_from_its_own_part_that_no_fit_sees(
     assert all({tuple(row) for row in rows.tolist()} <= held_out for rows in judged)
 
 
-@pytest.mark.parametrize(("share", "steps"), [(0.1, 2), (0.95, 2), (0.5, 7)])
 def test_text_that_cannot_be_shared_out_is_refused(
-    view: DecoderView, text: CalibrationBatches, share: float, steps: int
+    view: DecoderView, text: CalibrationBatches
 ) -> None:
-    with pytest.raises(RecipeError, match=r"step_share .* leaves"):
-        fit(view, plan_of(2), None, text, method="refit", step_share=share, gradient_steps=steps)
+    with pytest.raises(RecipeError, match=r"step_share .* leaves 11 of 12"):
+        fit(view, plan_of(2), None, text, method="refit", step_share=0.95)
+
+
+def test_there_are_no_more_steps_than_sequences_for_them(
+    view: DecoderView, text: CalibrationBatches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned = []
+    find = gradient_steps.find_directions
+
+    def find_and_note(*arguments):
+        learned.append(len(arguments[3]))
+        return find(*arguments)
+
+    monkeypatch.setattr(gradient_steps, "find_directions", find_and_note)
+    options = {"step_share": 0.25, "gradient_steps": 7, "held_out_every": 2}
+    with pytest.warns(UserWarning, match="3 gradient steps are taken instead of 7"):
+        fit(view, plan_of(2), None, text, method="refit", **options)
+    assert learned == [1, 1, 1]

@@ -23,6 +23,7 @@ from layercut.pipeline.model_shape import ModelShape
 from layercut.recipe.recipe import EFFORT_MINUTES, Recipe
 
 STEPS, SHARE = "gradient_steps", "step_share"
+SEQUENCES_PER_STEP = 4
 
 
 class Rung(NamedTuple):
@@ -85,7 +86,7 @@ def settle_effort(
     else:
         place[0] = _find_largest(candidates, shape, rates, minutes, ranks)
     ranks.broadcast_(place)
-    rung, chosen = candidates[max(0, int(place))]
+    _, chosen = candidates[max(0, int(place))]
     if place < 0:
         least = _minutes(_estimate(chosen, shape, rates, ranks))
         if recipe.minutes is not None:
@@ -93,10 +94,23 @@ def settle_effort(
                 f"{minutes:g} minutes are too few: the least run of this model takes about "
                 f"{least:.1f} minutes here. Allow at least {least * 1.1:.1f}."
             )
-        progress.line(f"effort: {rung}, the least there is: about {least:.1f} minutes here")
+        progress.line(
+            f"effort: {_tell(chosen)}, the least there is: about {least:.1f} minutes here"
+        )
     else:
-        progress.line(f"effort: {rung}, for at most {minutes:g} minutes")
+        progress.line(f"effort: {_tell(chosen)}, for at most {minutes:g} minutes")
     return chosen
+
+
+def _tell(recipe: Recipe) -> str:
+    """The amounts of a settled recipe."""
+    n_tokens = recipe.calibration.n_sequences * recipe.calibration.seq_len
+    text, options = f"{n_tokens:,} tokens", recipe.recovery.options
+    if STEPS in options:
+        text += f", {options[STEPS]} gradient steps"
+    if share := options.get(SHARE):
+        text += f" on {share:.0%} of them"
+    return text
 
 
 def describe_efforts(shape: ModelShape, rates: Rates) -> dict[str, str]:
@@ -122,6 +136,11 @@ def apply_rung(recipe: Recipe, rung: Rung) -> Recipe:
     section, recovery = recipe.calibration, recipe.recovery
     refits = recovery.method == "refit"
     n_steps = recovery.options.get(STEPS, rung.steps)
+    if "n_sequences" in section.model_fields_set and STEPS not in recovery.options:
+        # Of text that is not the rung's, every step has its four sequences, or held-out ones.
+        spare = section.n_sequences * rung.learned // (rung.fitted + rung.learned)
+        n_steps = min(n_steps, max(2, spare // SEQUENCES_PER_STEP))
+        rung = rung if n_steps > 2 else rung._replace(learned=0)
     learned = rung.learned if refits and n_steps and SHARE not in recovery.options else 0
     total = rung.fitted + learned
     update: dict[str, Any] = {"effort": None, "minutes": None}

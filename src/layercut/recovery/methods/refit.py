@@ -79,11 +79,17 @@ class Options(MethodOptions):
 def check(view: DecoderView, batches: CalibrationBatches, options: Options, n_drop: int) -> None:
     """Refuse a model that nothing could be corrected of, and text that cannot be shared out."""
     n_fresh = int(mark_fresh(batches.n_sequences, options.step_share).sum())
-    if options.step_share and not options.gradient_steps <= n_fresh <= batches.n_sequences - 2:
+    if n_fresh > max(0, batches.n_sequences - 2):
         raise RecipeError(
             f"recovery.options.step_share {options.step_share} leaves {n_fresh} of "
-            f"{batches.n_sequences} calibration sequences to {options.gradient_steps} gradient "
-            "steps, which need one each, and the fit needs two. Use more sequences or fewer steps."
+            f"{batches.n_sequences} calibration sequences to the gradient steps, and the fit needs "
+            "two. Use more sequences or a smaller share."
+        )
+    if 0 < n_fresh < options.gradient_steps:
+        warnings.warn(
+            f"{n_fresh} gradient steps are taken instead of {options.gradient_steps}: the steps "
+            f"have {n_fresh} of {batches.n_sequences} calibration sequences, and each needs one",
+            stacklevel=2,
         )
     if any(find_writers(view)):
         return
@@ -119,9 +125,10 @@ def fit(
     """Walk the dense and the pruned model side by side and correct the pruned one as it goes."""
     writers = find_writers(view)
     is_fresh = mark_fresh(batches.n_sequences, options.step_share)
-    fresh = batches.input_ids[is_fresh]
+    fresh, n_steps = batches.input_ids[is_fresh], options.gradient_steps
     if len(fresh):  # the shared stream is that of all of the text
         batches, dense = replace(batches, input_ids=batches.input_ids[~is_fresh]), None
+        n_steps = min(n_steps, len(fresh))
     refitted = refit_layers(
         view,
         plan,
@@ -142,7 +149,7 @@ def fit(
         notes["experts"] = experts
     repaired = collect(view, interpolate(view, tensors, share)) if share else {}
     patch = WeightPatch(repaired, "refit", notes)
-    if options.gradient_steps and len(sequences) > 1:
+    if n_steps and len(sequences) > 1:
         patch = _take_gradient_steps(
             view,
             plan,
@@ -150,7 +157,7 @@ def fit(
             sequences,
             fresh,
             batches.micro_batch,
-            options.gradient_steps,
+            n_steps,
             journal,
         )
     return patch
