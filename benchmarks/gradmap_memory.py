@@ -163,7 +163,7 @@ def projection(data: Path) -> dict[str, Any]:
     eye = closed.new_ones(len(closed)).diag()
     change = float((closed - descent).norm() / (descent - eye).norm())
     ratio = seconds["solve_closed_form"] / seconds["solve_gradient_descent"]
-    print(f"projection at layer {shift.layer}, {len(shift.output)} tokens, d = {len(closed)}")
+    print(f"projection at layer {shift.size.layer}, {len(shift.output)} tokens, d = {len(closed)}")
     print(f"  relative difference of P     {difference:.1e}   (of P − I: {change:.1e})")
     print(f"  seconds                      {seconds}")
     print(f"  closed form / descent        {ratio:.4f}")

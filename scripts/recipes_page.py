@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from layercut.recipe.base import section_type
-from layercut.recipe.recipe import DEFAULT_DROP_LAYERS, Recipe
+from layercut.recipe.recipe import Recipe
+from layercut.recipe.selection import DEFAULT_DROP_LAYERS
 from layercut.registry import available
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"

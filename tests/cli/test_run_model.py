@@ -74,10 +74,15 @@ def test_bad_amounts_are_refused(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_file_that_is_no_recipe_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recipe_may_have_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe"
+    path.write_text("model: m\nselection: {drop_layers: 3}\n")
+    recipe = resolve(capsys, str(path))
+    assert (recipe["model"], recipe["effort"]) == ("m", None)
+
+
+def test_a_file_of_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")
     assert main(["run", str(path), "--drop", "2", "-o", "out"]) == 2
-    assert "is a file, but no recipe" in " ".join(capsys.readouterr().err.split())
+    assert "holds weights, and is no recipe" in " ".join(capsys.readouterr().err.split())

@@ -5,7 +5,7 @@ import torch
 
 from layercut.errors import RecipeError
 from layercut.models.ranks import ALONE, Ranks
-from layercut.pipeline.prepare import check_ranks
+from layercut.pipeline.whole_model import check_ranks
 from layercut.recipe.recipe import Recipe
 
 

@@ -7,7 +7,8 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from layercut.errors import RecipeError
-from layercut.recipe.recipe import Config, Recipe, SelectionConfig, load_recipe
+from layercut.recipe.recipe import Config, Recipe, load_recipe
+from layercut.recipe.selection import SelectionConfig
 
 
 def load(content: dict[str, Any], *overrides: str, **environ: str) -> Recipe:

@@ -13,13 +13,17 @@ from layercut.models.surgery import apply
 from layercut.models.view import DecoderView
 from layercut.recovery.fit import fit
 from layercut.recovery.layer_fit import mean_squared_errors
-from layercut.recovery.mean_shift import find_largest_mean_shift, walk_shifts
+from layercut.recovery.mean_shift import Size, find_largest_mean_shift, walk_shifts
 from layercut.recovery.methods.projection import (
     solve_closed_form,
     solve_gradient_descent,
 )
 from layercut.types import CalibrationBatches
 from spools import spool
+
+
+def all_of_them(size: Size) -> bool:
+    return True
 
 
 def random_rows(n: int = 400, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,16 +97,16 @@ def test_the_shift_is_the_largest_over_kept_layers(view: DecoderView, batches: C
         for layer in (0, 1, 4)
     }
     found = find_largest_mean_shift(view, plan, batches)
-    if found.layer in shifts:
-        assert found.norm == pytest.approx(max(shifts.values()), rel=1e-4)
-    assert found.norm >= max(shifts.values()) * (1 - 1e-4)
+    if found.size.layer in shifts:
+        assert found.size.norm == pytest.approx(max(shifts.values()), rel=1e-4)
+    assert found.size.norm >= max(shifts.values()) * (1 - 1e-4)
 
 
 def test_rows_of_the_shift_add_up_to_the_target(view: DecoderView, batches: CalibrationBatches):
     plan = plan_of(1)
     shift = find_largest_mean_shift(view, plan, batches)
     mean = shift.residual.rows.mean(dim=0)
-    assert float(mean.norm()) == pytest.approx(shift.norm, rel=1e-4)
+    assert float(mean.norm()) == pytest.approx(shift.size.norm, rel=1e-4)
 
 
 def test_projection_reduces_the_error_it_was_fitted_to(
@@ -122,7 +126,7 @@ def test_projection_moves_the_pruned_model_as_predicted(
     patch = fit(view, plan, None, batches, method="projection", penalty=0.01)
     target = find_largest_mean_shift(view, plan, batches)
     dense_target = target.residual.rows.clone()
-    name = f"model.layers.{target.layer}.mlp.down_proj.weight"
+    name = f"model.layers.{target.size.layer}.mlp.down_proj.weight"
     weight = view.model.get_parameter(name)
     change = patch.tensors[name] - weight
     remaining = []
@@ -130,7 +134,7 @@ def test_projection_moves_the_pruned_model_as_predicted(
         batches.micro_batches(), dense_target.split(2 * batches.seq_len), strict=True
     ):
         inner: list[torch.Tensor] = []
-        _, module = down_projection(view, target.layer)
+        _, module = down_projection(view, target.size.layer)
         handle = module.register_forward_hook(
             lambda m, args, out, inner=inner: inner.append(args[0])
         )
@@ -189,19 +193,20 @@ def test_relative_shifts_are_per_length_of_the_target(
     view: DecoderView, batches: CalibrationBatches
 ):
     plan = plan_of(2, 3)
-    for shift in walk_shifts(view, plan, batches):
+    for shift in walk_shifts(view, plan, batches, None, all_of_them):
         mean_length = float(shift.lengths.mean())
-        assert shift.relative == pytest.approx(shift.norm / mean_length, rel=1e-4)
-        assert shift.before_cut == (shift.layer == 1)
+        assert shift.size.relative == pytest.approx(shift.size.norm / mean_length, rel=1e-4)
+        assert shift.size.before_cut == (shift.size.layer == 1)
     largest = find_largest_mean_shift(view, plan, batches, relative=True)
-    others = [shift.relative for shift in walk_shifts(view, plan, batches)]
-    assert largest.relative == pytest.approx(max(others), rel=1e-5)
+    others = [shift.size.relative for shift in walk_shifts(view, plan, batches, None, all_of_them)]
+    assert largest.size.relative == pytest.approx(max(others), rel=1e-5)
 
 
 def test_weights_divide_rows_by_the_length_of_their_target(
     view: DecoderView, batches: CalibrationBatches
 ):
-    plain, weighed = (next(walk_shifts(view, plan_of(2, 3), batches)) for _ in range(2))
+    plan = plan_of(2, 3)
+    plain, weighed = (next(walk_shifts(view, plan, batches, None, all_of_them)) for _ in range(2))
     weighed.weigh()
     scale = plain.lengths.mean() / plain.lengths
     torch.testing.assert_close(weighed.output.rows, plain.output.rows * scale)

@@ -10,8 +10,8 @@ import torch
 from layercut.errors import PlanError
 from layercut.models.view import DecoderView
 from layercut.scoring.score import score
+from layercut.selection.bounds import check_request
 from layercut.selection.methods.lowest import choose_lowest
-from layercut.selection.select import check_request
 from layercut.selection.select import select as select_by
 from layercut.types import CalibrationBatches
 

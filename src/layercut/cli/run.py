@@ -12,9 +12,11 @@ import typer
 from layercut.cli import options
 from layercut.cli.libraries import set_up_libraries
 from layercut.launcher import find_place
-from layercut.recipe.recipe import AMOUNTS, load_recipe
+from layercut.recipe.recipe import load_recipe
+from layercut.recipe.selection import AMOUNTS
 
 RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 DEFAULT_EFFORT = "standard"
 
 
@@ -142,15 +144,15 @@ def read_source(
     source: str, flags: Sequence[str], settings: Sequence[str]
 ) -> str | Mapping[str, Any]:
     """The recipe's file, or the content of one for a model."""
-    if Path(source).suffix.lower() in RECIPE_SUFFIXES:
-        return source
-    if _is_file(source):
+    suffix = Path(source).suffix.lower()
+    if suffix in WEIGHT_SUFFIXES and _is_file(source):
         raise typer.BadParameter(
-            f"{source} is a file, but no recipe: these end in "
-            f"{', '.join(RECIPE_SUFFIXES)}. A model is a folder, a Hub name, or "
+            f"{source} holds weights, and is no recipe. A model is a folder, a Hub name, or "
             "embedded:smollm2-135m; `layercut prune` takes a .gguf",
             param_hint="RECIPE|MODEL",
         )
+    if suffix in RECIPE_SUFFIXES or _is_file(source):
+        return source
     given = [setting.partition("=")[0].strip() for setting in (*flags, *settings)]
     if not any(key.removeprefix("selection.") in AMOUNTS for key in given):
         raise typer.BadParameter("missing: how many layers go, as 6 or 25%", param_hint="--drop")

@@ -24,7 +24,7 @@ from layercut.models.load import load
 from layercut.models.special_tokens import text_frame
 from layercut.recipe.validation import validate
 from layercut.results import Provenance, warnings_into
-from layercut.selection.select import check_request
+from layercut.selection.bounds import check_request
 from layercut.types import CalibrationBatches
 
 

@@ -19,6 +19,7 @@ from layercut.checkpoints.claimed_folder import (
     check_claimed,
     encode_mark,
     find_differences,
+    folder_beside,
     remove_claimed,
 )
 from layercut.checkpoints.output_dir import DISK_FULL
@@ -149,6 +150,11 @@ def name_record(key: tuple[str, str, Item]) -> str:
     return f"{readable}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
 
 
+def record_folder(output_dir: Path) -> Path:
+    """Where a run's record is until the run is complete: beside its output."""
+    return folder_beside(output_dir, "progress")
+
+
 def read_records(folder: Path) -> dict[tuple[str, str, Item], Record]:
     """All records of a folder by key; what a kill tore is removed, and so is what is damaged."""
     for path in folder.glob(f"*{PARTIAL}"):
@@ -210,7 +216,7 @@ def _claim(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Non
         OutputError: it belongs to another run; names the differing keys.
     """
     mark = folder / RUN_FILE
-    known = _read_mark(mark)
+    known = read_mark(mark)
     different = find_differences(known, identity, strict=True) if known else []
     if different and not overwrite and any(folder.glob(f"*{RECORD}")):
         raise OutputError(
@@ -225,7 +231,7 @@ def _claim(folder: Path, identity: Mapping[str, Any], *, overwrite: bool) -> Non
             write_whole_text(mark, encode_mark(identity))
 
 
-def _read_mark(mark: Path) -> dict[str, Any]:
+def read_mark(mark: Path) -> dict[str, Any]:
     """Whose folder it is; empty where a kill tore that, before anything was recorded."""
     try:
         content = json.loads(mark.read_text(encoding="utf-8"))

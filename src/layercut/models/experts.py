@@ -2,7 +2,7 @@
 
 The output Σ_k p_k(t) · W_k·a_k(t) is linear in all W_k at once. How a_k follows from what the block
 reads is the same rule in every family of transformers but Llama 4, where the gates p_k multiply
-what is read; `prove` computes the sum by that rule and compares it with the model's own.
+what is read. `layercut.models.writers` holds the sum by that rule against the model's own.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Experts:
     gates_input: bool
 
     def read(self, expert: int, inputs: Tensor) -> Tensor:
-        """A of one expert, (n, in), of what the block reads, (n, d)."""
+        """What one expert's down-projection reads, (n, in), of what the block does, (n, d)."""
         m = self.module
         if self.gates_input:
             gate, up = (inputs @ m.gate_up_proj[expert]).chunk(2, dim=-1)

@@ -6,15 +6,14 @@ recipe that comes out holds counts alone, so that it gives the same result on an
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from layercut import progress
-from layercut.checkpoints.claimed_folder import RUN_FILE, folder_beside
+from layercut.checkpoints.claimed_folder import RUN_FILE
+from layercut.engine.file_journal import read_mark, record_folder
 from layercut.errors import RecipeError
 from layercut.machine import Rates, available_memory_bytes
 from layercut.models.ranks import ALONE, Ranks
@@ -77,7 +76,7 @@ def settle_effort(
     if minutes is None:
         return recipe
     candidates = [(rung, apply_rung(recipe, rung)) for rung in RUNGS]
-    begun = read_begun_recipe(output_dir)
+    begun = read_mark(record_folder(output_dir) / RUN_FILE).get("recipe") or {}
     place = torch.zeros(1, dtype=torch.int64)
     for i, (_, candidate) in enumerate(candidates):
         if candidate.model_dump(mode="json", include=set(begun)) == begun and begun:
@@ -152,17 +151,6 @@ def apply_rung(recipe: Recipe, rung: Rung) -> Recipe:
         options = {STEPS: n_steps, **share, **recovery.options}
         update["recovery"] = recovery.model_copy(update={"options": options})
     return recipe.model_copy(update=update)
-
-
-def read_begun_recipe(output_dir: Path) -> Mapping[str, Any]:
-    """The recipe in the record of an interrupted run; empty if there is none."""
-    mark = folder_beside(output_dir, "progress") / RUN_FILE
-    try:
-        content = json.loads(mark.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found = content.get("recipe") if isinstance(content, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def _find_largest(

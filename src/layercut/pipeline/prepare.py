@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from layercut.checkpoints.writer import check_named_layers
 from layercut.data.calibration import calibration_batches
 from layercut.data.sources import read_texts
 from layercut.engine.loss import check_vocabulary
-from layercut.errors import DataError, ModelError, RecipeError
+from layercut.errors import DataError, ModelError
 from layercut.evaluation.evaluate import check_tasks
 from layercut.evaluation.harness import check_harness
 from layercut.machine import available_memory_bytes
@@ -24,8 +23,6 @@ from layercut.models.check_method import (
     check_lengths,
     check_model,
     check_options,
-    require_one_rank,
-    require_resident,
 )
 from layercut.models.load import find_device, load
 from layercut.models.ranks import ALONE, Ranks
@@ -35,13 +32,13 @@ from layercut.pipeline.estimate import Residency, estimate_run, measure_checkpoi
 from layercut.pipeline.finetune_stage import FinetuneJob, prepare_finetune
 from layercut.pipeline.heal_stage import HealJob, prepare_heal
 from layercut.pipeline.resources import (
-    RESIDENCIES,
     check_resources,
     choose_residency,
     describe_run,
     measure_available,
 )
 from layercut.pipeline.size_search import split
+from layercut.pipeline.whole_model import check_ranks, check_residency, list_residencies
 from layercut.recipe.recipe import Recipe
 from layercut.registry import MethodCall
 from layercut.selection.select import Request, check_scoring, resolve_request
@@ -143,26 +140,6 @@ def prepare(recipe: Recipe, output_dir: Path, *, overwrite: bool, ranks: Ranks =
         heal=prepare_heal(recipe, view, batches, output_dir),
         estimate=estimate,
     )
-
-
-def list_residencies(
-    recipe: Recipe, scoring: MethodCall, recovery: MethodCall
-) -> tuple[Residency, ...]:
-    """Where the weights may be for all that is asked for."""
-    methods = [recovery] if recipe.selection.drop is not None else [scoring, recovery]
-    if list_whole_sections(recipe) or not all(call.method.streams for call in methods):
-        return ("resident",)
-    return RESIDENCIES
-
-
-def list_whole_sections(recipe: Recipe) -> list[str]:
-    """The keys that are asked for of those that need all weights, in one process."""
-    sections = {
-        "heal": recipe.heal,
-        "finetune": recipe.finetune,
-        "evaluation.harness": recipe.evaluation.harness,
-    }
-    return [key for key, section in sections.items() if section]
 
 
 def estimate_recipe(
@@ -267,32 +244,6 @@ def open_model(
     ranks.check_same("model", view.fingerprint, ModelError)
     view.ranks = ranks.on(view.device)
     return view
-
-
-def check_ranks(recipe: Recipe, ranks: Ranks) -> None:
-    """Refuse what runs in one process where several share the run, and other recipes elsewhere.
-
-    Raises:
-        RecipeError: names the recipe's key.
-    """
-    for key in list_whole_sections(recipe):
-        require_one_rank(ranks, key)
-    ranks.check_same("recipe", recipe.to_yaml(), RecipeError)
-
-
-def check_residency(recipe: Recipe, view: DecoderView) -> None:
-    """Refuse what needs all weights at once where layers are read from their files.
-
-    Raises:
-        RecipeError: names the recipe's key.
-    """
-    if view.source is None:
-        return
-    for key in list_whole_sections(recipe):
-        require_resident(view, key)
-    warnings.warn(
-        "layers are read from their files one at a time: speed is not measured", stacklevel=2
-    )
 
 
 def check_evaluation(recipe: Recipe, view: DecoderView) -> None:

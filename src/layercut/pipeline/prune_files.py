@@ -27,7 +27,7 @@ from layercut.output.verify import verify_files, verify_streamed
 from layercut.recipe import strict_yaml
 from layercut.report.write import write_model_card, write_report
 from layercut.results import RunResult
-from layercut.selection.select import check_request
+from layercut.selection.bounds import check_request
 from layercut.types import PruningPlan, WeightPatch
 
 NOTHING = WeightPatch({}, "none")

@@ -15,12 +15,12 @@ from typing import Any, get_args
 import torch
 
 from layercut import progress
-from layercut.checkpoints.claimed_folder import folder_beside, remove_claimed
+from layercut.checkpoints.claimed_folder import remove_claimed
 from layercut.checkpoints.folder import list_weight_files
 from layercut.checkpoints.output_dir import SPARE_SPACE
 from layercut.data.calibration import evaluation_windows
 from layercut.data.tasks import read_rows
-from layercut.engine.file_journal import FileJournal, open_journal
+from layercut.engine.file_journal import FileJournal, open_journal, record_folder
 from layercut.engine.journal import NO_JOURNAL, Item, Journal
 from layercut.errors import DataError, ModelError, NumericsError, PlanError, RecipeError
 from layercut.models.view import DecoderView
@@ -37,11 +37,6 @@ TRAINING = {"heal", "finetune"}
 
 MOST_LISTED = 3
 """Items with names that a summary lists; more are counted."""
-
-
-def record_folder(output_dir: Path) -> Path:
-    """Where a run's record is until the run is complete: beside its output."""
-    return folder_beside(output_dir, "progress")
 
 
 @contextmanager

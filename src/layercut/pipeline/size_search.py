@@ -21,7 +21,8 @@ from layercut.engine.loss import mean_loss
 from layercut.errors import DataError, PlanError
 from layercut.recovery.recorded_fit import name_plan, recall_repair
 from layercut.registry import MethodCall
-from layercut.selection.select import Request, most_droppable, plan_sizes
+from layercut.selection.bounds import most_droppable
+from layercut.selection.select import Request, plan_sizes
 from layercut.types import CalibrationBatches, Evidence, PruningPlan, WeightPatch
 
 if TYPE_CHECKING:

@@ -16,7 +16,9 @@ from layercut.machine import Rates
 from layercut.models.load import HASHED_AT_ONCE
 from layercut.pipeline.model_shape import ModelShape
 from layercut.pipeline.pass_costs import CALL_SECONDS, PassCosts
-from layercut.recipe.recipe import DEFAULT_DROP_LAYERS, Recipe, SelectionConfig
+from layercut.recipe.recipe import Recipe
+from layercut.recipe.selection import DEFAULT_DROP_LAYERS, SelectionConfig
+from layercut.selection.bounds import most_droppable
 from layercut.selection.cut_prices import HELD_OUT_EVERY
 from layercut.selection.methods.priced_cuts import (
     LONGEST_CUT,
@@ -24,7 +26,6 @@ from layercut.selection.methods.priced_cuts import (
     SAMPLE_SHARE,
     SAMPLE_TOKENS,
 )
-from layercut.selection.select import most_droppable
 
 FIXED_SECONDS = 1.5
 """Of a load: classes, tokenizer and checks of the configuration; of a save, its checks."""

@@ -183,20 +183,23 @@ def _list_experts(
     """How many tokens reach every expert, and the members that enough of them reach."""
     held_out = rows.held_out.to(routing.tokens.device)
     n = experts.n_experts
-    reached = routing.experts.bincount(minlength=n).double().cpu()
+    counts = routing.experts.bincount(minlength=n)
+    entries = routing.experts.argsort(stable=True).split(counts.tolist())
+    reached = counts.double().cpu()
     fitted = routing.experts[~held_out[routing.tokens]].bincount(minlength=n).double().cpu()
     rows.ranks.sum_(reached, fitted)
     chosen = (fitted >= TOKENS_PER_INPUT * experts.width).nonzero().squeeze(1).tolist()
     return reached, [
-        Member(str(k), experts.width, partial(_read_expert, experts, routing, k)) for k in chosen
+        Member(str(k), experts.width, partial(_read_expert, experts, routing, k, entries[k]))
+        for k in chosen
     ]
 
 
-def _read_expert(experts: Experts, routing: Routing, expert: int) -> list[Part]:
-    """The tokens that reach an expert, and their p·a."""
+def _read_expert(experts: Experts, routing: Routing, expert: int, own: Tensor) -> list[Part]:
+    """The tokens that reach an expert, and their p·a; ``own`` are its entries of the routing."""
     parts = []
     weight = getattr(experts.module, DOWN)
-    for entries in (routing.experts == expert).nonzero().squeeze(1).split(SLICE):
+    for entries in own.split(SLICE):
         rows = routing.rows[entries].to(routing.inputs.device)
         inputs = routing.inputs[rows].to(weight.device, weight.dtype)
         a = experts.read(expert, inputs).float()

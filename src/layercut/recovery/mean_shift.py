@@ -6,7 +6,7 @@ Formula  δ_k = ‖mean_t(h^pruned_{k,out} − target_k)‖₂;  relative: δ_k 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,24 +21,35 @@ from layercut.spool import Spool
 from layercut.types import CalibrationBatches, PruningPlan
 
 
-@dataclass(slots=True)
-class Shift:
-    """One kept layer's mean shift, with the rows a fit needs.
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How far one kept layer's mean output moves.
 
     Attributes:
         layer: its index in the input model.
         before_cut: whether the next layer is dropped.
         norm: δ.
         relative: δ over the mean length of the target.
-        residual: r, (n_tokens, d).
-        output: m, (n_tokens, d).
-        lengths: ‖target‖, (n_tokens, 1).
     """
 
     layer: int
     before_cut: bool
     norm: float
     relative: float
+
+
+@dataclass(slots=True)
+class Shift:
+    """A mean shift with the rows that a fit needs.
+
+    Attributes:
+        size: how far, and where.
+        residual: r, (n_tokens, d).
+        output: m, (n_tokens, d).
+        lengths: ‖target‖, (n_tokens, 1).
+    """
+
+    size: Size
     residual: Spool
     output: Spool
     lengths: Tensor
@@ -54,7 +65,8 @@ def walk_shifts(
     view: DecoderView,
     plan: PruningPlan,
     batches: CalibrationBatches,
-    dense: ResidualStream | None = None,
+    dense: ResidualStream | None,
+    is_wanted: Callable[[Size], bool],
 ) -> Iterator[Shift]:
     """Walk the dense and the pruned model side by side and compare every kept layer's output.
 
@@ -63,6 +75,7 @@ def walk_shifts(
         plan: which layers go.
         batches: calibration text of all ranks.
         dense: the intact model's stream over this rank's share, where it is known.
+        is_wanted: whether rows are made of a layer, and it is given on.
     """
     own, n_tokens = view.ranks.share_batches(batches), batches.n_sequences * batches.seq_len
     for kept in paired_walk(view, plan, own, dense=dense):
@@ -78,8 +91,9 @@ def walk_shifts(
         view.ranks.sum_(total)
         norm = float((total[:-1] / n_tokens).norm())
         relative = norm * n_tokens / max(float(total[-1]), 1e-30)
-        rows = kept.missing(), output, torch.cat(lengths)
-        yield Shift(kept.layer, kept.before_cut, norm, relative, *rows)
+        size = Size(kept.layer, kept.before_cut, norm, relative)
+        if is_wanted(size):
+            yield Shift(size, kept.missing(), output, torch.cat(lengths))
 
 
 def find_largest_mean_shift(
@@ -95,11 +109,18 @@ def find_largest_mean_shift(
     Raises:
         NumericsError: no kept layer's mean shift is a number.
     """
-    best, largest = None, -1.0
-    for shift in walk_shifts(view, plan, batches, dense):
-        size = shift.relative if relative else shift.norm
-        if size > largest:
-            best, largest = shift, size
+    largest = -1.0
+
+    def is_larger(size: Size) -> bool:
+        nonlocal largest
+        own = size.relative if relative else size.norm
+        larger = own > largest
+        largest = own if larger else largest
+        return larger
+
+    best = None
+    for shift in walk_shifts(view, plan, batches, dense, is_larger):
+        best = shift
     if best is None:
         raise NumericsError(
             "the mean shift is NaN at every kept layer: the pruned model's activations are not "

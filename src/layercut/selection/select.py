@@ -11,16 +11,22 @@ from layercut.checkpoints.layer_types import LayerTypes
 from layercut.engine.journal import NO_JOURNAL, Journal
 from layercut.errors import PlanError, RecipeError
 from layercut.models.droppable import check_dropped, layers_to_keep
+from layercut.recipe.selection import DEFAULT_DROP_LAYERS
 from layercut.registry import MethodCall, Rounds
 from layercut.scoring.score import score_layers
 from layercut.selection.amounts import Amount, count_memory, count_parameters
+from layercut.selection.bounds import (
+    check_count,
+    check_indices,
+    check_request,
+    most_droppable,
+)
 from layercut.selection.pattern import pattern_to_keep
 from layercut.types import CalibrationBatches, Evidence, LayerScores, LayerSet, PruningPlan
 
 if TYPE_CHECKING:
     from layercut.models.view import DecoderView
 
-DEFAULT_DROP_LAYERS = 6
 Scorer = Callable[["DecoderView", CalibrationBatches, MethodCall], LayerScores]
 
 
@@ -40,7 +46,8 @@ class Request:
         scorer: computes scores; `layercut.scoring.score.score_layers`, or one that remembers.
         journal: where a strategy records what takes long.
         amount: what the dropped layers must be worth, where that is asked for instead of
-            ``n_drop``, which is then how many may go at most.
+            ``n_drop``.
+        sizes: numbers of layers that may be worth it; ``n_drop`` is the last one.
     """
 
     scoring: MethodCall
@@ -54,6 +61,7 @@ class Request:
     scorer: Scorer = score_layers
     journal: Journal = NO_JOURNAL
     amount: Amount | None = None
+    sizes: range = range(0)
 
 
 PlanOfSize = Callable[[int], tuple[PruningPlan, Evidence]]
@@ -109,11 +117,11 @@ def resolve_request(
                 "selection.drop names layer 0. Keep it, or set recovery.method: none."
             )
         kept.add(0)
-    _check_indices(view.n_layers, drop or (), protect)
+    check_indices(view.n_layers, drop or (), protect)
     if drop is None:
         kept |= set(layers_to_keep(view))
     one_of = view.layout.keep_one_of if not view.layout.keep_one_of & kept else frozenset()
-    amount = None
+    amount, sizes = None, range(0)
     if drop_parameters is not None:
         amount = count_parameters(view, drop_parameters)
     elif fit_memory is not None:
@@ -130,9 +138,10 @@ def resolve_request(
         n_drop = most_droppable(view.n_layers, n_kept)
     if amount is not None:
         free = [layer for layer in range(view.n_layers) if layer not in kept]
-        n_drop = amount.range_of_sizes(free, most_droppable(view.n_layers, n_kept))[-1]
+        sizes = amount.range_of_sizes(free, most_droppable(view.n_layers, n_kept))
+        n_drop = sizes[-1]
     if drop is None:
-        _check_count(n_drop, view.n_layers, n_kept)
+        check_count(n_drop, view.n_layers, n_kept)
     if drop is not None:
         check_dropped(view, drop)
     layer_types = None
@@ -155,6 +164,7 @@ def resolve_request(
         layer_types=layer_types,
         scorer=scorer,
         amount=amount,
+        sizes=sizes,
     )
 
 
@@ -184,24 +194,22 @@ def choose_layers(
         return plan, Evidence(scores=())
     plan_size = plan_sizes(view, batches, request)
     if request.amount is not None:
-        return _choose_amount(view, request, request.amount, plan_size)
+        return _choose_amount(view, request.amount, request.sizes, plan_size)
     plan, evidence = plan_size(request.n_drop)
     check_dropped(view, plan.dropped)
     return plan, evidence
 
 
 def _choose_amount(
-    view: DecoderView, request: Request, amount: Amount, plan_size: PlanOfSize
+    view: DecoderView, amount: Amount, sizes: range, plan_size: PlanOfSize
 ) -> tuple[PruningPlan, Evidence]:
     """The plan with the fewest layers that are worth what is needed.
 
     Raises:
         PlanError: none is.
     """
-    free = [layer for layer in range(view.n_layers) if layer not in request.protect]
-    most = most_droppable(view.n_layers, len(request.protect) + bool(request.keep_one_of))
     refusal: PlanError | None = None
-    for n_drop in amount.range_of_sizes(free, most):
+    for n_drop in sizes:
         try:
             plan, evidence = plan_size(n_drop)
         except PlanError as error:  # a pattern may leave out a size
@@ -212,7 +220,7 @@ def _choose_amount(
             amount.tell(plan.dropped)
             return plan, evidence
     raise refusal or PlanError(
-        f"{amount.key}: no plan of up to {request.n_drop} layers that the strategy chooses is "
+        f"{amount.key}: no plan of up to {sizes[-1]} layers that the strategy chooses is "
         "worth as much. Ask for less, or for a number of layers."
     )
 
@@ -285,68 +293,3 @@ def check_scoring(strategy: str, scoring: str) -> None:
             f"selection.strategy {strategy} needs scoring.method {needed}, not {scoring}. "
             f"Set selection.strategy: lowest to use {scoring}."
         )
-
-
-def check_request(
-    n_layers: int,
-    *,
-    drop_layers: int | None = None,
-    drop_fraction: float | None = None,
-    drop: Sequence[int] | None = None,
-    protect: Sequence[int] = (),
-) -> int:
-    """How many layers the request drops.
-
-    Raises:
-        PlanError: an index that does not exist or stands twice, a protected layer asked to go, no
-            layer or too many.
-    """
-    _check_indices(n_layers, drop or (), protect)
-    if drop is not None:
-        n_drop = len(drop)
-    elif drop_fraction is not None:
-        n_drop = round(drop_fraction * n_layers)
-    else:
-        n_drop = DEFAULT_DROP_LAYERS if drop_layers is None else drop_layers
-    _check_count(n_drop, n_layers, len(protect))
-    return n_drop
-
-
-def _check_indices(n_layers: int, drop: Sequence[int], protect: Sequence[int]) -> None:
-    for name, layers in (("drop", drop), ("protect", protect)):
-        outside = [i for i in layers if not 0 <= i < n_layers]
-        if outside:
-            raise PlanError(
-                f"selection.{name} names layer {outside[0]}, but the model's layers are "
-                f"0 to {n_layers - 1}."
-            )
-        if len(set(layers)) != len(layers):
-            twice = next(i for i in layers if list(layers).count(i) > 1)
-            raise PlanError(f"selection.{name} names layer {twice} twice. Name each layer once.")
-    both = sorted(set(drop) & set(protect))
-    if both:
-        raise PlanError(f"layer {both[0]} is to be dropped and protected. Choose one.")
-
-
-def _check_count(n_drop: int, n_layers: int, n_protected: int) -> None:
-    least, most = least_kept(n_layers), most_droppable(n_layers, n_protected)
-    if n_drop < 1:
-        raise PlanError(
-            f"cannot drop {n_drop} of {n_layers} layers: nothing would change. "
-            "Ask for at least one."
-        )
-    if n_drop > most:
-        raise PlanError(
-            f"cannot drop {n_drop} of {n_layers} layers: {n_protected} are protected and "
-            f"min_keep={least} allows {most}. Lower drop_layers."
-        )
-
-
-def least_kept(n_layers: int) -> int:
-    """A quarter of the layers, rounded up: a request to keep fewer is refused as a mistake."""
-    return max(1, -(-n_layers // 4))
-
-
-def most_droppable(n_layers: int, n_protected: int) -> int:
-    """The largest number of layers that any request may drop."""
-    return n_layers - max(least_kept(n_layers), n_protected)

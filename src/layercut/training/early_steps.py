@@ -7,7 +7,7 @@ optimiser really steps; afterwards the adapters are gone and the model is bit fo
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,16 +103,20 @@ def record(view: DecoderView, batches: CalibrationBatches, options: EarlyRunOpti
     return log
 
 
-def probe(
+def prepare_probe(
     view: DecoderView, batches: CalibrationBatches, options: EarlyRunOptions, n_steps: int
-) -> Tensor:
-    """Loss of every held-out example after the run's first steps on the others, (n,), nats a label.
+) -> Callable[[], Tensor]:
+    """What tunes the model as it is at the time of the call, and judges it; it is unchanged then.
 
     Args:
-        view: the model as it is to be tuned; unchanged afterwards.
+        view: the model.
         batches: calibration text, learnt where ``options.data`` is ``None``.
-        options: the run.
-        n_steps: steps that are made.
+        options: the run whose first steps are made.
+        n_steps: how many.
+
+    Returns:
+        A function without arguments: the loss of every held-out example, (n,), nats a label, after
+        those steps on the others.
 
     Raises:
         DataError: the rows cannot be learnt from, or are too few.
@@ -122,11 +126,18 @@ def probe(
     judged = examples[every - 1 :: every][:MOST_PROBED]
     learned = [e for i, e in enumerate(examples) if i % every != every - 1] or examples
     longest = max(example["length"] for example in examples)
-    callbacks = [_StopAfter(n_steps), _Progress(n_steps)]
-    with adapted_model(view, learned, config, callbacks=callbacks) as trainer, eager(view, longest):
-        trainer.train()
-        trainer.model.eval()
-        return torch.stack([_judge(view, trainer, example) for example in judged])
+
+    def probe() -> Tensor:
+        callbacks = [_StopAfter(n_steps), _Progress(n_steps)]
+        with (
+            adapted_model(view, learned, config, callbacks=callbacks) as trainer,
+            eager(view, longest),
+        ):
+            trainer.train()
+            trainer.model.eval()
+            return torch.stack([_judge(view, trainer, example) for example in judged])
+
+    return probe
 
 
 @torch.no_grad()

@@ -93,16 +93,16 @@ def fit(
     if not options.guard:
         shift = _find_place(view, plan, batches, options, dense)
         projection, notes = _solve(view, shift, batches, options)
-        return WeightPatch(_fold(view, shift.layer, projection), "projection", notes)
+        return WeightPatch(_fold(view, shift.size.layer, projection), "projection", notes)
     held_out = choose_held_out(batches, GUARD_EVERY)
     judges = batches.input_ids[held_out]
     fitted = replace(batches, input_ids=batches.input_ids[~held_out])
     shifts: Iterator[Shift]
     if options.place == "cuts":
-        shifts = (s for s in walk_shifts(view, plan, fitted) if s.before_cut)
+        shifts = walk_shifts(view, plan, fitted, None, lambda size: size.before_cut)
     else:
         shifts = iter([_find_place(view, plan, fitted, options, None)])
-    solved = [(shift.layer, *_solve(view, shift, fitted, options)) for shift in shifts]
+    solved = [(shift.size.layer, *_solve(view, shift, fitted, options)) for shift in shifts]
 
     def loss_with(tensors: dict[str, Tensor]) -> float:
         with view.skipping(plan.dropped), view.patched(tensors):
@@ -133,9 +133,8 @@ def _find_place(
     if not isinstance(options.place, int):
         relative = options.place == "largest-relative-shift"
         return find_largest_mean_shift(view, plan, batches, dense, relative=relative)
-    for shift in walk_shifts(view, plan, batches, dense):
-        if shift.layer == options.place:
-            return shift
+    for shift in walk_shifts(view, plan, batches, dense, lambda size: size.layer == options.place):
+        return shift
     raise PlanError(
         f"recovery.options.place names layer {options.place}, which is dropped or lies before what "
         "the cuts change. Name a kept layer behind them, or the one before the first."
@@ -155,8 +154,8 @@ def _solve(
     projection = solve(shift.residual, shift.output, penalty, view.ranks)
     before, after = mean_squared_errors(shift.residual, shift.output, projection, view.ranks)
     return projection, {
-        "layer": shift.layer,
-        "mean_shift": shift.norm,
+        "layer": shift.size.layer,
+        "mean_shift": shift.size.norm,
         "penalty": penalty,
         "squared_error_before": before,
         "squared_error_after": after,

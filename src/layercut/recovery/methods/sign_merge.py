@@ -32,7 +32,7 @@ from layercut.models.view import DecoderView
 from layercut.recipe.base import Count
 from layercut.recovery.layer_merging import check_shapes, match_names, merge_targets
 from layercut.registry import Method
-from layercut.training.early_steps import EarlyRunOptions, check_early_run, probe, record
+from layercut.training.early_steps import EarlyRunOptions, check_early_run, prepare_probe, record
 from layercut.types import CalibrationBatches, Evidence, GradientRecord, PruningPlan, WeightPatch
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
@@ -131,9 +131,10 @@ def _probe_strengths(
 ) -> tuple[float, dict[str, Any]]:
     """The part of the merge that a short tuning is best with, and the loss behind each."""
     losses: dict[float, Tensor] = {}
+    probe = prepare_probe(view, batches, options, options.probe_steps)
     for strength in STRENGTHS:
         with view.skipping(plan.dropped), view.patched(scale_merge(view, merged, strength)):
-            losses[strength] = probe(view, batches, options, options.probe_steps)
+            losses[strength] = probe()
         progress.status(f"merged by {strength:.0%}: loss {float(losses[strength].mean()):.3f}")
     chosen = choose_strength(losses)
     return chosen, {"probed_losses": {f"{s:g}": float(e.mean()) for s, e in losses.items()}}
